@@ -1,0 +1,125 @@
+"""What can go wrong, said to the person who wrote the plan: file, line, rule, parameter, shape, expectation, fix.
+
+Every message is a `Finding` with a code from the closed catalogue `CODES`; an exception carries one or more of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+# code -> what it means, in one line; docs/errors.md is generated from this table (`make docs`).
+CODES: dict[str, str] = {
+    # The plan file (PP0xx)
+    "PP001": "the plan file cannot be found or read",
+    "PP002": "the plan file is larger than a plan can be",
+    "PP003": "the plan file is not UTF-8 text",
+    "PP004": "the plan file is not YAML",
+    "PP005": "the plan uses a YAML tag; a plan is plain data",
+    "PP006": "the plan uses YAML anchors or aliases",
+    "PP007": "the plan is nested too deeply",
+    "PP008": "a mapping stands where something else does, or the reverse",
+    "PP009": "a key is given twice",
+    "PP010": "a key is not part of the plan format",
+    "PP011": "the plan's version is missing or unknown",
+    "PP012": "a YAML boolean, number or null stands where a name is due",
+    "PP013": "a style is not in the registry",
+    "PP014": "a style does not take this option",
+    "PP015": "an option's value is of the wrong kind",
+    "PP016": "a rule's name is not a dotted name",
+    "PP017": "a size expression cannot be read",
+    # The plan against a model (PP1xx)
+    "PP101": "a rule matches nothing in the model",
+    "PP102": "a parameter has no rule",
+    "PP103": "tied parameters stand under conflicting rules",
+    "PP104": "a rule never applies because an earlier one takes all it matches",
+    "PP105": "a style is used on something it cannot serve",
+    "PP106": "the plan is for another model type",
+    "PP107": "a size expression names something the model's config does not have",
+    "PP108": "the plan has no section for an axis that is asked for",
+    "PP109": "a section of the plan is not built yet",
+    # Shapes (PP2xx)
+    "PP201": "a dim cannot be split this way",
+    "PP202": "there are fewer units than ranks",
+    "PP203": "a count that a module keeps cannot be made local",
+    # Checkpoints (PP6xx)
+    "PP601": "the checkpoint is not in safetensors format",
+    "PP602": "a checkpoint file is missing",
+    "PP603": "a checkpoint file is corrupt or cut short",
+    "PP604": "checkpoint keys are missing, unexpected or misshapen",
+    "PP605": "a weight conversion failed",
+    "PP606": "the checkpoint cannot be written",
+    # Launching (PP7xx)
+    "PP701": "more ranks are asked for than were started",
+    "PP702": "the number of ranks does not factor as asked",
+    "PP703": "an argument cannot be combined with a plan",
+    "PP704": "no plan can be found for the model",
+    "PP705": "another rank failed",
+    "PP706": "the ranks do not agree",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One thing that is wrong (or worth a warning), and where.
+
+    `name` is the parameter or module it is about, `found` its shape or value as it is, `expected` the condition with
+    its numbers. `str(finding)` is the text for a person.
+    """
+
+    code: str
+    message: str
+    severity: str = "error"
+    level: str = "accounting"
+    file: str | None = None
+    line: int | None = None
+    rule: str | None = None
+    name: str | None = None
+    found: str | None = None
+    expected: str | None = None
+    fix: str | None = None
+
+    def __post_init__(self) -> None:
+        assert self.code in CODES, f"{self.code} is not in the catalogue"
+
+    def __str__(self) -> str:
+        place = "" if self.file is None else f"{self.file}:" + ("" if self.line is None else f"{self.line}:") + " "
+        lines = [f"{place}{self.message} [{self.code}]"]
+        subject = None if self.name is None else (self.name if self.found is None else f"{self.name} {self.found}")
+        for label, value in (
+            ("rule", self.rule),
+            ("on", subject),
+            ("expected", self.expected),
+            ("fix", self.fix),
+        ):
+            if value is not None:
+                lines.append(f"  {label:<9} {value}")
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, object]:
+        """The finding as the JSON object that `verify_tp_plan --json` prints."""
+        keys = ("code", "severity", "level", "rule", "name", "file", "line", "message", "found", "expected", "fix")
+        return {key: getattr(self, key) for key in keys}
+
+
+class ParallelPlansError(Exception):
+    """Base of every error this package raises on purpose. `findings` holds what is wrong, in the order of the file."""
+
+    def __init__(self, findings: Finding | Sequence[Finding]) -> None:
+        self.findings: tuple[Finding, ...] = (findings,) if isinstance(findings, Finding) else tuple(findings)
+        super().__init__("\n".join(str(finding) for finding in self.findings))
+
+    def __reduce__(self) -> tuple[type, tuple[tuple[Finding, ...]]]:
+        return type(self), (self.findings,)
+
+
+class PlanError(ParallelPlansError, ValueError):
+    """The plan is wrong, by itself (PP0xx) or for this model and these ranks (PP1xx, PP2xx)."""
+
+
+class CheckpointError(ParallelPlansError, OSError):
+    """The checkpoint cannot be read or written as asked (PP6xx)."""
+
+
+class LaunchError(ParallelPlansError, RuntimeError):
+    """What was asked for does not fit what was started (PP7xx)."""
