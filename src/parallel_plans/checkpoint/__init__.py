@@ -1,0 +1,1 @@
+"""Own bytes in, own bytes out: reading, converting and writing safetensors checkpoints."""
