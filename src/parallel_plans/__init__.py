@@ -1,0 +1,49 @@
+"""Split a PyTorch model across ranks from a YAML plan."""
+
+from parallel_plans.apply import parallelize
+from parallel_plans.auto import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+from parallel_plans.checkpoint.save import save_pretrained
+from parallel_plans.errors import CheckpointError, Finding, LaunchError, ParallelPlansError, PlanError
+from parallel_plans.hub import from_pretrained
+from parallel_plans.loader import load_plan
+from parallel_plans.plan import Plan, Rule
+from parallel_plans.state import full_gradients, full_state_dict, parallel_of
+from parallel_plans.styles import Style, register_style
+from parallel_plans.version import __version__
+
+__all__ = [
+    "AutoModel",
+    "AutoModelForCausalLM",
+    "AutoModelForImageTextToText",
+    "AutoModelForMaskedLM",
+    "AutoModelForQuestionAnswering",
+    "AutoModelForSeq2SeqLM",
+    "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification",
+    "CheckpointError",
+    "Finding",
+    "LaunchError",
+    "ParallelPlansError",
+    "Plan",
+    "PlanError",
+    "Rule",
+    "Style",
+    "__version__",
+    "from_pretrained",
+    "full_gradients",
+    "full_state_dict",
+    "load_plan",
+    "parallel_of",
+    "parallelize",
+    "register_style",
+    "save_pretrained",
+]

@@ -1,0 +1,69 @@
+"""Table -> model, in two passes: shard the parameters, then attach forward-only communication."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Container, Mapping
+from typing import Any
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from parallel_plans.attach import attach_forwards
+from parallel_plans.checkpoint.load import Loaded
+from parallel_plans.loader import load_plan
+from parallel_plans.mesh import Place, place_on
+from parallel_plans.model_spec import describe
+from parallel_plans.plan import Plan
+from parallel_plans.resolve import Table, resolve
+from parallel_plans.shard import shard_parameters
+from parallel_plans.state import Parallel, remember
+from parallel_plans.storage import STORAGES, Storage
+
+
+def parallelize(
+    model: nn.Module,
+    plan: Plan | str | os.PathLike[str] | Mapping[str, Any],
+    mesh: DeviceMesh,
+    *,
+    storage: Storage = "dtensor",
+) -> nn.Module:
+    """`model`, split over `mesh` in place as `plan` says.
+
+    Every rank calls it with the same whole model. Works for any `nn.Module`, on any device; parameters on `meta` become
+    this rank's part on `meta`.
+
+    Args:
+        model: holds whole parameters, the same on every rank.
+        plan: a `Plan`, a path, or a mapping (a whole plan, or rules for the axis `tp`).
+        mesh: with an axis called `tp`; of several axes only that one is used.
+        storage: `dtensor` keeps parameters as DTensors, for optimizers and distributed checkpoints; `local` keeps plain
+            tensors, which costs the least time.
+
+    Raises:
+        PlanError: the plan is wrong, or wrong for this model and this many ranks; the model is untouched then.
+    """
+    if storage not in STORAGES:
+        raise ValueError(f"storage is {storage!r}; it can be {' or '.join(STORAGES)}")
+    place = place_on(mesh)
+    table = resolve(plan if isinstance(plan, Plan) else load_plan(plan), describe(model), place.sizes)
+    return apply_table(model, table, place, storage=storage)
+
+
+def apply_table(
+    model: nn.Module,
+    table: Table,
+    place: Place,
+    *,
+    storage: Storage,
+    sharded: Container[int] = (),
+    loaded: Loaded | None = None,
+) -> nn.Module:
+    """`model` under a resolved plan: pass 1, then pass 2.
+
+    `sharded` are the ids of parameters that already are this rank's part, `loaded` what loading them did.
+    """
+    shard_parameters(model, table, place, storage, sharded)
+    attach_forwards(model, table, place)
+    remember(model, Parallel(table=table, place=place, storage=storage, loaded=loaded))
+    return model

@@ -1,0 +1,109 @@
+"""What runs at a module's boundary in pass 2: the transitions its style's letters ask for.
+
+A `Boundary` is forward-only: it finds the parameters already sharded and never touches them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from parallel_plans.collectives import TRANSITIONS, Axis, reduce
+from parallel_plans.layouts import Split
+
+if TYPE_CHECKING:
+    from parallel_plans.styles.base import Style
+
+Forward = Callable[..., Any]
+Arguments = tuple[Any, ...]
+Keywords = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """Where a boundary stands: the module's name, its style and options, the axis, and how its parameter is split."""
+
+    name: str
+    style: Style
+    axis: Axis
+    split: Split | None
+    options: Mapping[str, Any]
+
+    @property
+    def local_size(self) -> int:
+        """Elements of the split dim on this rank."""
+        assert self.split is not None
+        return self.split.local_sizes[self.axis.rank]
+
+
+def _transition(before: str, after: str, site: Site) -> Callable[[Tensor], Tensor] | None:
+    """The function that takes a value from one letter to the other at this site; None where nothing is to do."""
+    if before == after:
+        return None
+    function, axis, split = TRANSITIONS[before[0], after[0]], site.axis, site.split
+    letter = before if before[0] == "S" else after
+    if letter[0] != "S":
+        return lambda value: function(value, axis)
+    assert split is not None
+    dim = int(letter[2:-1])
+    return lambda value: function(value, axis, split, dim)
+
+
+def change_first(function: Callable[[Tensor], Tensor], args: Arguments, kwargs: Keywords) -> tuple[Arguments, Keywords]:
+    """The arguments with `function` applied to the first tensor among them."""
+    for index, value in enumerate(args):
+        if isinstance(value, Tensor):
+            return (*args[:index], function(value), *args[index + 1 :]), kwargs
+    for key, value in kwargs.items():
+        if isinstance(value, Tensor):
+            return args, {**kwargs, key: function(value)}
+    raise TypeError("the module was called without a tensor")
+
+
+def change_output(function: Callable[[Tensor], Tensor], output: Any) -> Any:
+    """The output with `function` applied to the tensor it is, or to the first element of the tuple it is."""
+    if isinstance(output, Tensor):
+        return function(output)
+    if isinstance(output, tuple) and not hasattr(output, "_fields") and output:
+        return (function(output[0]), *output[1:])
+    if isinstance(output, list) and output:
+        return [function(output[0]), *output[1:]]
+    raise TypeError(
+        f"the module returned a {type(output).__name__}; a tensor or a tuple that begins with one is needed"
+    )
+
+
+class Boundary:
+    """Arrive, run, deliver: what the letters of a style's row say."""
+
+    is_done = False  # True for one that has done all it does when it is made, and leaves the forward alone
+
+    def __init__(self, site: Site, module: nn.Module) -> None:
+        self.site = site
+        style = site.style
+        self.arrive = _transition(style.arrives, style.needs, site)
+        self.deliver = self._delivery(style, site)
+
+    @staticmethod
+    def _delivery(style: Style, site: Site) -> Callable[[Tensor], Tensor] | None:
+        if (style.leaves, style.delivers) == ("P", "I") and style.serves:
+            # A linear layer's or an embedding's output is new and nobody else's, so without gradients it may be reduced
+            # where it lies.
+            axis = site.axis
+            return lambda value: reduce(value, axis, in_place=True)
+        return _transition(style.leaves, style.delivers, site)
+
+    def __call__(self, forward: Forward, args: Arguments, kwargs: Keywords) -> Any:
+        """The module's output as the style delivers it; `forward` computes it from the arguments."""
+        if self.arrive is not None:
+            if args and isinstance(args[0], Tensor):
+                args = (self.arrive(args[0]), *args[1:])
+            else:
+                args, kwargs = change_first(self.arrive, args, kwargs)
+        output = forward(*args, **kwargs)
+        if self.deliver is None:
+            return output
+        return self.deliver(output) if isinstance(output, Tensor) else change_output(self.deliver, output)

@@ -1,0 +1,115 @@
+"""Loading: each rank reads its own bytes of a checkpoint, straight into tensors of their final dtype and device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from parallel_plans.checkpoint.lazy import LazyTensor
+from parallel_plans.errors import CheckpointError, Finding
+from parallel_plans.layouts import Layout
+from parallel_plans.mesh import Place
+from parallel_plans.resolve import Table
+
+READERS = 4  # threads; more of them slow each other down
+
+
+@dataclass
+class Loaded:
+    """What a load did: names that the checkpoint lacks, names it has too many, names of another shape, bytes."""
+
+    missing: set[str] = field(default_factory=set)
+    unexpected: set[str] = field(default_factory=set)
+    misshapen: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)  # found, expected
+    bytes_read: int = 0
+    bytes_total: int = 0
+
+
+def compare(tensors: Mapping[str, LazyTensor], unexpected: Iterable[str], expected: Mapping[str, Tensor]) -> Loaded:
+    """What is missing, unexpected and misshapen in `tensors`, against the whole tensors that the model expects."""
+    result = Loaded(missing=set(expected) - set(tensors), unexpected=set(unexpected))
+    for name, tensor in tensors.items():
+        if tuple(tensor.shape) != tuple(expected[name].shape):
+            result.misshapen[name] = (tuple(tensor.shape), tuple(expected[name].shape))
+    return result
+
+
+def misfit(loaded: Loaded, folder: str, ignored: Callable[[str], bool]) -> CheckpointError:
+    """The error that tells of all keys that do not fit, in three lists; `ignored` names are left out."""
+    findings = [
+        Finding(
+            code="PP604",
+            message="the checkpoint's tensor has another shape",
+            file=folder,
+            name=name,
+            found=str(Layout(found)),
+            expected=str(Layout(expected)),
+            fix="load the checkpoint with its own config, or pass ignore_mismatched_sizes=True",
+        )
+        for name, (found, expected) in sorted(loaded.misshapen.items())
+    ]
+    for kind, names in (("missing from", loaded.missing), ("unexpected in", loaded.unexpected)):
+        findings += [
+            Finding(code="PP604", severity="warning", message=f"{kind} the checkpoint", file=folder, name=name)
+            for name in sorted(names)
+            if not ignored(name)
+        ]
+    return CheckpointError(findings)
+
+
+def read_parts(
+    model: nn.Module,
+    tensors: Mapping[str, LazyTensor],
+    table: Table,
+    place: Place,
+    dtypes: Callable[[str, Tensor], torch.dtype],
+    device: torch.device,
+    progress: Callable[[int], object],
+) -> set[int]:
+    """Reads this rank's part of every tensor into the model; gives the ids of the parameters that were set.
+
+    Args:
+        model: holds whole tensors on `meta`.
+        tensors: by the model's names; each of the shape the model expects.
+        table: the resolved plan.
+        place: this rank.
+        dtypes: gives the final dtype of a name and its tensor in the model.
+        device: where the parts go.
+        progress: called with the bytes of each part once it is there.
+    """
+    expected = model.state_dict()
+
+    def read(name: str) -> tuple[str, Tensor]:
+        entry = table.parameters.get(name)
+        layout = Layout(tuple(expected[name].shape)) if entry is None else entry.layout
+        shape = layout.local_shape(place.ranks)
+        part = torch.empty(shape, dtype=dtypes(name, expected[name]), device=device)
+        tensors[name].read_into(part, layout.region(place.ranks))
+        progress(part.numel() * part.element_size())
+        return name, part
+
+    loaded: set[int] = set()
+    with ThreadPoolExecutor(READERS, thread_name_prefix="read") as pool, torch.no_grad():
+        for name, part in pool.map(read, tensors):
+            loaded.add(id(_put(model, name, part)))
+    return loaded
+
+
+def _put(model: nn.Module, name: str, part: Tensor) -> Tensor:
+    """Puts a part where the model keeps its parameter or buffer `name`."""
+    prefix, _, own = name.rpartition(".")
+    module = model.get_submodule(prefix)
+    value: Any = part
+    if own in module._parameters:
+        old = module._parameters[own]
+        value = nn.Parameter(part, requires_grad=old.requires_grad if old is not None else part.is_floating_point())
+        module._parameters[own] = value
+    else:
+        module._buffers[own] = part
+    value._is_hf_initialized = True  # transformers draws anew what does not carry this mark
+    return part if own not in module._parameters else value

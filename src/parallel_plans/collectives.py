@@ -1,0 +1,218 @@
+"""The transitions of a value from one letter to another, each with its backward (docs/concepts.md has the table).
+
+    transition   forward           backward
+    I -> R       nothing           all-reduce
+    P -> I       all-reduce        nothing
+    P -> R       all-reduce        all-reduce
+    S(d) -> I    all-gather        take own slice
+    I -> S(d)    take own slice    all-gather
+    S(d) -> R    all-gather        reduce-scatter
+    P -> S(d)    reduce-scatter    all-gather
+
+Every function takes the value, the `Axis` and, where a dim is sharded, its `Split` and the dim of the value it means.
+A backward is written with the opposite transition, so gradients of gradients are right too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from parallel_plans.layouts import Split
+
+
+@dataclass(frozen=True, kw_only=True)
+class Axis:
+    """One axis of the mesh as this rank sees it: its process group, its size in ranks, this rank's place on it."""
+
+    name: str
+    group: dist.ProcessGroup
+    size: int
+    rank: int
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Axis:
+        return self  # a process group cannot be copied, and a copied model runs on the same ranks
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """One collective that ran: which, on which axis, how many bytes its local input has, in backward or not."""
+
+    op: str
+    axis: str
+    bytes: int
+    backward: bool
+
+
+_recorders: list[list[Call]] = []
+
+
+@contextmanager
+def record_collectives() -> Iterator[list[Call]]:
+    """A list that fills with a `Call` for every collective this process starts inside the block."""
+    calls: list[Call] = []
+    _recorders.append(calls)
+    try:
+        yield calls
+    finally:
+        _recorders.remove(calls)
+
+
+def _record(op: str, axis: Axis, value: Tensor) -> None:
+    backward = torch._C._current_graph_task_id() != -1
+    call = Call(op=op, axis=axis.name, bytes=value.numel() * value.element_size(), backward=backward)
+    for calls in _recorders:
+        calls.append(call)
+
+
+def all_reduce(value: Tensor, axis: Axis, *, in_place: bool = False) -> Tensor:
+    """The sum of every rank's `value`; `in_place` only where nobody else holds `value`."""
+    if _recorders:
+        _record("all_reduce", axis, value)
+    if not in_place or not value.is_contiguous():
+        value = value.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(value, group=axis.group)
+    return value
+
+
+def all_gather(local: Tensor, axis: Axis, split: Split, dim: int) -> Tensor:
+    """The whole value, put together from every rank's part of `dim` in the order that `split` says."""
+    if _recorders:
+        _record("all_gather", axis, local)
+    dim = dim % local.dim()
+    sizes = split.local_sizes
+    assert local.shape[dim] == sizes[axis.rank], (tuple(local.shape), dim, split)
+    longest = max(sizes)
+    if local.shape[dim] < longest:  # the collective wants equal parts
+        padding = [0, 0] * (local.dim() - 1 - dim) + [0, longest - local.shape[dim]]
+        local = torch.nn.functional.pad(local, padding)
+    stacked = local.new_empty((axis.size * local.shape[0], *local.shape[1:]))
+    dist.all_gather_single(stacked, local.contiguous(), group=axis.group)
+    pieces = stacked.view(axis.size, *local.shape)
+    parts = [piece.narrow(dim, 0, size) for piece, size in zip(pieces.unbind(0), sizes, strict=True)]
+    if all(len(ranges) == 1 for ranges in split.ranges) and split.is_disjoint:
+        return torch.cat(parts, dim=dim)
+    whole = local.new_empty([split.size if d == dim else size for d, size in enumerate(local.shape)])
+    for rank, part in enumerate(parts):
+        split.put(whole, part, rank, dim)
+    return whole
+
+
+def reduce_scatter(value: Tensor, axis: Axis, split: Split, dim: int) -> Tensor:
+    """This rank's part of the sum of every rank's `value`."""
+    if _recorders:
+        _record("reduce_scatter", axis, value)
+    dim = dim % value.dim()
+    longest = max(split.local_sizes)
+    parts = [split.take(value, rank, dim) for rank in range(axis.size)]
+    stacked = value.new_zeros((axis.size, *[longest if d == dim else size for d, size in enumerate(value.shape)]))
+    for rank, part in enumerate(parts):
+        stacked[rank].narrow(dim, 0, part.shape[dim]).copy_(part)
+    result = torch.empty_like(stacked[0])
+    dist.reduce_scatter_single(result, stacked.flatten(0, 1), group=axis.group)
+    return result.narrow(dim, 0, split.local_sizes[axis.rank]).contiguous()
+
+
+def broadcast_parts(local: Tensor, axis: Axis, split: Split) -> Tensor:
+    """The whole tensor on every rank, one part in flight at a time: slower than `all_gather`, in less memory."""
+    whole = local.new_empty([split.size if d == split.dim else size for d, size in enumerate(local.shape)])
+    for rank in range(axis.size):
+        shape = [split.local_sizes[rank] if d == split.dim else size for d, size in enumerate(local.shape)]
+        part = local.contiguous() if rank == axis.rank else local.new_empty(shape)
+        if part.numel():
+            dist.broadcast(part, group=axis.group, group_src=rank)
+        split.put(whole, part, rank)
+    return whole
+
+
+def _needs_gradient(value: Tensor) -> bool:
+    return torch.is_grad_enabled() and value.requires_grad
+
+
+def _function(ahead: Callable[..., Tensor], back: Callable[..., Tensor]) -> Any:
+    """The autograd function that runs `ahead(value, *where)`, and `back(gradient, *where)` on the way back."""
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, value: Tensor, *where: Any) -> Tensor:
+            ctx.where = where
+            return ahead(value, *where)
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+            return back(gradient, *ctx.where), *(None for _ in ctx.where)
+
+    return Function
+
+
+def _own(value: Tensor, axis: Axis, split: Split, dim: int) -> Tensor:
+    return split.take(value, axis.rank, dim).contiguous()
+
+
+# Each with the transition opposite to it; the names on the right are the functions below.
+_Replicate = _function(lambda value, axis: value.view_as(value), lambda *back: reduce(*back))
+_Reduce = _function(all_reduce, lambda gradient, axis: gradient)
+_ReduceForUse = _function(all_reduce, lambda *back: reduce_for_use(*back))
+_Gather = _function(all_gather, lambda *back: take_own(*back))
+_TakeOwn = _function(_own, lambda *back: gather(*back))
+_GatherForUse = _function(all_gather, lambda *back: scatter_sum(*back))
+_ScatterSum = _function(reduce_scatter, lambda *back: gather_for_use(*back))
+
+
+def replicate(value: Tensor, axis: Axis) -> Tensor:
+    """I -> R: the value itself; its gradient is the sum of the ranks' gradients."""
+    return _Replicate.apply(value, axis) if _needs_gradient(value) else value
+
+
+def reduce(value: Tensor, axis: Axis, *, in_place: bool = False) -> Tensor:
+    """P -> I: the sum of the ranks' values; the gradient passes as it is. `in_place` is used only without gradients."""
+    return _Reduce.apply(value, axis) if _needs_gradient(value) else all_reduce(value, axis, in_place=in_place)
+
+
+def reduce_for_use(value: Tensor, axis: Axis) -> Tensor:
+    """P -> R: the sum of the ranks' values, then used differently per rank (statistics over a sharded dim)."""
+    return _ReduceForUse.apply(value, axis) if _needs_gradient(value) else all_reduce(value, axis)
+
+
+def gather(local: Tensor, axis: Axis, split: Split, dim: int) -> Tensor:
+    """S(dim) -> I: the whole value; each rank's gradient is its own slice."""
+    return _Gather.apply(local, axis, split, dim) if _needs_gradient(local) else all_gather(local, axis, split, dim)
+
+
+def take_own(value: Tensor, axis: Axis, split: Split, dim: int) -> Tensor:
+    """I -> S(dim): this rank's slice; the gradient is gathered from all ranks."""
+    return _TakeOwn.apply(value, axis, split, dim) if _needs_gradient(value) else _own(value, axis, split, dim)
+
+
+def gather_for_use(local: Tensor, axis: Axis, split: Split, dim: int) -> Tensor:
+    """S(dim) -> R: the whole value, used differently per rank; the gradient is summed and scattered."""
+    if _needs_gradient(local):
+        return _GatherForUse.apply(local, axis, split, dim)
+    return all_gather(local, axis, split, dim)
+
+
+def scatter_sum(value: Tensor, axis: Axis, split: Split, dim: int) -> Tensor:
+    """P -> S(dim): this rank's slice of the sum; the gradient is gathered from all ranks."""
+    if _needs_gradient(value):
+        return _ScatterSum.apply(value, axis, split, dim)
+    return reduce_scatter(value, axis, split, dim)
+
+
+Transition = Callable[..., Tensor]
+
+# (letter before, letter after) -> the function; those with an S on either side also take the split and the dim.
+TRANSITIONS: dict[tuple[str, str], Transition] = {
+    ("I", "R"): replicate,
+    ("P", "I"): reduce,
+    ("P", "R"): reduce_for_use,
+    ("S", "I"): gather,
+    ("I", "S"): take_own,
+    ("S", "R"): gather_for_use,
+    ("P", "S"): scatter_sum,
+}

@@ -1,0 +1,119 @@
+"""A style's cut applied to a shape: parts, units and counts as numbers, and what to do where they do not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from parallel_plans.expressions import ExpressionError, evaluate_size
+from parallel_plans.layouts import Split, deal, split_dim
+from parallel_plans.model_spec import ModuleInfo
+from parallel_plans.plan import Rule
+from parallel_plans.styles import Style
+
+
+class CannotSplit(Exception):
+    """A shape that a style does not fit: the code of the finding, what cannot be split, what was expected, a fix."""
+
+    def __init__(self, code: str, what: str, expected: str | None = None, fix: str | None = None) -> None:
+        super().__init__(what)
+        self.code, self.what, self.expected, self.fix = code, what, expected, fix
+
+
+class Geometry:
+    """Shapes under one axis of `ranks` ranks, for a model whose config has these `fields`."""
+
+    def __init__(self, fields: Mapping[str, int], axis: str, ranks: int) -> None:
+        self.fields, self.axis, self.ranks = fields, axis, ranks
+
+    def size(self, value: Any) -> int:
+        """A size option as a number."""
+        try:
+            return evaluate_size(value, self.fields)
+        except ExpressionError as error:
+            code = "PP107" if error.missing is not None else "PP201"
+            near = ", ".join(sorted(self.fields)) or "no whole numbers at all"
+            fix = f"write a number, or one of the config's fields: {near}" if error.missing is not None else None
+            raise CannotSplit(code, f"by the size `{value}`: {error}", fix=fix) from None
+
+    def split(self, shape: Sequence[int], style: Style, options: Mapping[str, object]) -> Split | None:
+        """How the style splits a parameter of this shape; None where it leaves it whole.
+
+        Raises:
+            CannotSplit: parts, units or dim that the shape does not have, or fewer units than ranks.
+        """
+        options = {**style.defaults, **options}
+        dim = style.split_dim(len(shape))
+        if dim is None:
+            return None
+        if "dim" in options and len(shape) > 1:  # a bias has but one
+            dim = int(options["dim"])  # type: ignore[call-overload]
+        if not -len(shape) <= dim < len(shape):
+            raise CannotSplit("PP201", f"dim {dim}", f"a dim between {-len(shape)} and {len(shape) - 1}")
+        dim %= len(shape)
+        parts = self._parts(shape[dim], dim, options.get("parts", 1))
+        units = self._units(parts, dim, options.get("unit", 1))
+        for part, unit in zip(parts, units, strict=True):
+            self._check_unit(part, unit, dim)
+        return split_dim(dim=dim, size=shape[dim], axis=self.axis, ranks=self.ranks, parts=parts, units=units)
+
+    def _parts(self, size: int, dim: int, given: Any) -> tuple[int, ...]:
+        if isinstance(given, (list, tuple)):
+            parts = tuple(self.size(part) for part in given)
+            if sum(parts) != size:
+                added = " + ".join(map(str, parts))
+                raise CannotSplit("PP201", f"dim {dim}", f"parts that add up to {size}, not {added} = {sum(parts)}")
+            return parts
+        count = self.size(given)
+        if size % count:
+            expected = f"{size} divisible into {count} equal parts"
+            raise CannotSplit("PP201", f"dim {dim}", expected, "give the parts by size, `parts: [..., ...]`")
+        return (size // count,) * count
+
+    def _units(self, parts: tuple[int, ...], dim: int, given: Any) -> tuple[int, ...]:
+        if not isinstance(given, (list, tuple)):
+            return (self.size(given),) * len(parts)
+        units = tuple(self.size(unit) for unit in given)
+        if len(units) != len(parts):
+            expected = f"one unit, or one for each of the {len(parts)} parts, not {len(units)}"
+            raise CannotSplit("PP201", f"dim {dim}", expected)
+        return units
+
+    def _check_unit(self, part: int, unit: int, dim: int) -> None:
+        if part % unit:
+            raise CannotSplit("PP201", f"dim {dim}", f"{part} a whole number of units of {unit}", "correct the unit")
+        count = part // unit
+        if count < self.ranks:
+            things = f"{part} elements" if unit == 1 else f"{count} units of {unit}"
+            raise CannotSplit(
+                "PP202",
+                f"dim {dim}",
+                f"at least one unit per rank: {things}, {self.axis} = {self.ranks}",
+                f"use {self.axis} = {count}" + (" or fewer" if count > 1 else "") + ", or `replicate`",
+            )
+
+    def options(self, info: ModuleInfo, style: Style, rule: Rule) -> dict[str, object]:
+        """The rule's options with sizes as numbers; counts as the number that each rank gets."""
+        options: dict[str, object] = {**style.defaults, **rule.options}
+        counts = options.get("counts")
+        if isinstance(counts, Mapping):
+            options["counts"] = {name: self._local_counts(info, name, unit) for name, unit in counts.items()}
+        if "rope" in options:
+            options["rope"] = self.size(options["rope"])
+        return options
+
+    def _local_counts(self, info: ModuleInfo, name: str, unit: Any) -> tuple[int, ...]:
+        where = self.fields if name.startswith("config.") else info.counts
+        field = name.removeprefix("config.")
+        if field not in where:
+            owner = "its config" if name.startswith("config.") else f"the {info.type}"
+            raise CannotSplit("PP203", f"{owner} keeps no whole number called {field}", fix="correct the name")
+        count, size = where[field], self.size(unit)
+        if count % size or count // size < self.ranks:
+            raise CannotSplit(
+                "PP203",
+                f"{name} = {count} cannot be dealt over {self.ranks} ranks",
+                f"at least {self.ranks} whole units of {size}",
+                f"use {self.axis} = {count // size} or fewer" if count % size == 0 else "correct the unit",
+            )
+        return tuple(size * share for share in deal(count // size, self.ranks))

@@ -1,0 +1,179 @@
+"""`from_pretrained`: a Hugging Face checkpoint, split across ranks by a plan.
+
+transformers builds the model, on `meta`, and finalizes it; what it calls to put weights into it is replaced for the
+time of the call, by a loader that resolves the plan and reads this rank's bytes. So every keyword argument of
+transformers' `from_pretrained` means here what it means there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Any
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from parallel_plans.agreement import Agreement
+from parallel_plans.apply import apply_table
+from parallel_plans.checkpoint.save import attach_save
+from parallel_plans.errors import Finding, LaunchError, ParallelPlansError
+from parallel_plans.generation import attach_generate
+from parallel_plans.loading import Loading
+from parallel_plans.lookup import PlanSource
+from parallel_plans.mesh import Place, check_sizes, place_on, start_place, started_ranks, this_rank
+from parallel_plans.messages import print_once
+from parallel_plans.storage import STORAGES, Storage
+
+# arguments of transformers that place or split a model in their own way
+_REFUSED = {
+    "device_map": "every rank loads to its own device: drop device_map",
+    "max_memory": "a plan decides what a rank holds: drop max_memory",
+    "offload_folder": "a plan cannot be combined with offloading: drop offload_folder",
+    "distributed_config": "drop distributed_config; tp_plan and tp_size say it all",
+    "device_mesh": "pass the mesh as `mesh`",
+    "quantization_config": "load the weights as they are; quantized weights cannot be split yet",
+    "gguf_file": "convert it once: load it with transformers in one process and `save_pretrained` it",
+}
+
+
+def from_pretrained(
+    path: str | None,
+    *model_args: Any,
+    model_class: Any = AutoModelForCausalLM,
+    tp_plan: PlanSource | None = "auto",
+    ep_plan: PlanSource | None = None,
+    sp_plan: PlanSource | None = None,
+    tp_size: int | None = None,
+    ep_size: int | None = None,
+    etp_size: int | None = None,
+    mesh: DeviceMesh | None = None,
+    storage: Storage = "dtensor",
+    **kwargs: Any,
+) -> Any:
+    """The model at `path`, split across the ranks that the launcher started.
+
+    Args:
+        path: a folder, or a name on the hub.
+        model_class: a model class or Auto class of transformers.
+        tp_plan: `"auto"` (see `parallel_plans.lookup`), `"builtin"`, a path, a mapping or a `Plan`; None loads the
+            model whole on every rank.
+        ep_plan, sp_plan, ep_size, etp_size: expert and sequence parallelism; not built yet, refused.
+        tp_size: ranks on the axis `tp`; defaults to all that were started.
+        mesh: a mesh of your own with an axis `tp`, instead of one of all ranks.
+        storage: how parameters are kept, `dtensor` or `local` (see `parallelize`).
+        kwargs: what transformers' `from_pretrained` takes, with the same meaning.
+
+    One rank without a launcher gives the ordinary model.
+
+    Raises:
+        LaunchError: the ranks, sizes or arguments do not fit together, or another rank failed (PP7xx).
+        PlanError: the plan is wrong, or wrong for this model and these ranks.
+        CheckpointError: the weights cannot be read, or do not fit the model.
+        All but the last before any weight is read, and on every rank.
+    """
+    try:
+        _check_arguments(storage, {"ep_plan": ep_plan, "sp_plan": sp_plan}, {"ep": ep_size, "etp": etp_size}, kwargs)
+        ranks = mesh_size(mesh) if mesh is not None else check_sizes(tp_size, started_ranks())
+    except ParallelPlansError as error:
+        raise print_once(error) from None
+    if tp_plan is None or ranks == 1:
+        return model_class.from_pretrained(path, *model_args, **kwargs)
+    place = place_on(mesh) if mesh is not None else start_place(ranks)
+    return _load(path, model_args, model_class, tp_plan, place, storage, kwargs)
+
+
+def mesh_size(mesh: DeviceMesh) -> int:
+    """Ranks on the mesh's axis `tp`."""
+    return place_on(mesh).mesh.size()
+
+
+def _check_arguments(storage: str, plans: dict[str, Any], sizes: dict[str, int | None], kwargs: dict[str, Any]) -> None:
+    if storage not in STORAGES:
+        raise ValueError(f"storage is {storage!r}; it can be {' or '.join(STORAGES)}")
+    for name, fix in _REFUSED.items():
+        if kwargs.get(name) is not None:
+            message = f"{name}={kwargs[name]!r} cannot be combined with a plan"
+            raise LaunchError(Finding(code="PP703", message=message, name=name, fix=fix))
+    if kwargs.get("use_safetensors") is False:
+        message = "use_safetensors=False cannot be combined with a plan"
+        fix = "drop it: each rank reads its own bytes, which only safetensors files allow"
+        raise LaunchError(Finding(code="PP703", message=message, name="use_safetensors", fix=fix))
+    asked = [name for name, plan in plans.items() if plan is not None]
+    asked += [f"{axis}_size" for axis, size in sizes.items() if size not in (None, 1)]
+    for name in asked:
+        message = f"{name} asks for a kind of parallelism that this version does not have yet"
+        raise LaunchError(Finding(code="PP109", message=message, name=name, fix=f"drop {name}"))
+
+
+def _load(
+    path: str | None,
+    model_args: tuple[Any, ...],
+    model_class: Any,
+    tp_plan: PlanSource,
+    place: Place,
+    storage: Storage,
+    kwargs: dict[str, Any],
+) -> Any:
+    agreement = Agreement(next(iter(place.axes.values())))
+    loading = Loading(path=path, source=tp_plan, place=place, agreement=agreement, arguments=kwargs)
+    wants_info = kwargs.pop("output_loading_info", False)
+    try:
+        with _weights_put_by(loading), _one_voice():
+            model, info = model_class.from_pretrained(
+                path, *model_args, **loading.arguments_for_transformers(), output_loading_info=True
+            )
+        loading.finish(model)
+        parts = loading.set_parameters
+        apply_table(model, loading.table, place, storage=storage, sharded=parts, loaded=loading.report)
+        agreement.confirm("finishing the model")
+    except Exception as error:
+        agreement.abandon(loading.step, error)
+        raise
+    finally:
+        loading.close()
+    attach_generate(model, place)
+    attach_save(model)
+    return (model, info) if wants_info else model
+
+
+_current: ContextVar[Loading | None] = ContextVar("parallel_plans_loading", default=None)
+_seam = threading.Lock()
+
+
+@contextlib.contextmanager
+def _weights_put_by(loading: Loading) -> Iterator[None]:
+    """Inside the block, in this thread, `loading` puts the weights into the model that transformers builds."""
+    original = PreTrainedModel.__dict__["_load_pretrained_model"]
+
+    def put(model: nn.Module, state_dict: Any, files: Any, config: Any, expected_keys: Any = None) -> Any:
+        mine = _current.get()
+        if mine is None:  # another thread loads a model of its own
+            return original.__func__(model, state_dict, files, config, expected_keys)
+        return mine.load(model, state_dict, files, config)
+
+    with _seam:
+        token = _current.set(loading)
+        PreTrainedModel._load_pretrained_model = staticmethod(put)
+        try:
+            yield
+        finally:
+            PreTrainedModel._load_pretrained_model = original
+            _current.reset(token)
+
+
+@contextlib.contextmanager
+def _one_voice() -> Iterator[None]:
+    """Inside the block transformers speaks on rank 0 only; errors are raised everywhere all the same."""
+    level = transformers_logging.get_verbosity()
+    if this_rank() != 0:
+        transformers_logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)

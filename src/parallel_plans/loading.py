@@ -1,0 +1,195 @@
+"""One load of one model: find and resolve the plan, read this rank's part of every tensor, say what did not fit."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import build_glob_alternation
+from transformers.utils import cached_file
+from transformers.utils.loading_report import LoadStateDictInfo
+
+from parallel_plans.agreement import Agreement
+from parallel_plans.checkpoint.conversion import Converted, convert_for_load
+from parallel_plans.checkpoint.files import Checkpoint, open_checkpoint, resolve_files
+from parallel_plans.checkpoint.lazy import LazyTensor, Leaf, TensorSource
+from parallel_plans.checkpoint.load import Loaded, compare, misfit, read_parts
+from parallel_plans.errors import CheckpointError, Finding, LaunchError
+from parallel_plans.lookup import BESIDE_CHECKPOINT, PlanSource, find_plan
+from parallel_plans.mesh import Place, device_of
+from parallel_plans.messages import bytes_bar
+from parallel_plans.model_spec import describe
+from parallel_plans.random_state import shared_random_state
+from parallel_plans.resolve import Table, resolve
+
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
+
+
+Dtypes = Callable[[str, Tensor], torch.dtype]
+
+
+class Loading:
+    """The state of one load. `step` says what this rank is at, for the ranks that wait for it."""
+
+    table: Table
+
+    def __init__(
+        self, *, path: str | None, source: PlanSource, place: Place, agreement: Agreement, arguments: Mapping[str, Any]
+    ) -> None:
+        self.path, self.source, self.place, self.agreement = path, source, place, agreement
+        self.arguments = dict(arguments)
+        self.device = device_of(place)
+        self.step = "building the model"
+        self.report = Loaded()
+        self.set_parameters: set[int] = set()
+        self._open = contextlib.ExitStack()
+
+    def arguments_for_transformers(self) -> dict[str, Any]:
+        """The caller's arguments, with this rank's device."""
+        arguments = {key: value for key, value in self.arguments.items() if key != "output_loading_info"}
+        if self.path is not None and Path(self.path).is_dir():
+            # before transformers looks, which would take weights of another format and read them whole
+            resolve_files(self.path, arguments.get("variant"), arguments.get("subfolder", ""))
+        if arguments.get("state_dict") is None:
+            arguments["use_safetensors"] = True
+        if self.device.type != "cpu":
+            arguments["device_map"] = {"": self.device}
+        return arguments
+
+    def load(self, model: Any, state_dict: Any, files: Any, config: Any) -> tuple[LoadStateDictInfo, None]:
+        """Puts this rank's part of the weights into `model`, which is whole and on `meta`; called by transformers."""
+        self.step = "resolving the plan"
+        if config.hf_quantizer is not None:
+            raise LaunchError(_quantized(config))
+        self.table = self._resolve(model)
+        self.step = "opening the checkpoint"
+        tensors = self._tensors(state_dict, files)
+        dtypes = _final_dtypes(config)
+        converted = convert_for_load(model, tensors, config.weight_mapping, dtypes)
+        fitting = self._fitting(model, converted, config.ignore_mismatched_sizes)
+        self.agreement.confirm(
+            self.step, plan=self.table.plan.fingerprint(), model=_digest(model), checkpoint=_digest_of(tensors)
+        )
+        self.step = "reading the weights"
+        self._read(model, fitting, dtypes)
+        model._weight_conversions = converted.used  # what transformers reverses when it saves
+        self.agreement.confirm(self.step)
+        self.step = "finishing the model"
+        # weights the checkpoint lacks are drawn by transformers now, whole, and the same on every rank
+        self._open.enter_context(shared_random_state(next(iter(self.place.axes.values())), self.device))
+        return self._info(), None
+
+    def _resolve(self, model: Any) -> Table:
+        spec = describe(model)
+        plan = find_plan(self.source, spec, getattr(model, "tp_plan", None), self._plan_beside)
+        return resolve(plan, spec, self.place.sizes)
+
+    def _plan_beside(self) -> str | None:
+        if self.path is None:
+            return None
+        hub = {key: self.arguments[key] for key in _HUB_ARGUMENTS if self.arguments.get(key) is not None}
+        if Path(self.path).is_dir():
+            beside = Path(self.path) / hub.get("subfolder", "") / BESIDE_CHECKPOINT
+            return str(beside) if beside.is_file() else None
+        found: str | None = cached_file(
+            self.path,
+            BESIDE_CHECKPOINT,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            **hub,
+        )
+        return found
+
+    def _tensors(self, state_dict: Mapping[str, Tensor] | None, files: list[str] | None) -> Mapping[str, LazyTensor]:
+        if state_dict is not None:
+            return {name: _lazy(tensor) for name, tensor in state_dict.items()}
+        checkpoint = self._open.enter_context(open_checkpoint(files or []))
+        self.report.bytes_total = checkpoint.bytes_total
+        self._checkpoint: Checkpoint | None = checkpoint
+        return checkpoint.tensors
+
+    def _fitting(self, model: Any, converted: Converted, ignore_misshapen: bool) -> dict[str, LazyTensor]:
+        expected = model.state_dict()
+        total = self.report.bytes_total
+        self.report = compare(converted.tensors, converted.unexpected, expected)
+        self.report.bytes_total = total
+        tied = getattr(model, "all_tied_weights_keys", {})
+        if self.report.misshapen and not ignore_misshapen:
+            raise misfit(self.report, os.fspath(self.path or "<state_dict>"), lambda name: name in tied)
+        return {name: tensor for name, tensor in converted.tensors.items() if name not in self.report.misshapen}
+
+    def _read(self, model: Any, tensors: Mapping[str, LazyTensor], dtypes: Dtypes) -> None:
+        def own_bytes(name: str) -> int:
+            entry = self.table.parameters.get(name)
+            return tensors[name].nbytes if entry is None else entry.local_bytes(self.place.ranks)
+
+        with bytes_bar("Reading weights", sum(map(own_bytes, tensors))) as bar:
+            self.set_parameters = read_parts(model, tensors, self.table, self.place, dtypes, self.device, bar.update)
+        checkpoint = getattr(self, "_checkpoint", None)
+        self.report.bytes_read = 0 if checkpoint is None else checkpoint.bytes_read
+
+    def _info(self) -> LoadStateDictInfo:
+        report = self.report
+        return LoadStateDictInfo(
+            missing_keys=set(report.missing),
+            unexpected_keys=set(report.unexpected),
+            mismatched_keys={
+                (name, torch.Size(found), torch.Size(expected)) for name, (found, expected) in report.misshapen.items()
+            },
+            conversion_errors={},
+            error_msgs=[],
+            skipped_pp_keys=set(),
+        )
+
+    def finish(self, model: nn.Module) -> None:
+        """Checks what transformers made of the model after its weights were in."""
+        if getattr(model, "_hf_peft_config_loaded", False):
+            fix = "load the base model with the plan, then add the adapter"
+            raise CheckpointError(Finding(code="PP703", message="the folder holds an adapter, not a model", fix=fix))
+
+    def close(self) -> None:
+        """Gives back files and random state."""
+        self._open.close()
+
+
+def _lazy(tensor: Tensor) -> LazyTensor:
+    return Leaf(TensorSource(tensor.shape, tensor.dtype, lambda: tensor))
+
+
+def _final_dtypes(config: Any) -> Dtypes:
+    """The dtype transformers would give a tensor of the model: the parameter's, unless its class asks for float32."""
+    plan = config.dtype_plan or {}
+    if not plan:
+        return lambda name, tensor: tensor.dtype
+    alternation, by_group, _ = build_glob_alternation(list(plan))
+
+    def dtype(name: str, tensor: Tensor) -> torch.dtype:
+        match = alternation.search(name)
+        return tensor.dtype if match is None or match.lastgroup is None else plan[by_group[match.lastgroup]]
+
+    return dtype
+
+
+def _quantized(config: Any) -> Finding:
+    method = getattr(config.hf_quantizer.quantization_config, "quant_method", "unknown")
+    return Finding(
+        code="PP703",
+        message=f"the checkpoint is quantized ({getattr(method, 'value', method)}), which no plan can split yet",
+        fix="use the checkpoint of the unquantized model",
+    )
+
+
+def _digest_of(tensors: Mapping[str, LazyTensor]) -> str:
+    content = repr(sorted((name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in tensors.items()))
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def _digest(model: nn.Module) -> str:
+    content = repr([(name, tuple(p.shape), str(p.dtype)) for name, p in model.named_parameters()])
+    return hashlib.sha256(content.encode()).hexdigest()[:16]

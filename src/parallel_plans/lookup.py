@@ -1,0 +1,108 @@
+"""Where `tp_plan="auto"` finds a plan, in this order:
+
+1. `parallel_plan.yaml` beside the checkpoint;
+2. `<model_type>.yaml` in the folders of the environment variable PARALLEL_PLANS_PATH;
+3. the plan for the model type that ships with this package;
+4. the plan that the model's class carries, translated.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from parallel_plans.errors import Finding, LaunchError
+from parallel_plans.loader import load_plan
+from parallel_plans.matching import assign
+from parallel_plans.messages import tell, warn
+from parallel_plans.model_spec import ModelSpec
+from parallel_plans.plan import Plan
+
+BESIDE_CHECKPOINT = "parallel_plan.yaml"
+PATH_VARIABLE = "PARALLEL_PLANS_PATH"
+PlanSource = Plan | str | os.PathLike[str] | Mapping[str, Any]
+
+
+def bundled_folder() -> Path:
+    """The folder of the plans that ship with this package: inside it when installed, beside `src` in a checkout."""
+    here = Path(__file__).resolve().parent
+    installed = here / "plans"
+    return installed if installed.is_dir() else here.parents[1] / "plans"
+
+
+def bundled_types() -> tuple[str, ...]:
+    """The model types that a plan ships for, in alphabetical order."""
+    return tuple(sorted(path.stem for path in bundled_folder().glob("*.yaml")))
+
+
+def find_plan(
+    source: PlanSource, spec: ModelSpec, carried: Mapping[str, str] | None, beside: Callable[[], str | None]
+) -> Plan:
+    """The plan that `source` means for this model.
+
+    Args:
+        source: `"auto"` (the lookup above), `"builtin"` (what the class carries), a path, a mapping, or a `Plan`.
+        spec: the model.
+        carried: the plan that the model's class carries, name -> style.
+        beside: gives the path of the plan beside the checkpoint, or None.
+
+    Raises:
+        PlanError: the plan that was found cannot be read.
+        LaunchError: PP704 where there is none.
+    """
+    if isinstance(source, Plan):
+        return source
+    if source == "builtin":
+        return carried_plan(spec, carried)
+    if source != "auto":
+        return load_plan(source)
+    path = beside() or _on_path(spec.model_type) or _bundled(spec.model_type)
+    if path is not None:
+        plan = load_plan(path)
+    elif carried:
+        plan = carried_plan(spec, carried)
+    else:
+        raise LaunchError(_no_plan(spec))
+    tell("tp_plan: %s", plan.source)
+    return plan
+
+
+def _on_path(model_type: str | None) -> str | None:
+    folders = [folder for folder in os.environ.get(PATH_VARIABLE, "").split(os.pathsep) if folder]
+    found = (str(path) for folder in folders if (path := Path(folder) / f"{model_type}.yaml").is_file())
+    return next(found, None)
+
+
+def _bundled(model_type: str | None) -> str | None:
+    return str(bundled_folder() / f"{model_type}.yaml") if model_type in bundled_types() else None
+
+
+def carried_plan(spec: ModelSpec, carried: Mapping[str, str] | None) -> Plan:
+    """The plan a model's class carries, as ours: what it leaves out stays whole, stale rules are dropped aloud.
+
+    Raises:
+        LaunchError: PP704 where it carries none.
+    """
+    if not carried:
+        raise LaunchError(_no_plan(spec))
+    rules = load_plan({"tp_plan": dict(carried)}).rules("tp_plan")
+    uses = assign(rules, list(spec.parameters), list(spec.modules)).uses
+    stale = [use.rule.pattern for use in uses if use.matches_nothing]
+    if stale:
+        warn("the plan of the model's class has rules that match nothing, dropped: %s", ", ".join(stale))
+    kept = {name: style for name, style in carried.items() if name not in stale}
+    whole = {"**": "replicate"}
+    plan = load_plan({"version": 1, "tp_plan": {**kept, **whole}})
+    return Plan(source=f"carried by the model's class ({spec.model_type})", sections=plan.sections)
+
+
+def _no_plan(spec: ModelSpec) -> Finding:
+    return Finding(
+        code="PP704",
+        message=f"there is no plan for model_type {spec.model_type}",
+        expected=f"{BESIDE_CHECKPOINT} beside the checkpoint, {spec.model_type}.yaml in {PATH_VARIABLE}, "
+        "or a plan in the package or in the model's class",
+        fix='write one (plans/SPEC.md) and pass it: tp_plan="my_plan.yaml"',
+    )

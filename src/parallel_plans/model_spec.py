@@ -1,0 +1,125 @@
+"""What a plan is resolved against: the names, shapes and kinds of a model's parts, without the model.
+
+A `ModelSpec` is plain data. `describe` reads it off any `nn.Module`, on any device, `meta` included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParameterInfo:
+    """A parameter: its full name, its whole shape, and the bytes of one element."""
+
+    name: str
+    shape: tuple[int, ...]
+    itemsize: int
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the whole parameter."""
+        count = self.itemsize
+        for size in self.shape:
+            count *= size
+        return count
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModuleInfo:
+    """A module: its full name, its class, its kind (`linear`, `embedding`, `other`), its own parameters' names."""
+
+    name: str
+    type: str
+    kind: str
+    parameters: tuple[str, ...]
+    counts: Mapping[str, int]  # the whole numbers it keeps as attributes
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """A model as a plan sees it.
+
+    Args:
+        model_type: the config's `model_type`; None for a model without one.
+        parameters: full name -> parameter, tied names included.
+        modules: full name -> module; the root's name is empty.
+        tied: name -> the name of the parameter it is tied to.
+        fields: the config's whole numbers, for size expressions.
+    """
+
+    model_type: str | None
+    parameters: Mapping[str, ParameterInfo]
+    modules: Mapping[str, ModuleInfo]
+    tied: Mapping[str, str]
+    fields: Mapping[str, int]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all parameters, tied ones counted once."""
+        return sum(info.bytes for name, info in self.parameters.items() if name not in self.tied)
+
+
+def _kind(module: nn.Module) -> str:
+    weight = getattr(module, "weight", None)
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    is_linear = hasattr(module, "out_features") or hasattr(module, "nf")  # `nf`: the transposed Conv1D of gpt2
+    return "linear" if is_linear and getattr(weight, "ndim", 0) == 2 else "other"
+
+
+def _whole_numbers(values: Mapping[str, Any]) -> dict[str, int]:
+    return {key: value for key, value in values.items() if isinstance(value, int) and not isinstance(value, bool)}
+
+
+def config_fields(config: Any) -> dict[str, int]:
+    """The whole numbers of a transformers config (its text part), by field name; empty for None.
+
+    Where a config leaves them out, `head_dim` and `num_key_value_heads` are what model code takes them for: the hidden
+    size over the heads, and as many as there are heads.
+    """
+    if config is None:
+        return {}
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    fields = _whole_numbers(text.to_dict() if hasattr(text, "to_dict") else vars(text))
+    if "num_attention_heads" in fields:
+        fields.setdefault("num_key_value_heads", fields["num_attention_heads"])
+        if "hidden_size" in fields:
+            fields.setdefault("head_dim", fields["hidden_size"] // fields["num_attention_heads"])
+    return fields
+
+
+def describe(model: nn.Module) -> ModelSpec:
+    """The spec of `model`: parameters that are one object are tied, and so are those its class says it will tie."""
+    parameters: dict[str, ParameterInfo] = {}
+    tied: dict[str, str] = {}
+    first: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        parameters[name] = ParameterInfo(name=name, shape=tuple(parameter.shape), itemsize=parameter.element_size())
+        if first.setdefault(id(parameter), name) != name:
+            tied[name] = first[id(parameter)]
+    for target, source in getattr(model, "all_tied_weights_keys", {}).items():
+        if target in parameters and source in parameters and target not in tied and source not in tied:
+            tied[target] = source
+    modules = {
+        name: ModuleInfo(
+            name=name,
+            type=type(module).__name__,
+            kind=_kind(module),
+            parameters=tuple(f"{name}.{own}" if name else own for own, _ in module.named_parameters(recurse=False)),
+            counts=_whole_numbers(vars(module)),
+        )
+        for name, module in model.named_modules(remove_duplicate=False)
+    }
+    config = getattr(model, "config", None)
+    return ModelSpec(
+        model_type=getattr(config, "model_type", None),
+        parameters=parameters,
+        modules=modules,
+        tied=tied,
+        fields=config_fields(config),
+    )

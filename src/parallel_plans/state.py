@@ -1,0 +1,103 @@
+"""What a parallelized model knows about itself, and whole tensors out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from parallel_plans.checkpoint.load import Loaded
+from parallel_plans.collectives import all_gather, broadcast_parts
+from parallel_plans.layouts import Layout
+from parallel_plans.mesh import Place
+from parallel_plans.resolve import Table
+from parallel_plans.storage import Storage
+
+_ATTRIBUTE = "_parallel"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parallel:
+    """The resolved plan a model runs under, this rank's place, how parameters are stored, and what loading them did.
+
+    `loaded` is None for a model that was not loaded from a checkpoint.
+    """
+
+    table: Table
+    place: Place
+    storage: Storage
+    loaded: Loaded | None = None
+
+    def layout(self, name: str) -> Layout | None:
+        """How the parameter `name` lies on the mesh; None for a name that is no parameter (a buffer)."""
+        entry = self.table.parameters.get(name)
+        return None if entry is None else entry.layout
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Parallel:
+        return self
+
+
+def remember(model: nn.Module, parallel: Parallel) -> None:
+    """Keeps `parallel` with the model."""
+    setattr(model, _ATTRIBUTE, parallel)
+
+
+def parallel_of(model: nn.Module) -> Parallel | None:
+    """What `remember` kept; None for a model that is not parallelized."""
+    return getattr(model, _ATTRIBUTE, None)
+
+
+def _required(model: nn.Module) -> Parallel:
+    parallel = parallel_of(model)
+    if parallel is None:
+        raise TypeError(f"this {type(model).__name__} is not parallelized: use from_pretrained or parallelize first")
+    return parallel
+
+
+def local_part(value: Tensor) -> Tensor:
+    """This rank's part of a parameter or gradient, without gradients, whatever the storage."""
+    value = value.detach()
+    return value._local_tensor if isinstance(value, DTensor) else value
+
+
+def gathered(local: Tensor, layout: Layout | None, place: Place, *, sparing: bool = False) -> Tensor:
+    """The whole tensor on every rank, detached; `sparing` keeps one part in flight at a time. Every rank calls it."""
+    for split in () if layout is None else layout.splits:
+        axis = place.axes[split.axis]
+        local = broadcast_parts(local, axis, split) if sparing else all_gather(local, axis, split, split.dim)
+    return local
+
+
+def whole_tensors(model: nn.Module, *, sparing: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """Name and whole tensor of every entry of the state dict, gathered one by one; every rank iterates to the end."""
+    parallel = _required(model)
+    for name, value in model.state_dict(keep_vars=True).items():
+        yield name, gathered(local_part(value), parallel.layout(name), parallel.place, sparing=sparing)
+
+
+def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """Name -> whole tensor for every parameter and persistent buffer, on every rank; every rank calls it.
+
+    The tensors are copies on the model's device; the model keeps its parts.
+    """
+    with torch.no_grad():
+        whole = {name: tensor.clone() for name, tensor in whole_tensors(model)}
+    return whole
+
+
+def full_gradients(model: nn.Module) -> dict[str, Tensor]:
+    """Name -> whole gradient for every parameter that has one, on every rank; every rank calls it.
+
+    Tied parameters are listed once, under the name `named_parameters` gives.
+    """
+    parallel = _required(model)
+    with torch.no_grad():
+        return {
+            name: gathered(local_part(parameter.grad), parallel.layout(name), parallel.place).clone()
+            for name, parameter in model.named_parameters()
+            if parameter.grad is not None
+        }

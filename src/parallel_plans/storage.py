@@ -1,0 +1,79 @@
+"""How a rank keeps its part of a parameter: as a `DTensor` for the outside world, or as a plain tensor.
+
+With `dtensor` storage every parameter is a `DTensor` on one mesh, whole ones too (as `Replicate`), so that optimizers,
+`torch.nn.utils.clip_grad_norm_`, FSDP2 and distributed checkpoints see one kind. Compute runs on local tensors all the
+same: `local_tensor` gives the part that lies underneath, and its gradient comes back as a `DTensor`.
+With `local` storage a parameter is the rank's part itself.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
+
+from parallel_plans.layouts import Layout, Split
+
+Storage = Literal["dtensor", "local"]
+STORAGES: tuple[Storage, ...] = ("dtensor", "local")
+
+
+def placement(split: Split | None) -> Placement:
+    """The DTensor placement of a split.
+
+    Equal packed parts are a `_StridedShard`. A split that torch has no placement for (unequal parts, whole heads dealt
+    unevenly) is called `Shard`: norms, gradients and optimizer steps are right with it; `full_tensor()` is not, use
+    `full_state_dict`.
+    """
+    if split is None:
+        return Replicate()
+    if split.strided_parts is not None:
+        return _StridedShard(split.dim, split_factor=split.strided_parts)
+    return Shard(split.dim)
+
+
+def stored(local: Tensor, layout: Layout, mesh: DeviceMesh, storage: Storage, requires_grad: bool) -> nn.Parameter:
+    """The parameter that a module keeps for this rank's part `local`."""
+    if storage == "local":
+        return nn.Parameter(local, requires_grad=requires_grad)
+    split = layout.splits[0] if layout.splits else None
+    stride = torch.empty(layout.shape, device="meta").stride()
+    wrapped = DTensor.from_local(
+        local, mesh, [placement(split)], run_check=False, shape=torch.Size(layout.shape), stride=stride
+    )
+    return nn.Parameter(wrapped, requires_grad=requires_grad)
+
+
+class _Local(torch.autograd.Function):
+    """The local tensor of a DTensor; the gradient goes back as a DTensor that lies as the parameter does."""
+
+    @staticmethod
+    def forward(ctx: Any, value: DTensor) -> Tensor:
+        ctx.like = value
+        local = value._local_tensor
+        return local.view_as(local)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> DTensor:
+        like: DTensor = ctx.like
+        return DTensor.from_local(
+            gradient.contiguous(),
+            like.device_mesh,
+            like.placements,
+            run_check=False,
+            shape=like.shape,
+            stride=like.stride(),
+        )
+
+
+def local_tensor(value: Tensor) -> Tensor:
+    """This rank's part of a parameter, with gradients where they are on; a plain tensor is its own part."""
+    if not isinstance(value, DTensor):
+        return value
+    if torch.is_grad_enabled() and value.requires_grad:
+        return cast(Tensor, _Local.apply(value))
+    return value._local_tensor

@@ -1,0 +1,217 @@
+"""The rows of the style table. `docs/styles.md` is generated from them (`make docs`)."""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+
+from parallel_plans.styles.base import Style, register_style
+from parallel_plans.styles.special import (
+    ExpertsBoundary,
+    IdentityExpertBoundary,
+    LocalCountsBoundary,
+    RopePartBoundary,
+    VocabularyBoundary,
+)
+from parallel_plans.styles.statistics import ShardedNormBoundary
+
+_SPLIT = MappingProxyType({"dim": "dim", "unit": "units"})
+_TWO_PARTS = MappingProxyType({"parts": 2})
+_PACKED = MappingProxyType({"dim": "dim", "parts": "parts", "unit": "units"})
+
+register_style(
+    Style(
+        name="colwise",
+        summary="a linear layer split by output features",
+        matrix=-2,
+        vector=-1,
+        needs="R",
+        leaves="S(-1)",
+        delivers="S(-1)",
+        serves=("linear",),
+        options=_SPLIT,
+    )
+)
+register_style(
+    Style(
+        name="rowwise",
+        summary="a linear layer split by input features; the bias is added once, after the reduction",
+        matrix=-1,
+        arrives="S(-1)",
+        needs="S(-1)",
+        leaves="P",
+        after=("bias",),
+        serves=("linear",),
+        options=_SPLIT,
+    )
+)
+register_style(
+    Style(
+        name="colwise_gather_output",
+        summary="as colwise, and every rank gets the whole output",
+        matrix=-2,
+        vector=-1,
+        needs="R",
+        leaves="S(-1)",
+        serves=("linear",),
+        options=_PACKED,
+    ),
+    "colwise_rep",
+)
+register_style(
+    Style(
+        name="rowwise_split_input",
+        summary="as rowwise, for an input that every rank has whole",
+        matrix=-1,
+        needs="S(-1)",
+        leaves="P",
+        after=("bias",),
+        serves=("linear",),
+        options=_PACKED,
+    ),
+    "rowwise_rep",
+)
+register_style(
+    Style(
+        name="packed_colwise",
+        summary="as colwise, for several projections fused into one; each part is split on its own",
+        matrix=-2,
+        defaults=_TWO_PARTS,
+        vector=-1,
+        needs="R",
+        leaves="S(-1)",
+        delivers="S(-1)",
+        serves=("linear",),
+        options=_PACKED,
+    )
+)
+register_style(
+    Style(
+        name="packed_rowwise",
+        summary="as rowwise, for an input that is several parts fused into one",
+        matrix=-1,
+        defaults=_TWO_PARTS,
+        arrives="S(-1)",
+        needs="S(-1)",
+        leaves="P",
+        after=("bias",),
+        serves=("linear",),
+        options=_PACKED,
+    )
+)
+register_style(
+    Style(
+        name="embedding_rowwise",
+        summary="an embedding split by vocabulary",
+        matrix=0,
+        leaves="P",
+        serves=("embedding",),
+        boundary=VocabularyBoundary,
+    )
+)
+register_style(
+    Style(
+        name="embedding_colwise",
+        summary="an embedding split by hidden features",
+        matrix=-1,
+        leaves="S(-1)",
+        serves=("embedding",),
+        options=MappingProxyType({"unit": "units"}),
+    )
+)
+register_style(
+    Style(
+        name="sequence_parallel",
+        summary="whole weights on this rank's part of the sequence; their gradients are summed",
+        whole_as="R",
+        arrives="S(1)",
+        needs="S(1)",
+        leaves="S(1)",
+        delivers="S(1)",
+    )
+)
+register_style(Style(name="replicate", summary="whole on every rank"))
+register_style(
+    Style(
+        name="replicated_with_grad_allreduce",
+        summary="whole on every rank, used on this rank's part of the data; gradients are summed",
+        whole_as="R",
+    )
+)
+register_style(
+    Style(
+        name="mla_kv_a_proj",
+        summary="whole on every rank; the gradient of the rope part of the output is summed",
+        serves=("linear",),
+        options=MappingProxyType({"rope": "size"}),
+        defaults=MappingProxyType({"rope": "qk_rope_head_dim"}),
+        boundary=RopePartBoundary,
+    )
+)
+register_style(Style(name="all_reduce", summary="the output is summed over the ranks", leaves="P", module_only=True))
+register_style(Style(name="local_params", summary="the module computes on its local parameters, as all modules do"))
+register_style(
+    Style(
+        name="sharded_norm",
+        summary="a norm over a sharded dim; its statistics are taken over all ranks",
+        matrix=-1,
+        vector=-1,
+        arrives="S(-1)",
+        needs="S(-1)",
+        leaves="S(-1)",
+        delivers="S(-1)",
+        options=MappingProxyType({"unit": "units"}),
+        boundary=ShardedNormBoundary,
+        module_only=True,
+    )
+)
+register_style(
+    Style(
+        name="local_counts",
+        summary="numbers a module keeps about its whole width become those of this rank",
+        options=MappingProxyType({"counts": "counts"}),
+        boundary=LocalCountsBoundary,
+        module_only=True,
+    )
+)
+register_style(
+    Style(
+        name="moe_tp_gate_up_colwise",
+        summary="every expert's fused gate and up projection; each half is split on its own",
+        matrix=-2,
+        defaults=_TWO_PARTS,
+        ndim=3,
+        options=_PACKED,
+        parameter_only=True,
+    ),
+    "moe_gate_up_colwise",
+)
+register_style(
+    Style(
+        name="moe_tp_down_rowwise",
+        summary="every expert's down projection, split by input features",
+        matrix=-1,
+        ndim=3,
+        options=_SPLIT,
+        parameter_only=True,
+    ),
+    "moe_down_rowwise",
+)
+register_style(
+    Style(
+        name="moe_experts_allreduce",
+        summary="the experts' partial sums are summed over the ranks; carries no shard plan",
+        needs="R",
+        leaves="P",
+        boundary=ExpertsBoundary,
+        module_only=True,
+    ),
+    "moe_tp_experts",
+)
+register_style(
+    Style(
+        name="moe_identity_expert",
+        summary="an expert that passes its input on, in a block whose output is summed over the ranks",
+        boundary=IdentityExpertBoundary,
+        module_only=True,
+    )
+)

@@ -1,0 +1,94 @@
+"""Real ranks for tests: gloo processes forked from the test, one call each."""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing import get_context
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+TIMEOUT_SECONDS = 120
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _rank_main(connection: Any, function: Callable[..., Any], rank: int, ranks: int, port: int, args: tuple) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(ranks),
+        LOCAL_WORLD_SIZE=str(ranks),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT_SECONDS))
+        connection.send(("returned", function(*args)))
+    except BaseException as error:
+        connection.send(("raised", (type(error).__name__, str(error), traceback.format_exc())))
+    finally:
+        connection.close()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        os._exit(0)  # a forked child must not run what the test session registered for its own end
+
+
+class RankFailed(AssertionError):
+    """Some rank raised; the message holds every such rank's traceback."""
+
+
+def outcomes(function: Callable[..., Any], ranks: int, *args: Any) -> list[tuple[str, Any]]:
+    """For every rank, `("returned", value)` or `("raised", (type name, message, traceback))`; none may hang."""
+    context = get_context("fork")
+    port = _free_port()
+    ends, processes = [], []
+    for rank in range(ranks):
+        mine, theirs = context.Pipe(duplex=False)
+        process = context.Process(target=_rank_main, args=(theirs, function, rank, ranks, port, args), daemon=True)
+        process.start()
+        theirs.close()
+        ends.append(mine)
+        processes.append(process)
+    results: dict[int, tuple[str, Any]] = {}
+    while len(results) < ranks:
+        ready = wait([end for rank, end in enumerate(ends) if rank not in results], timeout=TIMEOUT_SECONDS)
+        if not ready:
+            break
+        for end in ready:
+            rank = ends.index(end)  # type: ignore[arg-type]
+            try:
+                results[rank] = end.recv()  # type: ignore[union-attr]
+            except EOFError:
+                results[rank] = ("raised", ("Died", "the process ended without a word", ""))
+    for process in processes:
+        process.join(timeout=0 if len(results) < ranks else 30)
+        process.kill()
+    return [results.get(rank, ("raised", ("Hung", f"nothing for {TIMEOUT_SECONDS} s", ""))) for rank in range(ranks)]
+
+
+def run_on_ranks(function: Callable[..., Any], ranks: int, *args: Any) -> list[Any]:
+    """What `function(*args)` returns on every rank; raises `RankFailed` where one raises."""
+    results = outcomes(function, ranks, *args)
+    bad = [f"rank {rank}: {value[2] or value[1]}" for rank, (kind, value) in enumerate(results) if kind == "raised"]
+    if bad:
+        raise RankFailed("\n".join(bad))
+    return [value for _, value in results]
+
+
+def temporary_folder() -> Path:
+    """A fresh folder for what ranks share."""
+    return Path(tempfile.mkdtemp(prefix="parallel_plans_"))
