@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import socket
 import tempfile
 import traceback
@@ -37,9 +38,10 @@ def _rank_main(connection: Any, function: Callable[..., Any], rank: int, ranks: 
     torch.set_num_threads(1)
     try:
         dist.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT_SECONDS))
-        connection.send(("returned", function(*args)))
+        # plainly pickled: a connection would send tensors as shared memory, which ends with this process
+        connection.send_bytes(pickle.dumps(("returned", function(*args))))
     except BaseException as error:
-        connection.send(("raised", (type(error).__name__, str(error), traceback.format_exc())))
+        connection.send_bytes(pickle.dumps(("raised", (type(error).__name__, str(error), traceback.format_exc()))))
     finally:
         connection.close()
         if dist.is_initialized():
@@ -71,7 +73,7 @@ def outcomes(function: Callable[..., Any], ranks: int, *args: Any) -> list[tuple
         for end in ready:
             rank = ends.index(end)  # type: ignore[arg-type]
             try:
-                results[rank] = end.recv()  # type: ignore[union-attr]
+                results[rank] = pickle.loads(end.recv_bytes())  # type: ignore[union-attr]
             except EOFError:
                 results[rank] = ("raised", ("Died", "the process ended without a word", ""))
     for process in processes:

@@ -64,6 +64,8 @@ class Agreement:
         words = self._exchange(_Word(step=step, error=text))
         if isinstance(error, ParallelPlansError) and words[0].error == text:
             print_once(error)
+        elif hasattr(error, "add_note"):  # Python 3.11
+            error.add_note(f"on rank {self.axis.rank}, while {step}")
 
 
 def _indented(text: str) -> str:

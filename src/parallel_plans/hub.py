@@ -77,12 +77,14 @@ def from_pretrained(
         CheckpointError: the weights cannot be read, or do not fit the model.
         All but the last before any weight is read, and on every rank.
     """
+    if tp_plan is None:
+        return model_class.from_pretrained(path, *model_args, **kwargs)
     try:
         _check_arguments(storage, {"ep_plan": ep_plan, "sp_plan": sp_plan}, {"ep": ep_size, "etp": etp_size}, kwargs)
         ranks = mesh_size(mesh) if mesh is not None else check_sizes(tp_size, started_ranks())
     except ParallelPlansError as error:
         raise print_once(error) from None
-    if tp_plan is None or ranks == 1:
+    if ranks == 1:
         return model_class.from_pretrained(path, *model_args, **kwargs)
     place = place_on(mesh) if mesh is not None else start_place(ranks)
     return _load(path, model_args, model_class, tp_plan, place, storage, kwargs)
@@ -131,7 +133,8 @@ def _load(
         loading.finish(model)
         parts = loading.set_parameters
         apply_table(model, loading.table, place, storage=storage, sharded=parts, loaded=loading.report)
-        agreement.confirm("finishing the model")
+        # tied weights that a checkpoint holds twice are compared by transformers, on each rank's part
+        agreement.confirm(loading.step, tied_weights=repr(sorted(getattr(model, "all_tied_weights_keys", ()))))
     except Exception as error:
         agreement.abandon(loading.step, error)
         raise

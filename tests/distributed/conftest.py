@@ -1,0 +1,27 @@
+"""Checkpoints of tiny models on disk, made once per session, with what one process computes from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import Truth, tiny_model, tokens, truth_of
+
+Saved = tuple[Path, Truth]
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Saved]:
+    """`checkpoints(model_type, tied, **config)` -> the folder and the truth."""
+
+    @cache
+    def make(model_type: str, tied: bool, **changes: Any) -> Saved:
+        folder = tmp_path_factory.mktemp(f"{model_type}_{'tied' if tied else 'untied'}")
+        model = tiny_model(model_type, tied=tied, **changes)
+        model.save_pretrained(folder)
+        return folder, truth_of(model, tokens())
+
+    return make
