@@ -48,7 +48,7 @@ class ParallelForward:
                 output = self.boundary(self.forward, args, kwargs)
         finally:
             kept.update(originals)
-        return output if added is None else output + added
+        return output if added is None else output + added.to(output.dtype)  # under autocast they differ
 
     def _lay_out(self, kept: dict[str, Any], originals: dict[str, Any]) -> Tensor | None:
         """Puts local tensors in the place of the module's parameters; gives the one to add to the output, if one is."""

@@ -84,7 +84,7 @@ class Geometry:
             raise CannotSplit("PP201", f"dim {dim}", f"{part} a whole number of units of {unit}", "correct the unit")
         count = part // unit
         if count < self.ranks:
-            things = f"{part} elements" if unit == 1 else f"{count} units of {unit}"
+            things = f"{part} elements" if unit == 1 else f"{count} unit{'s' * (count > 1)} of {unit}"
             raise CannotSplit(
                 "PP202",
                 f"dim {dim}",

@@ -73,6 +73,19 @@ class Table:
         entries = self.parameters.items()
         return sum(entry.info.bytes for name, entry in entries if entry.is_sharded and name not in self.spec.tied)
 
+    def by_form(self) -> dict[str, list[ParameterEntry]]:
+        """The entries, tied ones once, by their names with `*` for the layer's number, where they are alike."""
+        forms: dict[str, list[ParameterEntry]] = {}
+        for name, entry in self.parameters.items():
+            if name in self.spec.tied:
+                continue
+            alike = forms.setdefault(_wildcarded(name), [])
+            if alike and alike[0].layout != entry.layout:
+                forms[name] = [entry]  # a layer that differs from the first stands for itself
+            else:
+                alike.append(entry)
+        return forms
+
     def rank_bytes(self, ranks: Mapping[str, int]) -> int:
         """Bytes of parameters that the rank at these coordinates holds, tied ones counted once."""
         entries = self.parameters.items()

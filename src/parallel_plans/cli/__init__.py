@@ -1,0 +1,1 @@
+"""The command line: `parallel-plans list` and `parallel-plans show`."""

@@ -1,0 +1,83 @@
+"""`parallel-plans`: which plans there are, and what one makes of a model, without weights and without ranks.
+
+Exit status: 0 the plan fits, 1 the plan is wrong for the model and the ranks, 2 the question could not be asked.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table as Rows
+
+from parallel_plans.cli.target import Target, TargetError, read_target
+from parallel_plans.errors import LaunchError, ParallelPlansError
+from parallel_plans.loader import load_plan
+from parallel_plans.lookup import bundled_folder, bundled_types, find_plan
+from parallel_plans.resolve import Table, resolve
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
+PAPER = 200  # columns where no terminal says how many there are
+console = Console(highlight=False, width=None if sys.stdout.isatty() else PAPER)
+complaints = Console(highlight=False, soft_wrap=True, stderr=True)
+
+
+@app.command("list")
+def list_plans() -> None:
+    """The model types that a plan ships for."""
+    rows = Rows("model type", "rules", "file", box=None)
+    for model_type in bundled_types():
+        plan = load_plan(bundled_folder() / f"{model_type}.yaml")
+        rows.add_row(model_type, str(len(plan.rules("tp_plan"))), plan.source)
+    console.print(rows)
+
+
+@app.command()
+def show(
+    target: Annotated[str, typer.Argument(help="a checkpoint folder, a config.json, or a model type")],
+    plan: Annotated[str, typer.Option(help="auto, builtin, or a plan file")] = "auto",
+    tp: Annotated[int, typer.Option(min=1, help="ranks on the axis tp")] = 2,
+) -> None:
+    """What a plan makes of a model: every rule, what it splits and how, and the bytes of each rank."""
+    try:
+        subject = read_target(target)
+        found = find_plan(plan, subject.spec, subject.carried, subject.plan_beside)
+        table = resolve(found, subject.spec, {"tp": tp})
+    except (TargetError, LaunchError) as error:
+        complaints.print(str(error), markup=False)
+        raise typer.Exit(2) from None
+    except ParallelPlansError as error:
+        complaints.print(str(error), markup=False)
+        raise typer.Exit(1) from None
+    _print_table(table, subject, tp)
+
+
+def _print_table(table: Table, subject: Target, tp: int) -> None:
+    console.print(f"model  {subject.name}, {subject.spec.model_type}", markup=False)
+    console.print(f"plan   {table.plan.source}\n", markup=False)
+    rows = Rows(box=None)
+    for title in ("parameter", "times", "shape", "style", "bytes on a rank", "rule"):
+        rows.add_column(title, justify="right" if title in ("times", "bytes on a rank") else "left", no_wrap=True)
+    for form, entries in table.by_form().items():
+        entry = entries[0]
+        held = max(entry.local_bytes({"tp": rank}) for rank in range(tp)) * len(entries)
+        line = "" if entry.rule.line is None else f"line {entry.rule.line}"
+        rows.add_row(
+            form, str(len(entries)), str(entry.layout).replace("[", r"\["), entry.style.name, f"{held:,}", line
+        )
+    console.print(rows)
+    ranks = [table.rank_bytes({"tp": rank}) for rank in range(tp)]
+    whole = table.spec.bytes
+    console.print(f"\nwhole model {whole:,} bytes, {table.sharded_bytes / whole:.1%} of them split", markup=False)
+    console.print(f"a rank holds {max(ranks):,} bytes at most, {max(ranks) / whole:.1%} of the whole", markup=False)
+
+
+def main() -> None:
+    """Runs the command line."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,27 @@
+"""Nothing assumes a device: it comes from the mesh, and the backend from the device."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import parallel_plans
+
+SOURCE = Path(parallel_plans.__file__).parent
+KINDS = {"cpu", "cuda", "xpu", "mps", "npu", "hpu", "nccl", "gloo"}
+# the CPU is where safetensors files are mapped, and what is left where there is no accelerator
+ALLOWED = {
+    "mesh.py": {"cpu", "gloo"},
+    "checkpoint/files.py": {"cpu"},
+    "checkpoint/conversion.py": {"cpu"},
+    "random_state.py": {"cpu"},
+    "loading.py": {"cpu"},
+}
+
+
+def test_no_module_names_a_device_or_backend_of_its_own() -> None:
+    for path in sorted(SOURCE.rglob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        named = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and node.value in KINDS}
+        name = str(path.relative_to(SOURCE))
+        assert named <= ALLOWED.get(name, set()), f"{name} names {named}"
