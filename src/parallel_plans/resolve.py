@@ -190,8 +190,9 @@ class _Resolver:
                 self.report("PP101", message, rule, fix=fix)
 
     def _reaches(self, use: RuleUse, assignment: Assignment) -> bool:
-        """Whether the rule does something: it rules a parameter, or acts at the boundary of a module."""
-        return bool(use.parameters) or (use.modules > 0 and get_style(use.rule.style).acts_on_forward)
+        """Whether the rule does something: it rules a parameter, or stands on a module for its boundary's sake."""
+        style = get_style(use.rule.style)
+        return bool(use.parameters) or (use.modules > 0 and (style.acts_on_forward or style.module_only))
 
     def _check_unruled(self, assignment: Assignment) -> None:
         for name in assignment.unruled:

@@ -148,7 +148,13 @@ register_style(
     )
 )
 register_style(Style(name="all_reduce", summary="the output is summed over the ranks", leaves="P", module_only=True))
-register_style(Style(name="local_params", summary="the module computes on its local parameters, as all modules do"))
+register_style(
+    Style(
+        name="local_params",
+        summary="the module computes on its local parameters, as all modules do here",
+        module_only=True,
+    )
+)
 register_style(
     Style(
         name="sharded_norm",
