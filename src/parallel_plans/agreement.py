@@ -5,6 +5,7 @@ A rank that raised takes part once more and says so; then every rank raises. Nob
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch.distributed as dist
 
 from parallel_plans.collectives import Axis
 from parallel_plans.errors import Finding, LaunchError, ParallelPlansError
+from parallel_plans.mesh import this_rank
 from parallel_plans.messages import print_once
 
 
@@ -19,22 +21,27 @@ from parallel_plans.messages import print_once
 class _Word:
     """What one rank says at a step: the error it raised, or the facts that must be the same on all ranks."""
 
+    rank: int
     step: str
     error: str | None = None
     facts: tuple[tuple[str, str], ...] = ()
 
 
 class Agreement:
-    """The steps that the ranks of one axis take together, each with a name for people (`reading the weights`)."""
+    """The steps that the ranks of some axes take together, each with a name for people (`reading the weights`)."""
 
-    def __init__(self, axis: Axis) -> None:
-        self.axis = axis
+    def __init__(self, axes: Sequence[Axis]) -> None:
+        self.axes = tuple(axes)
         self.is_over = False
 
     def _exchange(self, word: _Word) -> list[_Word]:
-        words: list[Any] = [None] * self.axis.size
-        dist.all_gather_object(words, word, group=self.axis.group)
-        return words
+        """The words of all ranks: along the first axis, then along the next what those along the first have said."""
+        words = [word]
+        for axis in self.axes:
+            told: list[Any] = [None] * axis.size
+            dist.all_gather_object(told, words, group=axis.group)
+            words = [each for several in told for each in several]
+        return sorted(words, key=lambda each: each.rank)
 
     def confirm(self, step: str, **facts: str) -> None:
         """Returns when every rank has come here well and with the same facts.
@@ -42,18 +49,17 @@ class Agreement:
         Raises:
             LaunchError: PP705 where another rank failed, PP706 where a fact differs.
         """
-        words = self._exchange(_Word(step=step, facts=tuple(facts.items())))
-        for rank, word in enumerate(words):
+        words = self._exchange(_Word(rank=this_rank(), step=step, facts=tuple(facts.items())))
+        for word in words:
             if word.error is not None:
                 self.is_over = True
-                raise LaunchError(
-                    Finding(code="PP705", message=f"rank {rank} failed while {word.step}:\n{_indented(word.error)}")
-                )
-        for index, (fact, _) in enumerate(words[0].facts):
+                message = f"rank {word.rank} failed while {word.step}"
+                raise LaunchError(Finding(code="PP705", message=message, found=word.error))
+        for fact, _ in words[0].facts:
             values = [dict(word.facts).get(fact, "") for word in words]
             if len(set(values)) > 1:
                 self.is_over = True
-                raise print_once(_differs(fact, index, values))
+                raise print_once(_differs(fact, {word.rank: value for word, value in zip(words, values, strict=True)}))
 
     def abandon(self, step: str, error: BaseException) -> None:
         """Tells the other ranks of an error that this rank is about to raise; does nothing once all know."""
@@ -61,20 +67,16 @@ class Agreement:
             return
         self.is_over = True
         text = str(error) if isinstance(error, ParallelPlansError) else f"{type(error).__name__}: {error}"
-        words = self._exchange(_Word(step=step, error=text))
+        words = self._exchange(_Word(rank=this_rank(), step=step, error=text))
         if isinstance(error, ParallelPlansError) and words[0].error == text:
             print_once(error)
         elif hasattr(error, "add_note"):  # Python 3.11
-            error.add_note(f"on rank {self.axis.rank}, while {step}")
+            error.add_note(f"on rank {this_rank()}, while {step}")
 
 
-def _indented(text: str) -> str:
-    return "\n".join(f"    {line}" for line in text.splitlines())
-
-
-def _differs(fact: str, index: int, values: list[str]) -> LaunchError:
+def _differs(fact: str, values: Mapping[int, str]) -> LaunchError:
     groups: dict[str, list[int]] = {}
-    for rank, value in enumerate(values):
+    for rank, value in values.items():
         groups.setdefault(value, []).append(rank)
     told = "; ".join(f"{value} on rank {', '.join(map(str, ranks))}" for value, ranks in groups.items())
     return LaunchError(

@@ -85,15 +85,16 @@ class Finding:
     def __str__(self) -> str:
         place = "" if self.file is None else f"{self.file}:" + ("" if self.line is None else f"{self.line}:") + " "
         lines = [f"{place}{self.message} [{self.code}]"]
-        subject = None if self.name is None else (self.name if self.found is None else f"{self.name} {self.found}")
+        subject = None if self.name is None else f"{self.name} {self.found or ''}".rstrip()
         for label, value in (
             ("rule", self.rule),
             ("on", subject),
+            ("found", self.found if self.name is None else None),
             ("expected", self.expected),
             ("fix", self.fix),
         ):
             if value is not None:
-                lines.append(f"  {label:<9} {value}")
+                lines.append(f"  {label:<9} " + value.replace("\n", "\n" + " " * 12))
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, object]:

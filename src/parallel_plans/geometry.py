@@ -89,7 +89,9 @@ class Geometry:
                 "PP202",
                 f"dim {dim}",
                 f"at least one unit per rank: {things}, {self.axis} = {self.ranks}",
-                f"use {self.axis} = {count}" + (" or fewer" if count > 1 else "") + ", or `replicate`",
+                f"use {self.axis} = {count}"
+                + (" or fewer" if count > 1 else "")
+                + ", or write the block as `replicate`",
             )
 
     def options(self, info: ModuleInfo, style: Style, rule: Rule) -> dict[str, object]:

@@ -122,7 +122,7 @@ def _load(
     storage: Storage,
     kwargs: dict[str, Any],
 ) -> Any:
-    agreement = Agreement(next(iter(place.axes.values())))
+    agreement = Agreement(place.all_axes)
     loading = Loading(path=path, source=tp_plan, place=place, agreement=agreement, arguments=kwargs)
     wants_info = kwargs.pop("output_loading_info", False)
     try:

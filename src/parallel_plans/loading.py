@@ -20,7 +20,7 @@ from parallel_plans.checkpoint.conversion import Converted, convert_for_load
 from parallel_plans.checkpoint.files import Checkpoint, open_checkpoint, resolve_files
 from parallel_plans.checkpoint.lazy import LazyTensor, Leaf, TensorSource
 from parallel_plans.checkpoint.load import Loaded, compare, misfit, read_parts
-from parallel_plans.errors import CheckpointError, Finding, LaunchError
+from parallel_plans.errors import Finding, LaunchError
 from parallel_plans.lookup import BESIDE_CHECKPOINT, PlanSource, find_plan
 from parallel_plans.mesh import Place, device_of
 from parallel_plans.messages import bytes_bar
@@ -148,10 +148,11 @@ class Loading:
         )
 
     def finish(self, model: nn.Module) -> None:
-        """Checks what transformers made of the model after its weights were in."""
+        """Checks what transformers made of the model after its weights were in, and forgets names it has since tied."""
+        self.report.missing -= set(getattr(model, "all_tied_weights_keys", ()))
         if getattr(model, "_hf_peft_config_loaded", False):
             fix = "load the base model with the plan, then add the adapter"
-            raise CheckpointError(Finding(code="PP703", message="the folder holds an adapter, not a model", fix=fix))
+            raise LaunchError(Finding(code="PP703", message="the folder holds an adapter, not a model", fix=fix))
 
     def close(self) -> None:
         """Gives back files and random state."""

@@ -20,23 +20,20 @@ DATA_AXIS = "dp"
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """This rank on the mesh whose axes plans speak of (the data axis is not among them)."""
+    """This rank on the mesh whose axes plans speak of, and on the whole one, which may have a data axis besides."""
 
     mesh: DeviceMesh
+    whole: DeviceMesh
 
     @cached_property
     def axes(self) -> dict[str, Axis]:
-        """Axis name -> the axis as this rank sees it."""
-        names = self.mesh.mesh_dim_names or (TENSOR_AXIS,)
-        return {
-            name: Axis(
-                name=name,
-                group=self.mesh.get_group(index),
-                size=self.mesh.size(index),
-                rank=self.mesh.get_local_rank(index),
-            )
-            for index, name in enumerate(names)
-        }
+        """Axis name -> the axis as this rank sees it, for the axes that plans speak of."""
+        return _axes(self.mesh)
+
+    @cached_property
+    def all_axes(self) -> tuple[Axis, ...]:
+        """Every axis of the whole mesh."""
+        return tuple(_axes(self.whole).values())
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -50,11 +47,19 @@ class Place:
 
     @property
     def is_first(self) -> bool:
-        """Whether this rank has coordinate 0 on every axis."""
-        return not any(self.ranks.values())
+        """Whether this rank has coordinate 0 on every axis of the whole mesh."""
+        return not any(axis.rank for axis in self.all_axes)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Place:
         return self  # process groups cannot be copied, and a copied model runs on the same ranks
+
+
+def _axes(mesh: DeviceMesh) -> dict[str, Axis]:
+    names = mesh.mesh_dim_names or (TENSOR_AXIS,)
+    return {
+        name: Axis(name=name, group=mesh.get_group(index), size=mesh.size(index), rank=mesh.get_local_rank(index))
+        for index, name in enumerate(names)
+    }
 
 
 def place_on(mesh: DeviceMesh) -> Place:
@@ -65,9 +70,9 @@ def place_on(mesh: DeviceMesh) -> Place:
     """
     names = mesh.mesh_dim_names
     if names is not None and TENSOR_AXIS in names:
-        return Place(mesh=mesh if len(names) == 1 else mesh[TENSOR_AXIS])
+        return Place(mesh=mesh if len(names) == 1 else mesh[TENSOR_AXIS], whole=mesh)
     if mesh.ndim == 1 and names is None:
-        return Place(mesh=mesh)
+        return Place(mesh=mesh, whole=mesh)
     raise LaunchError(
         Finding(
             code="PP702",

@@ -68,8 +68,7 @@ def _kind(module: nn.Module) -> str:
     weight = getattr(module, "weight", None)
     if isinstance(module, nn.Embedding):
         return "embedding"
-    is_linear = hasattr(module, "out_features") or hasattr(module, "nf")  # `nf`: the transposed Conv1D of gpt2
-    return "linear" if is_linear and getattr(weight, "ndim", 0) == 2 else "other"
+    return "linear" if hasattr(module, "out_features") and getattr(weight, "ndim", 0) == 2 else "other"
 
 
 def _whole_numbers(values: Mapping[str, Any]) -> dict[str, int]:

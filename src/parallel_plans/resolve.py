@@ -194,7 +194,17 @@ class _Resolver:
         style = get_style(use.rule.style)
         return bool(use.parameters) or (use.modules > 0 and (style.acts_on_forward or style.module_only))
 
+    def _fix_for(self, name: str, idle: Sequence[Rule]) -> str:
+        """What to do about a parameter without a rule: an idle rule may be meant for it, and misspelt."""
+        module = _wildcarded(name.rpartition(".")[0])
+        meant = difflib.get_close_matches(module, [rule.pattern for rule in idle], n=1, cutoff=0.9)
+        if not meant:
+            return f'add `{_wildcarded(name)}: replicate`, or `"**": replicate` as the last rule'
+        place = next(rule.place for rule in idle if rule.pattern == meant[0])
+        return f"correct `{meant[0]}` at {place}, if it is meant for this"
+
     def _check_unruled(self, assignment: Assignment) -> None:
+        idle = [use.rule for use in assignment.uses if use.matches_nothing]
         for name in assignment.unruled:
             shape = str(Layout(self.spec.parameters[name].shape))
             self.report(
@@ -205,7 +215,7 @@ class _Resolver:
                 name=name,
                 found=shape,
                 expected="a rule for every parameter; what stays whole is written too",
-                fix=f'add `{_wildcarded(name)}: replicate`, or `"**": replicate` as the last rule',
+                fix=self._fix_for(name, idle),
             )
 
     def _parameter(self, info: ParameterInfo, rule: Rule) -> ParameterEntry | None:

@@ -51,13 +51,6 @@ def parallel_of(model: nn.Module) -> Parallel | None:
     return getattr(model, _ATTRIBUTE, None)
 
 
-def _required(model: nn.Module) -> Parallel:
-    parallel = parallel_of(model)
-    if parallel is None:
-        raise TypeError(f"this {type(model).__name__} is not parallelized: use from_pretrained or parallelize first")
-    return parallel
-
-
 def local_part(value: Tensor) -> Tensor:
     """This rank's part of a parameter or gradient, without gradients, whatever the storage."""
     value = value.detach()
@@ -74,15 +67,23 @@ def gathered(local: Tensor, layout: Layout | None, place: Place, *, sparing: boo
 
 def whole_tensors(model: nn.Module, *, sparing: bool = False) -> Iterator[tuple[str, Tensor]]:
     """Name and whole tensor of every entry of the state dict, gathered one by one; every rank iterates to the end."""
-    parallel = _required(model)
     for name, value in model.state_dict(keep_vars=True).items():
-        yield name, gathered(local_part(value), parallel.layout(name), parallel.place, sparing=sparing)
+        yield name, _whole(model, name, value, sparing=sparing)
+
+
+def _whole(model: nn.Module, name: str, value: Tensor, *, sparing: bool = False) -> Tensor:
+    """The whole of a parameter, buffer or gradient of `model`; of one that is not parallelized, the value itself."""
+    parallel = parallel_of(model)
+    if parallel is None:
+        return value.detach()
+    return gathered(local_part(value), parallel.layout(name), parallel.place, sparing=sparing)
 
 
 def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Name -> whole tensor for every parameter and persistent buffer, on every rank; every rank calls it.
 
-    The tensors are copies on the model's device; the model keeps its parts.
+    The tensors are copies on the model's device; the model keeps its parts. A model that is not parallelized gives the
+    same, so that a script runs on one rank too.
     """
     with torch.no_grad():
         whole = {name: tensor.clone() for name, tensor in whole_tensors(model)}
@@ -92,12 +93,12 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
 def full_gradients(model: nn.Module) -> dict[str, Tensor]:
     """Name -> whole gradient for every parameter that has one, on every rank; every rank calls it.
 
-    Tied parameters are listed once, under the name `named_parameters` gives.
+    Tied parameters are listed once, under the name `named_parameters` gives. A model that is not parallelized gives the
+    same.
     """
-    parallel = _required(model)
     with torch.no_grad():
         return {
-            name: gathered(local_part(parameter.grad), parallel.layout(name), parallel.place).clone()
+            name: _whole(model, name, parameter.grad).clone()
             for name, parameter in model.named_parameters()
             if parameter.grad is not None
         }

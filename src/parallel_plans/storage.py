@@ -1,7 +1,7 @@
 """How a rank keeps its part of a parameter: as a `DTensor` for the outside world, or as a plain tensor.
 
-With `dtensor` storage every parameter is a `DTensor` on one mesh, whole ones too (as `Replicate`), so that optimizers,
-`torch.nn.utils.clip_grad_norm_`, FSDP2 and distributed checkpoints see one kind. Compute runs on local tensors all the
+With `dtensor` storage every parameter is a `DTensor` on one mesh, whole ones too (as `Replicate`), so that optimizers
+and `torch.nn.utils.clip_grad_norm_` see one kind. Compute runs on local tensors all the
 same: `local_tensor` gives the part that lies underneath, and its gradient comes back as a `DTensor`.
 With `local` storage a parameter is the rank's part itself.
 """
@@ -26,8 +26,8 @@ def placement(split: Split | None) -> Placement:
     """The DTensor placement of a split.
 
     Equal packed parts are a `_StridedShard`. A split that torch has no placement for (unequal parts, whole heads dealt
-    unevenly) is called `Shard`: norms, gradients and optimizer steps are right with it; `full_tensor()` is not, use
-    `full_state_dict`.
+    unevenly) is called `Shard`: norms, gradients and optimizer steps are right with it; `full_tensor()` and distributed
+    checkpoints are not, since both take `torch.chunk`'s split for granted. Use `full_state_dict` and `save_pretrained`.
     """
     if split is None:
         return Replicate()

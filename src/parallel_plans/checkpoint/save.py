@@ -25,9 +25,11 @@ from parallel_plans.checkpoint.replace import replaced_folder
 from parallel_plans.checkpoint.writer import Entry, Shards, shard_entries, write_safetensors
 from parallel_plans.errors import Finding, LaunchError
 from parallel_plans.layouts import Layout
-from parallel_plans.messages import bytes_bar
+from parallel_plans.messages import bytes_bar, print_once
 from parallel_plans.state import Parallel, gathered, local_part, parallel_of
 
+# arguments of transformers' method that say nothing about what is written here
+_WITHOUT_EFFECT = ("token", "save_peft_format")
 _REFUSED = {
     "push_to_hub": "save first, then upload the folder",
     "distributed_checkpoint": "drop it: this writes one checkpoint that any number of ranks can read",
@@ -61,11 +63,9 @@ def save_pretrained(
         CheckpointError: PP606 where the folder cannot be written; the old checkpoint is whole then.
         LaunchError: on the other ranks, where one failed.
     """
-    for name, fix in _REFUSED.items():
-        if kwargs.get(name):
-            message = f"{name} cannot be combined with a plan"
-            raise LaunchError(Finding(code="PP703", message=message, name=name, fix=fix))
     parallel = parallel_of(model)
+    if parallel is not None:
+        _check_arguments(kwargs)
     if parallel is None or state_dict is not None:
         if parallel is None or parallel.place.is_first:
             own = {"max_shard_size": max_shard_size, "variant": variant, "save_original_format": save_original_format}
@@ -73,7 +73,7 @@ def save_pretrained(
                 model, path, is_main_process=is_main_process, state_dict=state_dict, **own, **kwargs
             )
         return
-    agreement = Agreement(next(iter(parallel.place.axes.values())))
+    agreement = Agreement(parallel.place.all_axes)
     step = "preparing to save"
     try:
         entries = _entries(model, parallel, save_original_format)
@@ -86,6 +86,15 @@ def save_pretrained(
     except Exception as error:
         agreement.abandon(step, error)
         raise
+
+
+def _check_arguments(arguments: dict[str, Any]) -> None:
+    for name, value in arguments.items():
+        if name in _REFUSED and value:
+            message = f"{name}={value!r} cannot be combined with a plan"
+            raise print_once(LaunchError(Finding(code="PP703", message=message, name=name, fix=_REFUSED[name])))
+        if name not in {*_REFUSED, *_WITHOUT_EFFECT}:
+            raise TypeError(f"save_pretrained() got an unexpected keyword argument {name!r}")
 
 
 def attach_save(model: nn.Module) -> None:

@@ -39,18 +39,19 @@ class _MeansOverRanks(TorchFunctionMode):
         return self.mean(value if dtype is None else value.to(dtype), keepdim)
 
     def _rms_norm(self, value: Tensor, shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
-        wide = value.float()
-        eps = torch.finfo(value.dtype).eps if eps is None else eps
-        result = (wide * torch.rsqrt(self.mean(wide.pow(2)) + eps)).to(value.dtype)
-        return result if weight is None else result * weight
+        wide = value.to(torch.promote_types(value.dtype, torch.float32))  # torch too rounds once, at the end
+        eps = torch.finfo(wide.dtype).eps if eps is None else eps
+        result = wide * torch.rsqrt(self.mean(wide.pow(2)) + eps)
+        return (result if weight is None else result * weight.to(wide.dtype)).to(value.dtype)
 
     def _layer_norm(
         self, value: Tensor, shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
     ) -> Tensor:
-        centred = value.float() - self.mean(value.float())
-        result = (centred * torch.rsqrt(self.mean(centred.pow(2)) + eps)).to(value.dtype)
-        result = result if weight is None else result * weight
-        return result if bias is None else result + bias
+        wide = value.to(torch.promote_types(value.dtype, torch.float32))
+        centred = wide - self.mean(wide)
+        result = centred * torch.rsqrt(self.mean(centred.pow(2)) + eps)
+        result = result if weight is None else result * weight.to(wide.dtype)
+        return (result if bias is None else result + bias.to(wide.dtype)).to(value.dtype)
 
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: Arguments = (), kwargs: Keywords | None = None
