@@ -96,7 +96,7 @@ def all_gather(local: Tensor, axis: Axis, split: Split, dim: int) -> Tensor:
     dist.all_gather_single(stacked, local.contiguous(), group=axis.group)
     pieces = stacked.view(axis.size, *local.shape)
     parts = [piece.narrow(dim, 0, size) for piece, size in zip(pieces.unbind(0), sizes, strict=True)]
-    if all(len(ranges) == 1 for ranges in split.ranges) and split.is_disjoint:
+    if split.is_in_order:
         return torch.cat(parts, dim=dim)
     whole = local.new_empty([split.size if d == dim else size for d, size in enumerate(local.shape)])
     for rank, part in enumerate(parts):

@@ -20,6 +20,10 @@ class CannotSplit(Exception):
         self.code, self.what, self.expected, self.fix = code, what, expected, fix
 
 
+def _fewer(axis: str, most: int) -> str:
+    return f"use {axis} = {most}" + (" or fewer" if most > 1 else "")
+
+
 class Geometry:
     """Shapes under one axis of `ranks` ranks, for a model whose config has these `fields`."""
 
@@ -89,9 +93,7 @@ class Geometry:
                 "PP202",
                 f"dim {dim}",
                 f"at least one unit per rank: {things}, {self.axis} = {self.ranks}",
-                f"use {self.axis} = {count}"
-                + (" or fewer" if count > 1 else "")
-                + ", or write the block as `replicate`",
+                f"{_fewer(self.axis, count)}, or write the block as `replicate`",
             )
 
     def options(self, info: ModuleInfo, style: Style, rule: Rule) -> dict[str, object]:
@@ -116,6 +118,6 @@ class Geometry:
                 "PP203",
                 f"{name} = {count} cannot be dealt over {self.ranks} ranks",
                 f"at least {self.ranks} whole units of {size}",
-                f"use {self.axis} = {count // size} or fewer" if count % size == 0 else "correct the unit",
+                _fewer(self.axis, count // size) if count % size == 0 else "correct the unit",
             )
         return tuple(size * share for share in deal(count // size, self.ranks))

@@ -102,6 +102,11 @@ class Split:
         return sum(self.local_sizes) == self.size
 
     @cached_property
+    def is_in_order(self) -> bool:
+        """Whether the ranks' parts, one behind the other, are the whole dim."""
+        return merged([piece for rank in self.ranges for piece in rank]) == ((0, self.size),)
+
+    @cached_property
     def is_chunk(self) -> bool:
         """Whether it is exactly `torch.chunk`'s split, which a `Shard` placement means."""
         most = -(-self.size // self.ranks)

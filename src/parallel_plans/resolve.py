@@ -246,7 +246,8 @@ class _Resolver:
         on_module = not _names(rule, info.name)
         problem = fix = None
         if on_module and style.serves and owner.kind not in style.serves:
-            problem = f"{rule.style} stands on a {' or '.join(style.serves)} module, and {owner.name} is a {owner.type}"
+            kinds = " or ".join(style.serves)
+            problem = f"{rule.style} stands on modules of kind {kinds}, and {owner.name} is a {owner.type}"
             fix = "use `replicate`, or the style that fits such a module"
         elif not on_module and style.module_only:
             problem = f"{rule.style} stands on a module, and {info.name} is a parameter"

@@ -90,10 +90,11 @@ ENTRY_POINTS = "parallel_plans.styles"
 
 def register_style(style: Style, *aliases: str) -> Style:
     """The style, now known to plans under its name and `aliases`; a name can be taken only once."""
-    for name in (style.name, *aliases):
+    names = (style.name, *aliases)
+    for name in names:
         if _styles.get(name, style) != style:
             raise ValueError(f"a style named {name!r} is already registered")
-        _styles[name] = style
+    _styles.update(dict.fromkeys(names, style))
     return style
 
 

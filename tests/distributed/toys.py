@@ -1,0 +1,167 @@
+"""Small modules that use one style each, as models use it, and nothing of transformers."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor, nn
+
+HIDDEN, FFN, VOCAB = 12, 10, 11  # 10 and 11 do not divide by 3
+
+
+class Only(nn.Module):
+    """One layer, called `layer`."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.layer(hidden)
+
+
+class Pair(nn.Module):
+    """One linear layer into another, by way of a norm where one is given."""
+
+    def __init__(self, wide: int = FFN, norm: nn.Module | None = None) -> None:
+        super().__init__()
+        self.up = nn.Linear(HIDDEN, wide)
+        self.norm = nn.Identity() if norm is None else norm
+        self.down = nn.Linear(wide, HIDDEN)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.down(self.norm(self.up(hidden)).tanh())
+
+
+class Gated(nn.Module):
+    """A gate and an up projection fused into one."""
+
+    def __init__(self, ffn: int) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(HIDDEN, 2 * ffn)
+        self.down = nn.Linear(ffn, HIDDEN)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        gate, up = self.gate_up(hidden).chunk(2, dim=-1)
+        return self.down(gate.tanh() * up)
+
+
+class Partial(nn.Module):
+    """Two layers without biases; whoever wraps the module sums what it gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(HIDDEN, FFN)
+        self.down = nn.Linear(FFN, HIDDEN, bias=False)
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, None]:
+        return self.down(self.up(hidden).tanh()), None
+
+
+class Summed(nn.Module):
+    """Around `Partial`, whose first output is the value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Partial()
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.inner(hidden)[0]
+
+
+class Words(nn.Module):
+    """An embedding, and a head that may be tied to it."""
+
+    def __init__(self, padding: int | None = None, *, head: bool = False, wide: int = HIDDEN) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCAB, wide, padding_idx=padding)
+        self.head = nn.Linear(wide, VOCAB, bias=False) if head else None
+        if self.head is not None:
+            self.head.weight = self.embed.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        embedded = self.embed(tokens)
+        return embedded if self.head is None else self.head(embedded.tanh())
+
+
+class Rms(nn.Module):
+    """The norm that model code writes out."""
+
+    def __init__(self, wide: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(wide))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.weight * hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+
+class Heads(nn.Module):
+    """Three heads of four features, each normed by the same weights; how many there are is kept twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count, self.config = 3, SimpleNamespace(heads=3, size=4)
+        self.query = nn.Linear(HIDDEN, 12, bias=False)
+        self.norm = Rms(4)
+        self.out = nn.Linear(12, HIDDEN)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        by_head = self.query(hidden).view(*hidden.shape[:-1], self.count, self.config.size)
+        normed = self.norm(by_head).reshape(*hidden.shape[:-1], self.config.heads * 4)
+        return self.out(normed)
+
+
+class Wrapped(nn.Module):
+    """A module below the root, with the root's config, as models have it."""
+
+    def __init__(self, inner: Heads) -> None:
+        super().__init__()
+        self.inner, self.config = inner, inner.config
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.inner(hidden)
+
+
+class Latent(nn.Module):
+    """Multi-head latent attention without the attention: one projection gives a latent part and one for all heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query = nn.Linear(HIDDEN, 3 * 6)
+        self.kv_a = nn.Linear(HIDDEN, 5 + 2)
+        self.kv_b = nn.Linear(5, 3 * 4)
+        self.out = nn.Linear(3 * 6, HIDDEN)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        latent, rope = self.kv_a(hidden).split([5, 2], dim=-1)
+        keys = self.kv_b(latent).unflatten(-1, (-1, 4))
+        keys = torch.cat([keys, rope.unsqueeze(-2).expand(*keys.shape[:-1], 2)], dim=-1)
+        return self.out((keys * self.query(hidden).unflatten(-1, (-1, 6))).flatten(-2).tanh())
+
+
+class Experts(nn.Module):
+    """Three experts with fused weights, and one that passes its input on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.zeros(3, 2 * FFN, HIDDEN))
+        self.down_proj = nn.Parameter(torch.zeros(3, HIDDEN, FFN))
+        self.zero = nn.Identity()
+
+    def forward(self, hidden: Tensor, weights: Tensor) -> Tensor:
+        gate, up = torch.einsum("...h,efh->...ef", hidden, self.gate_up_proj).chunk(2, dim=-1)
+        each = torch.einsum("...ef,ehf->...eh", gate.tanh() * up, self.down_proj)
+        return (each * weights[..., :3, None]).sum(-2) + self.zero(hidden) * weights[..., 3:]
+
+
+class Mixture(nn.Module):
+    """A router and its experts, with a residual."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(HIDDEN, 4)
+        self.experts = Experts()
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden + self.experts(hidden, weights=self.router(hidden).softmax(-1))

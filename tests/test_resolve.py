@@ -1,0 +1,186 @@
+"""A plan against a model: what the table says, and what is refused, in which words. Run from the repository's root.
+
+Resolving is pure: models stay on `meta`, no process group is started.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_config
+from transformers import AutoModelForCausalLM
+
+from parallel_plans import PlanError, load_plan
+from parallel_plans.errors import CODES
+from parallel_plans.lookup import bundled_folder, bundled_types
+from parallel_plans.model_spec import ModelSpec, describe
+from parallel_plans.resolve import Table, resolve
+
+FOLDER = Path("tests/bad_plans_for_model")
+BAD_PLANS = sorted(FOLDER.glob("*.yaml"))
+MADE_ELSEWHERE = {"PP109"}  # asked for by an argument, not by a plan
+TIED = {"tied_in_conflict", "tied_and_half_whole", "many_mistakes"}  # the others are refused for an untied Llama
+RANKS = {"more_ranks_than_heads": 5, "more_ranks_than_elements": 5}  # the others are refused for 2
+
+# What makes each bad plan resolve: (what it says, what it should have said). The mistake is the only one of its file.
+MENDS = {
+    "colwise_on_norm": [("colwise", "replicate")],
+    "count_in_units_that_do_not_divide": [("4}", "3}")],
+    "count_smaller_than_the_ranks": [("8}", "4}")],
+    "count_that_is_not_kept": [("num_headz", "head_dim")],
+    "count_that_the_config_does_not_have": [("num_headz", "num_attention_heads")],
+    "dim_out_of_range": [("dim: 2", "dim: 1")],
+    "embedding_style_on_linear": [("embedding_rowwise", "colwise_gather_output")],
+    "expert_style_on_matrix": [("moe_tp_down_rowwise", "replicate")],
+    "for_another_model": [("mixtral", "llama"), ("model.layers.*.block_sparse_moe.gate", '"**"')],
+    "layers_without_rule": [("layers.0.input", "layers.*.input")],
+    "module_rule_without_sharded_parameters": [("weight: replicate", "weight: colwise_gather_output")],
+    "more_ranks_than_elements": [("[20, 4]", "[14, 10]")],
+    "more_ranks_than_heads": [("head_dim", "1")],
+    "no_tp_plan": [("ep_plan", "tp_plan"), ("model.layers.*.mlp", '"**"')],
+    "parameters_without_rule": [("  lm_head", "  model.norm: replicate\n  lm_head")],
+    "parts_are_not_equal": [("parts: 3", "parts: [50, 51]")],
+    "parts_do_not_add_up": [("hidden_size]", "hidden_size + 5]")],
+    "rule_matches_nothing": [("q_porj", "q_proj")],
+    "rule_never_applies": [("mlp.*", "mlp.up_proj")],
+    "rule_on_modules_without_parameters": [("mlp", "mlp.**")],
+    "sharded_norm_on_parameter": [(".weight", "")],
+    "size_of_unknown_field": [("n_heads", "num_attention_heads")],
+    "size_that_does_not_divide": [("7", "8")],
+    "tied_and_half_whole": [('  "**"', '  lm_head: colwise_gather_output\n  "**"')],
+    "tied_in_conflict": [("rowwise_split_input", "colwise_gather_output")],
+    "unit_does_not_divide": [("4", "7")],
+    "units_for_other_parts": [("[2, 2, 2]", "[2, 2]")],
+}
+
+
+@cache
+def spec(model_type: str = "llama", *, tied: bool = False) -> ModelSpec:
+    with torch.device("meta"):
+        return describe(AutoModelForCausalLM.from_config(tiny_config(model_type, tied=tied)))
+
+
+def resolved(source: object, name: str = "", *, tp: int = 2, tied: bool = False) -> Table:
+    """The table of a plan for the tiny Llama, under what the bad plan `name` is refused for."""
+    return resolve(load_plan(source), spec(tied=tied or name in TIED), {"tp": RANKS.get(name, tp)})  # type: ignore[arg-type]
+
+
+def refusal(source: object, name: str = "") -> PlanError:
+    with pytest.raises(PlanError) as caught:
+        resolved(source, name)
+    return caught.value
+
+
+@pytest.mark.parametrize("path", BAD_PLANS, ids=lambda path: path.stem)
+def test_a_plan_that_does_not_fit_is_refused_in_these_words(path: Path) -> None:
+    assert f"{refusal(path, path.stem)}\n" == path.with_suffix(".txt").read_text(encoding="ascii")
+
+
+@pytest.mark.parametrize("name", MENDS)
+def test_a_plan_that_does_not_fit_is_refused_in_these_words_ok(name: str, tmp_path: Path) -> None:
+    text = (FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
+    for said, meant in MENDS[name]:
+        assert said in text
+        text = text.replace(said, meant, 1)
+    path = tmp_path / "plan.yaml"
+    path.write_text(text, encoding="utf-8")
+    assert resolved(path, name).parameters.keys() == spec(tied=name in TIED).parameters.keys()
+
+
+def test_every_plan_that_does_not_fit_has_a_mended_twin() -> None:
+    assert {path.stem for path in BAD_PLANS} - set(MENDS) == {"many_mistakes"}
+
+
+def test_every_code_of_a_plan_against_a_model_has_a_bad_plan() -> None:
+    texts = "".join(path.with_suffix(".txt").read_text(encoding="ascii") for path in BAD_PLANS)
+    shown = {code for code in CODES if f"[{code}]" in texts}
+    assert shown | MADE_ELSEWHERE == {code for code in CODES if code.startswith(("PP1", "PP2"))}
+
+
+def test_a_rule_that_matches_nothing_may_be_optional() -> None:
+    rules = {"model.layers.*.self_attn.q_norm": {"style": "replicate", "optional": True}, "**": "replicate"}
+    assert not any(entry.is_sharded for entry in resolved(rules).parameters.values())
+    del rules["model.layers.*.self_attn.q_norm"]["optional"]  # type: ignore[attr-defined]
+    assert [finding.code for finding in refusal(rules).findings] == ["PP101"]
+
+
+def test_an_optional_rule_that_matches_must_still_apply() -> None:
+    rules = {
+        "model.layers.*.mlp.*": "replicate",
+        "model.layers.*.mlp.up_proj": {"style": "colwise", "optional": True},
+        "**": "replicate",
+    }
+    assert [finding.code for finding in refusal(rules).findings] == ["PP104"]
+
+
+def test_all_mistakes_are_told_at_once_in_the_order_of_the_file() -> None:
+    findings = refusal(FOLDER / "many_mistakes.yaml", "many_mistakes").findings
+    lines = [finding.line or 0 for finding in findings]
+    assert lines == sorted(lines)
+    codes = {"PP101", "PP102", "PP103", "PP104", "PP105", "PP107", "PP201", "PP202", "PP203"}
+    assert {finding.code for finding in findings} == codes
+
+
+def test_layers_that_differ_in_number_alone_are_told_once() -> None:
+    (both,) = refusal({"model.layers.*.input_layernorm": "colwise", "**": "replicate"}).findings
+    assert (both.name, both.found) == ("model.layers.0.input_layernorm.weight", "[48] (and 1 more like it)")
+    (one,) = refusal({"model.layers.1.input_layernorm": "colwise", "**": "replicate"}).findings
+    assert (one.name, one.found) == ("model.layers.1.input_layernorm.weight", "[48]")
+
+
+def test_layers_that_differ_in_shape_are_told_apart() -> None:
+    with torch.device("meta"):
+        model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Linear(6, 8), torch.nn.Linear(6, 8))
+    with pytest.raises(PlanError) as caught:
+        resolve(load_plan({"*": {"style": "rowwise", "unit": 5}}), describe(model), {"tp": 2})
+    assert [finding.found for finding in caught.value.findings] == ["[6, 4]", "[8, 6] (and 1 more like it)"]
+
+
+def test_every_entry_knows_the_line_of_its_rule() -> None:
+    path = bundled_folder() / "llama.yaml"
+    table = resolved(path)
+    lines = path.read_text(encoding="utf-8").splitlines()
+    entries = [*table.parameters.values(), *table.modules.values()]
+    assert len(entries) > len(table.spec.parameters)
+    for entry in entries:
+        assert entry.rule.line is not None
+        assert lines[entry.rule.line - 1].strip().startswith(f"{entry.rule.pattern}: ")
+        assert entry.rule.file is not None
+        assert Path(entry.rule.file).resolve() == path.resolve()
+
+
+def test_a_plan_without_model_type_serves_any_model() -> None:
+    assert resolved({"version": 1, "tp_plan": {"**": "replicate"}}).parameters
+    assert refusal({"model_type": "qwen2", "tp_plan": {"**": "replicate"}}).findings[0].code == "PP106"
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("tp", [2, 3, 4])
+@pytest.mark.parametrize("model_type", bundled_types())
+def test_every_bundled_plan_shards_nearly_all_of_the_layers(model_type: str, tp: int, tied: bool) -> None:
+    described = spec(model_type, tied=tied)
+    assert bool(described.tied) == tied
+    table = resolve(load_plan(bundled_folder() / f"{model_type}.yaml"), described, {"tp": tp})
+    layers = [entry for name, entry in table.parameters.items() if ".layers." in name]
+    split = sum(entry.info.bytes for entry in layers if entry.is_sharded)
+    assert split >= 0.95 * sum(entry.info.bytes for entry in layers) > 0
+    check_bytes(table, tp)
+
+
+def check_bytes(table: Table, tp: int) -> None:
+    """The ranks together hold what is split once and what is whole each, tied tensors counted once."""
+    held = [table.rank_bytes({"tp": rank}) for rank in range(tp)]
+    whole = table.spec.bytes - table.sharded_bytes
+    assert sum(held) == table.sharded_bytes + tp * whole
+    assert min(held) > whole
+
+
+def test_tied_tensors_are_counted_once() -> None:
+    plan = load_plan(bundled_folder() / "llama.yaml")
+    tied, untied = (resolve(plan, spec(tied=tied), {"tp": 2}) for tied in (True, False))
+    head = untied.parameters["lm_head.weight"].info.bytes
+    assert untied.sharded_bytes - tied.sharded_bytes == untied.spec.bytes - tied.spec.bytes == head
+    assert tied.parameters["lm_head.weight"].layout == tied.parameters["model.embed_tokens.weight"].layout
