@@ -12,8 +12,9 @@ from torch import nn
 
 from parallel_plans import PlanError, Style, load_plan, register_style
 from parallel_plans.model_spec import describe
-from parallel_plans.resolve import Table, resolve
+from parallel_plans.resolve import resolve
 from parallel_plans.styles import base, get_style, style_names, styles
+from parallel_plans.table import Table
 
 THIRDS = Style(
     name="by_thirds",

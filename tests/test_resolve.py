@@ -17,7 +17,8 @@ from parallel_plans import PlanError, load_plan
 from parallel_plans.errors import CODES
 from parallel_plans.lookup import bundled_folder, bundled_types
 from parallel_plans.model_spec import ModelSpec, describe
-from parallel_plans.resolve import Table, resolve
+from parallel_plans.resolve import resolve
+from parallel_plans.table import Table
 
 FOLDER = Path("tests/bad_plans_for_model")
 BAD_PLANS = sorted(FOLDER.glob("*.yaml"))
@@ -37,7 +38,7 @@ MENDS = {
     "expert_style_on_matrix": [("moe_tp_down_rowwise", "replicate")],
     "for_another_model": [("mixtral", "llama"), ("model.layers.*.block_sparse_moe.gate", '"**"')],
     "layers_without_rule": [("layers.0.input", "layers.*.input")],
-    "module_rule_without_sharded_parameters": [("weight: replicate", "weight: colwise_gather_output")],
+    "module_rule_against_its_parameter": [("weight: replicate", "weight: colwise_gather_output")],
     "more_ranks_than_elements": [("[20, 4]", "[14, 10]")],
     "more_ranks_than_heads": [("head_dim", "1")],
     "no_tp_plan": [("ep_plan", "tp_plan"), ("model.layers.*.mlp", '"**"')],
@@ -105,6 +106,13 @@ def test_a_rule_that_matches_nothing_may_be_optional() -> None:
     assert not any(entry.is_sharded for entry in resolved(rules).parameters.values())
     del rules["model.layers.*.self_attn.q_norm"]["optional"]  # type: ignore[attr-defined]
     assert [finding.code for finding in refusal(rules).findings] == ["PP101"]
+
+
+def test_a_rule_with_double_star_must_match_something_but_may_find_nothing_left() -> None:
+    rules = {"model.**": "replicate", "lm_head": "replicate", "**": "replicate"}
+    assert not any(entry.is_sharded for entry in resolved(rules).parameters.values())
+    misspelt = {"**.q_porj": "colwise", "**": "replicate"}
+    assert [finding.code for finding in refusal(misspelt).findings] == ["PP101"]
 
 
 def test_an_optional_rule_that_matches_must_still_apply() -> None:

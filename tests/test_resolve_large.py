@@ -10,7 +10,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from parallel_plans import load_plan
 from parallel_plans.model_spec import describe
-from parallel_plans.resolve import Table, resolve
+from parallel_plans.resolve import resolve
+from parallel_plans.table import Table
 
 TP = 16
 LAYER = "model.layers.*"

@@ -15,10 +15,11 @@ from parallel_plans.loader import load_plan
 from parallel_plans.mesh import Place, place_on
 from parallel_plans.model_spec import describe
 from parallel_plans.plan import Plan
-from parallel_plans.resolve import Table, resolve
+from parallel_plans.resolve import resolve
 from parallel_plans.shard import shard_parameters
 from parallel_plans.state import Parallel, remember
 from parallel_plans.storage import STORAGES, Storage
+from parallel_plans.table import Table
 
 
 def parallelize(

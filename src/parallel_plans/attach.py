@@ -16,8 +16,8 @@ from torch.distributed.tensor import DTensor
 from parallel_plans.boundary import Boundary, Site
 from parallel_plans.collectives import Axis, replicate
 from parallel_plans.mesh import Place
-from parallel_plans.resolve import ModuleEntry, Table
 from parallel_plans.storage import local_tensor
+from parallel_plans.table import ModuleEntry, Table
 
 
 class ParallelForward:

@@ -40,13 +40,8 @@ class Geometry:
             fix = f"write a number, or one of the config's fields: {near}" if error.missing is not None else None
             raise CannotSplit(code, f"by the size `{value}`: {error}", fix=fix) from None
 
-    def split(self, shape: Sequence[int], style: Style, options: Mapping[str, object]) -> Split | None:
-        """How the style splits a parameter of this shape; None where it leaves it whole.
-
-        Raises:
-            CannotSplit: parts, units or dim that the shape does not have, or fewer units than ranks.
-        """
-        options = {**style.defaults, **options}
+    def dim(self, shape: Sequence[int], style: Style, options: Mapping[str, object]) -> int | None:
+        """The dim along which the style splits a parameter of this shape, counted from 0; None where it does not."""
         dim = style.split_dim(len(shape))
         if dim is None:
             return None
@@ -54,7 +49,18 @@ class Geometry:
             dim = int(options["dim"])  # type: ignore[call-overload]
         if not -len(shape) <= dim < len(shape):
             raise CannotSplit("PP201", f"dim {dim}", f"a dim between {-len(shape)} and {len(shape) - 1}")
-        dim %= len(shape)
+        return dim % len(shape)
+
+    def split(self, shape: Sequence[int], style: Style, options: Mapping[str, object]) -> Split | None:
+        """How the style splits a parameter of this shape; None where it leaves it whole.
+
+        Raises:
+            CannotSplit: parts, units or dim that the shape does not have, or fewer units than ranks.
+        """
+        dim = self.dim(shape, style, options)
+        if dim is None:
+            return None
+        options = {**style.defaults, **options}
         parts = self._parts(shape[dim], dim, options.get("parts", 1))
         units = self._units(parts, dim, options.get("unit", 1))
         for part, unit in zip(parts, units, strict=True):

@@ -13,6 +13,7 @@ Reading, gathering, saving and checking all go through it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -227,10 +228,8 @@ class Layout:
 
     @property
     def numel(self) -> int:
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        """Elements of the whole tensor."""
+        return math.prod(self.shape)
 
 
 def blocks(region: Sequence[Sequence[Range]]) -> Iterator[tuple[tuple[slice, ...], tuple[slice, ...]]]:

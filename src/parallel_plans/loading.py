@@ -26,7 +26,8 @@ from parallel_plans.mesh import Place, device_of
 from parallel_plans.messages import bytes_bar
 from parallel_plans.model_spec import describe
 from parallel_plans.random_state import shared_random_state
-from parallel_plans.resolve import Table, resolve
+from parallel_plans.resolve import resolve
+from parallel_plans.table import Table
 
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
 

@@ -5,6 +5,7 @@ A `ModelSpec` is plain data. `describe` reads it off any `nn.Module`, on any dev
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,10 +24,7 @@ class ParameterInfo:
     @property
     def bytes(self) -> int:
         """Bytes of the whole parameter."""
-        count = self.itemsize
-        for size in self.shape:
-            count *= size
-        return count
+        return self.itemsize * math.prod(self.shape)
 
 
 @dataclass(frozen=True, kw_only=True)

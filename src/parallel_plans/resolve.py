@@ -7,89 +7,16 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from parallel_plans.errors import Finding, PlanError
 from parallel_plans.geometry import CannotSplit, Geometry
-from parallel_plans.layouts import Layout, Split
+from parallel_plans.layouts import Layout
 from parallel_plans.matching import Assignment, Pattern, RuleUse, assign
 from parallel_plans.model_spec import ModelSpec, ModuleInfo, ParameterInfo
 from parallel_plans.plan import Plan, Rule
 from parallel_plans.styles import Style, get_style
-
-
-@dataclass(frozen=True, kw_only=True)
-class ParameterEntry:
-    """A parameter under a plan: how it lies on the mesh and in which letter its module uses it.
-
-    `used_as` is `I`, or `R` where each rank uses the whole parameter on its own data and gradients are summed.
-    """
-
-    info: ParameterInfo
-    layout: Layout
-    style: Style
-    rule: Rule
-    axis: str
-    used_as: str
-
-    @property
-    def is_sharded(self) -> bool:
-        """Whether some dim is split over ranks."""
-        return bool(self.layout.splits)
-
-    def local_bytes(self, ranks: Mapping[str, int]) -> int:
-        """Bytes that the rank at these coordinates holds."""
-        count = self.info.itemsize
-        for size in self.layout.local_shape(ranks):
-            count *= size
-        return count
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModuleEntry:
-    """A module at whose boundary something runs: its style, its options as numbers, how its parameter is split."""
-
-    info: ModuleInfo
-    style: Style
-    rule: Rule
-    axis: str
-    split: Split | None
-    options: Mapping[str, object]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Table:
-    """A resolved plan: one entry per parameter (tied names included) and per module that acts in the forward."""
-
-    plan: Plan
-    spec: ModelSpec
-    sizes: Mapping[str, int]
-    parameters: Mapping[str, ParameterEntry]
-    modules: Mapping[str, ModuleEntry]
-
-    @property
-    def sharded_bytes(self) -> int:
-        """Bytes of the parameters that are split, each counted once, whole."""
-        entries = self.parameters.items()
-        return sum(entry.info.bytes for name, entry in entries if entry.is_sharded and name not in self.spec.tied)
-
-    def by_form(self) -> dict[str, list[ParameterEntry]]:
-        """The entries, tied ones once, by their names with `*` for the layer's number, where they are alike."""
-        forms: dict[str, list[ParameterEntry]] = {}
-        for name, entry in self.parameters.items():
-            if name in self.spec.tied:
-                continue
-            alike = forms.setdefault(_wildcarded(name), [])
-            if alike and alike[0].layout != entry.layout:
-                forms[name] = [entry]  # a layer that differs from the first stands for itself
-            else:
-                alike.append(entry)
-        return forms
-
-    def rank_bytes(self, ranks: Mapping[str, int]) -> int:
-        """Bytes of parameters that the rank at these coordinates holds, tied ones counted once."""
-        entries = self.parameters.items()
-        return sum(entry.local_bytes(ranks) for name, entry in entries if name not in self.spec.tied)
+from parallel_plans.table import ModuleEntry, ParameterEntry, Table, wildcarded
 
 
 def resolve(plan: Plan, spec: ModelSpec, sizes: Mapping[str, int]) -> Table:
@@ -124,7 +51,7 @@ def _one_per_form(findings: Sequence[Finding]) -> list[Finding]:
     """The findings with those that differ in the layer's number alone told once, with how many there are."""
     alike: dict[tuple[object, ...], list[Finding]] = {}
     for finding in findings:
-        key = (finding.code, finding.line, finding.rule, _wildcarded(finding.name or ""), finding.found)
+        key = (finding.code, finding.line, finding.rule, wildcarded(finding.name or ""), finding.found)
         alike.setdefault(key, []).append(finding)
     told = []
     for first, *others in alike.values():
@@ -177,7 +104,9 @@ class _Resolver:
         names = [*self.spec.modules, *self.spec.parameters]
         for use in assignment.uses:
             rule = use.rule
-            if self._reaches(use, assignment) or "**" in rule.pattern or (rule.optional and use.matches_nothing):
+            # a catch-all may find nothing left to catch, but must have had something to look at
+            is_spare = "**" in rule.pattern and not use.matches_nothing
+            if self._reaches(use) or is_spare or (rule.optional and use.matches_nothing):
                 continue
             if use.matches_nothing:
                 self.report("PP101", "the rule matches nothing in the model", rule, fix=_nearest(rule.pattern, names))
@@ -189,17 +118,17 @@ class _Resolver:
                 message = f"the rule matches modules without parameters of their own, where {rule.style} does nothing"
                 self.report("PP101", message, rule, fix=fix)
 
-    def _reaches(self, use: RuleUse, assignment: Assignment) -> bool:
+    def _reaches(self, use: RuleUse) -> bool:
         """Whether the rule does something: it rules a parameter, or stands on a module for its boundary's sake."""
         style = get_style(use.rule.style)
         return bool(use.parameters) or (use.modules > 0 and (style.acts_on_forward or style.module_only))
 
     def _fix_for(self, name: str, idle: Sequence[Rule]) -> str:
         """What to do about a parameter without a rule: an idle rule may be meant for it, and misspelt."""
-        module = _wildcarded(name.rpartition(".")[0])
+        module = wildcarded(name.rpartition(".")[0])
         meant = difflib.get_close_matches(module, [rule.pattern for rule in idle], n=1, cutoff=0.9)
         if not meant:
-            return f'add `{_wildcarded(name)}: replicate`, or `"**": replicate` as the last rule'
+            return f'add `{wildcarded(name)}: replicate`, or `"**": replicate` as the last rule'
         place = next(rule.place for rule in idle if rule.pattern == meant[0])
         return f"correct `{meant[0]}` at {place}, if it is meant for this"
 
@@ -279,14 +208,12 @@ class _Resolver:
         style = get_style(rule.style)
         if not style.acts_on_forward or (style.serves and info.kind not in style.serves):
             return None  # the second was reported on the module's parameters
-        splits = [parameters[name].layout.splits for name in info.parameters if name in parameters]
-        split = next((own[0] for own in splits if own), None)
-        if style.shards and split is None:
-            if len(splits) == len(info.parameters):
-                message = f"{rule.style} stands on {info.name}, none of whose parameters is sharded"
-                self.report("PP105", message, rule, name=info.name, fix="drop the rules on its parameters, or this one")
-            return None
+        if not all(name in parameters for name in info.parameters):
+            return None  # that was reported too
+        own = [parameters[name] for name in info.parameters]
         try:
+            if style.shards and not self._suits(own, style, rule):
+                return None
             options = self.geometry.options(info, style, rule)
         except CannotSplit as problem:
             self.report(
@@ -299,7 +226,27 @@ class _Resolver:
                 fix=problem.fix,
             )
             return None
+        split = next((entry.layout.splits[0] for entry in own if entry.is_sharded), None)
         return ModuleEntry(info=info, style=style, rule=rule, axis=self.axis, split=split, options=options)
+
+    def _suits(self, own: Sequence[ParameterEntry], style: Style, rule: Rule) -> bool:
+        """Whether a module's parameters, under rules of their own, are split as the style on it needs them."""
+        for entry in own:
+            shape = entry.info.shape
+            wanted = self.geometry.dim(shape, style, rule.options)
+            found = entry.layout.splits[0].dim if entry.is_sharded else None
+            if found != wanted:
+                self.report(
+                    "PP105",
+                    f"{rule.style} finds a parameter that its own rule splits otherwise",
+                    rule,
+                    name=entry.info.name,
+                    found=str(entry.layout),
+                    expected="whole" if wanted is None else f"dim {wanted} split over {self.axis}",
+                    fix=f"correct the rule at {entry.rule.place}, or drop it",
+                )
+                return False
+        return True
 
 
 def _names(rule: Rule, parameter: str) -> bool:
@@ -307,13 +254,9 @@ def _names(rule: Rule, parameter: str) -> bool:
     return Pattern.of(rule.pattern).matches(parameter)
 
 
-def _wildcarded(name: str) -> str:
-    return ".".join("*" if segment.isdigit() else segment for segment in name.split("."))
-
-
 def _nearest(pattern: str, names: list[str]) -> str | None:
     """What to write instead, where something in the model is called nearly so."""
-    candidates = list(dict.fromkeys(_wildcarded(name) for name in names if name))
+    candidates = list(dict.fromkeys(wildcarded(name) for name in names if name))
     close = difflib.get_close_matches(pattern, candidates, n=1, cutoff=0.6)
     return (
         f"did you mean `{close[0]}`? if only some configs have it, write `optional: true`"

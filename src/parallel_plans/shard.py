@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from parallel_plans.layouts import Layout
 from parallel_plans.mesh import Place
-from parallel_plans.resolve import Table
 from parallel_plans.storage import Storage, stored
+from parallel_plans.table import Table
 
 
 def owned_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:

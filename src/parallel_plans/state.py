@@ -14,8 +14,8 @@ from parallel_plans.checkpoint.load import Loaded
 from parallel_plans.collectives import all_gather, broadcast_parts
 from parallel_plans.layouts import Layout
 from parallel_plans.mesh import Place
-from parallel_plans.resolve import Table
 from parallel_plans.storage import Storage
+from parallel_plans.table import Table
 
 _ATTRIBUTE = "_parallel"
 

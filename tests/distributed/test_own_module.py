@@ -88,6 +88,11 @@ def ten_lines(ranks: int) -> bool:
     return all(state[name].shape == whole[name].shape and not torch.equal(state[name], whole[name]) for name in whole)
 
 
+def axes_of(model: nn.Module) -> set[tuple[tuple[str, ...] | None, int]]:
+    """The meshes that a model's parameters lie on: names of the axes, how many ranks."""
+    return {(p.device_mesh.mesh_dim_names, p.device_mesh.size()) for p in model.parameters() if isinstance(p, DTensor)}
+
+
 class Turned(nn.Module):
     """A weight `[in, out]` and no more."""
 
@@ -153,6 +158,7 @@ def on_a_rank(ranks: int) -> dict[str, Any]:
         "own styles": {s: agreement(turned, {"0": "own_out", "2": "own_in"}, s, mesh) for s in STORAGES},
         "meta": {storage: on_meta(storage, mesh) for storage in STORAGES},
         "refused": refused(mesh),
+        "axes": {name: axes_of(parallelize(small(), PLAN, each)) for name, each in meshes.items()},
     }
 
 
@@ -174,6 +180,13 @@ def test_a_module_of_ones_own_trains_in_ten_lines(ranks: int) -> None:
 @pytest.mark.parametrize("mesh", ["named", "without names", "of two axes"])
 def test_values_and_gradients_are_those_of_one_process_on_any_mesh(mesh: str, storage: str, ranks: int) -> None:
     assert max(result["agreement"][mesh, storage] for result in results(ranks)) <= EXACT
+
+
+@each_size
+def test_parameters_lie_on_the_plans_axis_alone(ranks: int) -> None:
+    for result in results(ranks):
+        named = {(("tp",), ranks)}
+        assert result["axes"] == {"named": named, "of two axes": named, "without names": {(None, ranks)}}
 
 
 @each_size

@@ -14,7 +14,7 @@ from parallel_plans.checkpoint.lazy import LazyTensor
 from parallel_plans.errors import CheckpointError, Finding
 from parallel_plans.layouts import Layout
 from parallel_plans.mesh import Place
-from parallel_plans.resolve import Table
+from parallel_plans.table import Table
 
 READERS = 4  # threads; more of them slow each other down
 

@@ -16,7 +16,8 @@ from parallel_plans.cli.target import Target, TargetError, read_target
 from parallel_plans.errors import LaunchError, ParallelPlansError
 from parallel_plans.loader import load_plan
 from parallel_plans.lookup import bundled_folder, bundled_types, find_plan
-from parallel_plans.resolve import Table, resolve
+from parallel_plans.resolve import resolve
+from parallel_plans.table import Table
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 PAPER = 200  # columns where no terminal says how many there are
