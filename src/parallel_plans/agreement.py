@@ -70,7 +70,7 @@ class Agreement:
         words = self._exchange(_Word(rank=this_rank(), step=step, error=text))
         if isinstance(error, ParallelPlansError) and words[0].error == text:
             print_once(error)
-        elif hasattr(error, "add_note"):  # Python 3.11
+        else:
             error.add_note(f"on rank {this_rank()}, while {step}")
 
 
