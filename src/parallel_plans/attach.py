@@ -6,7 +6,12 @@ forward. Nothing else about it changes: its class, its parameters' names and its
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import functools
+import inspect
+import re
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,57 +25,74 @@ from parallel_plans.storage import local_tensor
 from parallel_plans.table import ModuleEntry, Table
 
 
+class LocalParameters:
+    """A module's own parameters as this rank computes with them.
+
+    Args:
+        module: the module that keeps them.
+        summed: those whose gradients are summed, each with the axis.
+        after: those that are hidden from the forward and added to the delivered output.
+    """
+
+    def __init__(self, module: nn.Module, summed: dict[str, Axis], after: tuple[str, ...] = ()) -> None:
+        self.module, self.summed, self.after = module, summed, after
+
+    def lay_out(self) -> tuple[dict[str, Any], Tensor | None]:
+        """Puts local tensors in the parameters' place; gives what was there, and what is to be added to the output."""
+        kept: dict[str, Any] = self.module._parameters
+        originals, added = kept.copy(), None
+        for name, parameter in originals.items():
+            if parameter is None:
+                continue
+            local = parameter
+            if isinstance(parameter, nn.Parameter):  # if not, a module around this one has laid it out
+                local = local_tensor(parameter)
+                if name in self.summed:
+                    local = replicate(local, self.summed[name])
+            kept[name] = local
+            if name in self.after:
+                # some layers cannot do without a bias: they get one that adds nothing
+                added, kept[name] = local, None if isinstance(self.module, nn.Linear) else torch.zeros_like(local)
+        return originals, added
+
+
 class ParallelForward:
     """A module's forward on this rank: local parameters in, the boundary around it.
 
     Args:
-        module: the module; its forward as it is now is what runs inside.
-        boundary: what its style does; None where only its parameters need care.
-        summed: its parameters whose gradients are summed, each with the axis.
-        after: its parameters that are hidden from the forward and added to the delivered output.
+        own: the module's parameters; its forward as it is now is what runs inside.
+        reached: parameters of its children that its own code reads.
+        boundary: what its style does; None where only parameters need care.
     """
 
-    def __init__(
-        self, module: nn.Module, boundary: Boundary | None, summed: dict[str, Axis], after: tuple[str, ...]
-    ) -> None:
-        self.module, self.boundary, self.summed, self.after = module, boundary, summed, after
-        self.forward = module.forward
-        functools.update_wrapper(self, module.forward)
+    def __init__(self, own: LocalParameters, reached: tuple[LocalParameters, ...], boundary: Boundary | None) -> None:
+        self.own, self.reached, self.boundary = own, reached, boundary
+        self.forward = own.module.forward
+        functools.update_wrapper(self, self.forward)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        kept = self.module._parameters
-        originals = kept.copy()
-        added = self._lay_out(kept, originals)
+        originals, added = self.own.lay_out()
+        below = [(reached.module, reached.lay_out()[0]) for reached in self.reached]
         try:
             if self.boundary is None:
                 output = self.forward(*args, **kwargs)
             else:
                 output = self.boundary(self.forward, args, kwargs)
         finally:
-            kept.update(originals)
+            self.own.module._parameters.update(originals)
+            for module, parameters in below:
+                module._parameters.update(parameters)
         return output if added is None else output + added.to(output.dtype)  # under autocast they differ
-
-    def _lay_out(self, kept: dict[str, Any], originals: dict[str, Any]) -> Tensor | None:
-        """Puts local tensors in the place of the module's parameters; gives the one to add to the output, if one is."""
-        added = None
-        for name, parameter in originals.items():
-            if parameter is None:
-                continue
-            local = local_tensor(parameter)
-            if name in self.summed:
-                local = replicate(local, self.summed[name])
-            kept[name] = local
-            if name in self.after:
-                # some layers cannot do without a bias: they get one that adds nothing
-                added, kept[name] = local, None if isinstance(self.module, nn.Linear) else torch.zeros_like(local)
-        return added
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ParallelForward:
         """The same around the copied module, which the copy has made by now; never around the original."""
-        copied = memo[id(self.module)]
+        copied = memo[id(self.own.module)]
         twin = ParallelForward.__new__(ParallelForward)
-        twin.module, twin.boundary, twin.summed, twin.after = copied, self.boundary, self.summed, self.after
-        inner = self.forward
+        twin.own = LocalParameters(copied, self.own.summed, self.own.after)
+        twin.reached = tuple(
+            LocalParameters(copy.deepcopy(reached.module, memo), reached.summed) for reached in self.reached
+        )
+        twin.boundary, inner = self.boundary, self.forward
         twin.forward = getattr(type(copied), inner.__name__).__get__(copied) if hasattr(inner, "__self__") else inner
         functools.update_wrapper(twin, twin.forward)
         return twin
@@ -85,15 +107,50 @@ def attach_forwards(model: nn.Module, table: Table, place: Place) -> None:
         seen.add(id(module))
         entry = table.modules.get(name)
         boundary = None if entry is None else _boundary(entry, module, place)
-        summed = _summed(name, module, table, place)
-        after = () if entry is None else tuple(own for own in entry.style.after if _has(module, own))
-        is_stored_apart = any(isinstance(parameter, DTensor) for parameter in module._parameters.values())
-        if boundary is not None or summed or after or is_stored_apart:
-            module.forward = ParallelForward(module, boundary, summed, after)
+        own = LocalParameters(module, _summed(name, module, table, place), _after(module, entry))
+        reached = tuple(
+            LocalParameters(child, summed)
+            for child_name, child in _children_read_by(module)
+            if (summed := _summed(_joined(name, child_name), child, table, place)) or _is_stored_apart(child)
+        )
+        if boundary is not None or own.summed or own.after or reached or _is_stored_apart(module):
+            module.forward = ParallelForward(own, reached, boundary)
 
 
-def _has(module: nn.Module, own: str) -> bool:
-    return module._parameters.get(own) is not None
+def _joined(prefix: str, own: str) -> str:
+    return f"{prefix}.{own}" if prefix else own
+
+
+def _is_stored_apart(module: nn.Module) -> bool:
+    """Whether the module keeps its parameters in another form than it computes with."""
+    return any(isinstance(parameter, DTensor) for parameter in module._parameters.values())
+
+
+def _after(module: nn.Module, entry: ModuleEntry | None) -> tuple[str, ...]:
+    return () if entry is None else tuple(n for n in entry.style.after if module._parameters.get(n) is not None)
+
+
+_READ = re.compile(r"\bself\.(\w+)\.(\w+)\b")
+
+
+@functools.cache
+def _reads(kind: Any) -> frozenset[tuple[str, str]]:
+    """Every `self.child.name` in the methods of a module class: some read a child's weight instead of calling it."""
+    found: set[tuple[str, str]] = set()
+    for name, method in vars(kind).items():
+        if inspect.isfunction(method) and name != "__init__":
+            with contextlib.suppress(OSError, TypeError):  # code that came without its source
+                found.update(_READ.findall(inspect.getsource(method)))
+    return frozenset(found)
+
+
+def _children_read_by(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The children whose parameters the module's own code reads, each once."""
+    kinds: list[Any] = [kind for kind in type(module).__mro__ if issubclass(kind, nn.Module)]
+    read = {names for kind in kinds for names in _reads(kind)}
+    for name, child in module.named_children():
+        if any((name, own) in read for own, parameter in child._parameters.items() if parameter is not None):
+            yield name, child
 
 
 def _boundary(entry: ModuleEntry, module: nn.Module, place: Place) -> Boundary | None:
@@ -113,7 +170,7 @@ def _summed(prefix: str, module: nn.Module, table: Table, place: Place) -> dict[
     """The module's own parameters that are used as R, each with its axis."""
     summed = {}
     for own, parameter in module._parameters.items():
-        entry = table.parameters.get(f"{prefix}.{own}" if prefix else own)
+        entry = table.parameters.get(_joined(prefix, own))
         if isinstance(parameter, Tensor) and entry is not None and entry.used_as == "R":
             summed[own] = place.axes[entry.axis]
     return summed

@@ -187,6 +187,7 @@ def gather(local: Tensor, axis: Axis, split: Split, dim: int) -> Tensor:
 
 def take_own(value: Tensor, axis: Axis, split: Split, dim: int) -> Tensor:
     """I -> S(dim): this rank's slice; the gradient is gathered from all ranks."""
+    assert split.is_disjoint  # slices that several ranks hold would want their gradients summed
     return _TakeOwn.apply(value, axis, split, dim) if _needs_gradient(value) else _own(value, axis, split, dim)
 
 
@@ -199,6 +200,7 @@ def gather_for_use(local: Tensor, axis: Axis, split: Split, dim: int) -> Tensor:
 
 def scatter_sum(value: Tensor, axis: Axis, split: Split, dim: int) -> Tensor:
     """P -> S(dim): this rank's slice of the sum; the gradient is gathered from all ranks."""
+    assert split.is_disjoint  # as above
     if _needs_gradient(value):
         return _ScatterSum.apply(value, axis, split, dim)
     return reduce_scatter(value, axis, split, dim)

@@ -250,8 +250,9 @@ class _Resolver:
 
 
 def _names(rule: Rule, parameter: str) -> bool:
-    """Whether the rule names the parameter itself, rather than the module that owns it."""
-    return Pattern.of(rule.pattern).matches(parameter)
+    """Whether the rule names the parameter itself, rather than its module or whatever lies below one."""
+    last = rule.pattern.rpartition(".")[2]
+    return last == parameter.rpartition(".")[2] and Pattern.of(rule.pattern).matches(parameter)
 
 
 def _nearest(pattern: str, names: list[str]) -> str | None:

@@ -26,8 +26,9 @@ def placement(split: Split | None) -> Placement:
     """The DTensor placement of a split.
 
     Equal packed parts are a `_StridedShard`. A split that torch has no placement for (unequal parts, whole heads dealt
-    unevenly) is called `Shard`: norms, gradients and optimizer steps are right with it; `full_tensor()` and distributed
-    checkpoints are not, since both take `torch.chunk`'s split for granted. Use `full_state_dict` and `save_pretrained`.
+    unevenly) is called `Shard`: norms, gradients and optimizer steps are right with it. `full_tensor()` and distributed
+    checkpoints are not (wrong values, or an abort), since both take `torch.chunk`'s split for granted; use
+    `full_state_dict` and `save_pretrained`.
     """
     if split is None:
         return Replicate()
