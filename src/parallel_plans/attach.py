@@ -11,6 +11,7 @@ import copy
 import functools
 import inspect
 import re
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from parallel_plans.boundary import Boundary, Site
 from parallel_plans.collectives import Axis, replicate
+from parallel_plans.forks import fork_scope
 from parallel_plans.mesh import Place
 from parallel_plans.storage import local_tensor
 from parallel_plans.table import ModuleEntry, Table
@@ -63,14 +65,27 @@ class ParallelForward:
         own: the module's parameters; its forward as it is now is what runs inside.
         reached: parameters of its children that its own code reads.
         boundary: what its style does; None where only parameters need care.
+        has_forks: whether modules below it may take the same value (see `parallel_plans.forks`).
     """
 
-    def __init__(self, own: LocalParameters, reached: tuple[LocalParameters, ...], boundary: Boundary | None) -> None:
-        self.own, self.reached, self.boundary = own, reached, boundary
+    def __init__(
+        self,
+        own: LocalParameters,
+        reached: tuple[LocalParameters, ...] = (),
+        boundary: Boundary | None = None,
+        has_forks: bool = False,
+    ) -> None:
+        self.own, self.reached, self.boundary, self.has_forks = own, reached, boundary, has_forks
         self.forward = own.module.forward
         functools.update_wrapper(self, self.forward)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.has_forks:
+            return self._run(args, kwargs)
+        with fork_scope():
+            return self._run(args, kwargs)
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         originals, added = self.own.lay_out()
         below = [(reached.module, reached.lay_out()[0]) for reached in self.reached]
         try:
@@ -92,7 +107,7 @@ class ParallelForward:
         twin.reached = tuple(
             LocalParameters(copy.deepcopy(reached.module, memo), reached.summed) for reached in self.reached
         )
-        twin.boundary, inner = self.boundary, self.forward
+        twin.boundary, twin.has_forks, inner = self.boundary, self.has_forks, self.forward
         twin.forward = getattr(type(copied), inner.__name__).__get__(copied) if hasattr(inner, "__self__") else inner
         functools.update_wrapper(twin, twin.forward)
         return twin
@@ -101,6 +116,7 @@ class ParallelForward:
 def attach_forwards(model: nn.Module, table: Table, place: Place) -> None:
     """Gives every module that needs one its `ParallelForward`."""
     seen: set[int] = set()
+    forking = _forking(model, table)
     for name, module in model.named_modules(remove_duplicate=False):
         if id(module) in seen:
             continue
@@ -113,8 +129,24 @@ def attach_forwards(model: nn.Module, table: Table, place: Place) -> None:
             for child_name, child in _children_read_by(module)
             if (summed := _summed(_joined(name, child_name), child, table, place)) or _is_stored_apart(child)
         )
-        if boundary is not None or own.summed or own.after or reached or _is_stored_apart(module):
-            module.forward = ParallelForward(own, reached, boundary)
+        has_forks = name in forking
+        if boundary is not None or own.summed or own.after or reached or has_forks or _is_stored_apart(module):
+            module.forward = ParallelForward(own, reached, boundary, has_forks)
+
+
+def _forking(model: nn.Module, table: Table) -> set[str]:
+    """The modules in whose forward values may fork: those with two or more children that turn I into R, and layers.
+
+    Not the whole model: what a scope remembers lives as long as its module runs.
+    """
+    acting = [name for name, entry in table.modules.items() if (entry.style.arrives, entry.style.needs) == ("I", "R")]
+    parents = Counter(name.rpartition(".")[0] for name in acting)
+    forking = {name for name, count in parents.items() if count > 1}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList):
+            layers = (_joined(name, own) for own, _ in module.named_children())
+            forking |= {layer for layer in layers if any(parent.startswith(f"{layer}.") for parent in parents)}
+    return forking
 
 
 def _joined(prefix: str, own: str) -> str:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from parallel_plans.collectives import TRANSITIONS, Axis, reduce
+from parallel_plans.collectives import TRANSITIONS, Axis, reduce, replicate
+from parallel_plans.forks import replicate_once
 from parallel_plans.layouts import Split
 
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ def _transition(before: str, after: str, site: Site) -> Callable[[Tensor], Tenso
     if before == after:
         return None
     function, axis, split = TRANSITIONS[before[0], after[0]], site.axis, site.split
+    if function is replicate:
+        function = replicate_once
     letter = before if before[0] == "S" else after
     if letter[0] != "S":
         return lambda value: function(value, axis)
