@@ -19,6 +19,7 @@ from parallel_plans.matching import assign
 from parallel_plans.messages import tell, warn
 from parallel_plans.model_spec import ModelSpec
 from parallel_plans.plan import Plan
+from parallel_plans.styles import get_style
 
 BESIDE_CHECKPOINT = "parallel_plan.yaml"
 PATH_VARIABLE = "PARALLEL_PLANS_PATH"
@@ -62,7 +63,7 @@ def find_plan(
     if path is not None:
         plan = load_plan(path)
     elif carried:
-        plan = carried_plan(spec, carried)
+        plan = carried_plan(spec, with_tied_embeddings(spec, carried))
     else:
         raise LaunchError(_no_plan(spec))
     tell("tp_plan: %s", plan.source)
@@ -96,6 +97,23 @@ def carried_plan(spec: ModelSpec, carried: Mapping[str, str] | None) -> Plan:
     whole = {"**": "replicate"}
     plan = load_plan({"version": 1, "tp_plan": {**kept, **whole}})
     return Plan(source=f"carried by the model's class ({spec.model_type})", sections=plan.sections)
+
+
+def with_tied_embeddings(spec: ModelSpec, carried: Mapping[str, str]) -> dict[str, str]:
+    """A carried plan, with a rule for an embedding that it forgot though it splits what the embedding is tied to.
+
+    Several classes split the head alone, and stop working once the two are tied.
+    """
+    completed = dict(carried)
+    ruled = assign(load_plan({"tp_plan": completed}).rules("tp_plan"), list(spec.parameters), list(spec.modules))
+    for name, source in spec.tied.items():
+        rule, owner = ruled.parameters[name], spec.modules[source.rpartition(".")[0]]
+        if rule is None or ruled.parameters[source] is not None or owner.kind != "embedding":
+            continue
+        if get_style(rule.style).split_dim(2) in (0, -2):
+            completed[owner.name] = "embedding_rowwise"
+            warn("%s is tied to %s, which the plan of the model's class splits: split with it", source, name)
+    return completed
 
 
 def _no_plan(spec: ModelSpec) -> Finding:

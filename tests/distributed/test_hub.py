@@ -12,7 +12,7 @@ import pytest
 import torch
 from ranks import run_on_ranks
 from safetensors.torch import load_file, save_file
-from tiny import assert_close, tokens
+from tiny import assert_close, randomized, tokens
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoModelForCausalLM as Ordinary
 from transformers import GenerationConfig, LlamaForCausalLM
@@ -81,6 +81,30 @@ def test_auto_falls_back_to_the_plan_that_the_class_carries(tmp_path: Path) -> N
     Ordinary.from_config(CONFIG_MAPPING["seed_oss"](**config, **heads, head_dim=8)).save_pretrained(tmp_path)
     assert not (bundled_folder() / "seed_oss.yaml").exists()
     assert set(run_on_ranks(builtin_source, 2, str(tmp_path))) == {("carried by the model's class (seed_oss)", True)}
+
+
+def continued(folder: str) -> tuple[torch.Tensor, bool]:
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    parallel = parallel_of(model)
+    assert parallel is not None
+    batch = tokens()
+    made = model.generate(batch, max_new_tokens=5, do_sample=False, attention_mask=batch.ne(-1))
+    return made, parallel.table.parameters["model.embed_tokens.weight"].is_sharded
+
+
+def test_a_carried_plan_that_splits_a_head_splits_the_embedding_it_is_tied_to(tmp_path: Path) -> None:
+    from transformers import CONFIG_MAPPING
+
+    sizes = {"vocab_size": 101, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1}
+    config = CONFIG_MAPPING["diffllama"](**sizes, **heads, eos_token_id=2, tie_word_embeddings=True)
+    model = randomized(Ordinary.from_config(config, attn_implementation="eager")).eval()
+    model.save_pretrained(tmp_path)
+    batch = tokens()
+    alone = model.generate(batch, max_new_tokens=5, do_sample=False, attention_mask=batch.ne(-1))
+    for made, is_sharded in run_on_ranks(continued, 2, str(tmp_path)):
+        assert torch.equal(made, alone)
+        assert is_sharded
 
 
 @pytest.mark.parametrize("plan", ["builtin", str(PLAN), "mapping"])
