@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -32,6 +33,11 @@ from parallel_plans.table import Table
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
 
 
+_ADAPTER = Finding(
+    code="PP703",
+    message="the checkpoint is an adapter, not a model",
+    fix="load the base model with the plan, then add the adapter",
+)
 Dtypes = Callable[[str, Tensor], torch.dtype]
 
 
@@ -55,13 +61,22 @@ class Loading:
         """The caller's arguments, with this rank's device."""
         arguments = {key: value for key, value in self.arguments.items() if key != "output_loading_info"}
         if self.path is not None and Path(self.path).is_dir():
-            # before transformers looks, which would take weights of another format and read them whole
-            resolve_files(self.path, arguments.get("variant"), arguments.get("subfolder", ""))
+            self._check_folder(Path(self.path) / arguments.get("subfolder", ""))
         if arguments.get("state_dict") is None:
             arguments["use_safetensors"] = True
         if self.device.type != "cpu":
             arguments["device_map"] = {"": self.device}
         return arguments
+
+    def _check_folder(self, folder: Path) -> None:
+        """Refuses what transformers would take: weights of another format, which it reads whole, and adapters."""
+        if (folder / "adapter_config.json").is_file():
+            raise LaunchError(_ADAPTER)
+        config = folder / "config.json"
+        with contextlib.suppress(OSError, ValueError):  # transformers says what is wrong with a config
+            if json.loads(config.read_text(encoding="utf-8")).get("transformers_weights"):
+                return  # weights under a name of their own
+        resolve_files(folder, self.arguments.get("variant"))
 
     def load(self, model: Any, state_dict: Any, files: Any, config: Any) -> tuple[LoadStateDictInfo, None]:
         """Puts this rank's part of the weights into `model`, which is whole and on `meta`; called by transformers."""
@@ -152,8 +167,7 @@ class Loading:
         """Checks what transformers made of the model after its weights were in, and forgets names it has since tied."""
         self.report.missing -= set(getattr(model, "all_tied_weights_keys", ()))
         if getattr(model, "_hf_peft_config_loaded", False):
-            fix = "load the base model with the plan, then add the adapter"
-            raise LaunchError(Finding(code="PP703", message="the folder holds an adapter, not a model", fix=fix))
+            raise LaunchError(_ADAPTER)
 
     def close(self) -> None:
         """Gives back files and random state."""

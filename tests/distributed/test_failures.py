@@ -218,6 +218,32 @@ def test_quantized_weights_are_refused(llama: Path) -> None:
         assert message.startswith("the checkpoint is quantized (fp8), which no plan can split yet [PP703]")
 
 
+def test_an_adapter_is_refused(llama: Path) -> None:
+    (llama / "adapter_config.json").write_text("{}")
+    for name, message in raised(load, str(llama), ranks=2):
+        assert name == "LaunchError"
+        assert message.startswith("the checkpoint is an adapter, not a model [PP703]")
+
+
+def load_rows(folder: str) -> int:
+    model = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto")
+    return int(model.lm_head.weight.to_local().shape[0])
+
+
+def test_weights_under_a_name_that_the_config_gives_are_found(llama: Path) -> None:
+    (llama / "model.safetensors").rename(llama / "other.safetensors")
+    config = json.loads((llama / "config.json").read_text())
+    (llama / "config.json").write_text(json.dumps({**config, "transformers_weights": "other.safetensors"}))
+    assert run_on_ranks(load_rows, 2, str(llama)) == [51, 50]
+
+
+def test_more_ranks_than_were_started_are_refused_on_every_rank(llama: Path) -> None:
+    for name, message in raised(lambda folder: load(folder, tp_size=4), str(llama), ranks=2):
+        assert name == "LaunchError"
+        assert message.startswith("tp_size=4 asks for 4 ranks, 2 were started [PP701]")
+        assert "torchrun --nproc-per-node 4" in message
+
+
 def save_failing(folder: str, target: str, failure: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto")
     with torch.no_grad():
