@@ -39,7 +39,7 @@ def parallelize(
         plan: a `Plan`, a path, or a mapping (a whole plan, or rules for the axis `tp`).
         mesh: with an axis called `tp`; of several axes only that one is used.
         storage: `dtensor` keeps parameters as DTensors, for optimizers and torch's `clip_grad_norm_`; `local` keeps
-            plain tensors, which costs the least time, and whose norm torch cannot know to be one rank's part.
+            plain tensors, which costs the least time, and whose gradients `parallel_plans.clip_grad_norm_` clips right.
 
     Raises:
         PlanError: the plan is wrong, or wrong for this model and this many ranks; the model is untouched then.
