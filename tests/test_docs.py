@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from ranks import ENDING
 
 from parallel_plans.loader import load_plan
 
@@ -76,7 +77,7 @@ def outputs(of_page: list[Block], folder: Path) -> Iterator[str | None]:
             yield next(printed)
         elif block.mark == "torchrun":
             name = f"block_{number}.py"
-            (folder / name).write_text(block.text, encoding="utf-8")
+            (folder / name).write_text(block.text + ENDING, encoding="utf-8")
             launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", block.argument]
             yield ran([*launcher, name], folder)
         else:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from ranks import ENDING
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 BLOCK = re.compile(r"<!-- torchrun (\d+) -->\n```python\n(.*?)```", re.DOTALL)
@@ -22,7 +23,7 @@ def test_the_readme_has_such_an_example_of_about_ten_lines() -> None:
 
 @pytest.mark.parametrize(("ranks", "code"), BLOCKS)
 def test_an_example_runs_on_its_ranks(ranks: str, code: str, tmp_path: Path) -> None:
-    (tmp_path / "example.py").write_text(code)
+    (tmp_path / "example.py").write_text(code + ENDING)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", ranks, str(tmp_path / "example.py")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ranks import ENDING
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -54,7 +55,7 @@ def test_the_plans_are_in_the_wheel_and_an_installed_copy_finds_them(
     installed: Path, checkpoints: Callable[..., Any], tmp_path: Path
 ) -> None:
     folder, _ = checkpoints("gemma2", True)
-    (tmp_path / "script.py").write_text(SCRIPT)
+    (tmp_path / "script.py").write_text(SCRIPT + ENDING)
     environment = {**os.environ, "PYTHONPATH": str(installed)}
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(tmp_path / "script.py")]
     done = subprocess.run(
