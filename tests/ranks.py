@@ -5,13 +5,11 @@ from __future__ import annotations
 import os
 import pickle
 import socket
-import tempfile
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing import get_context
 from multiprocessing.connection import wait
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -93,8 +91,3 @@ def run_on_ranks(function: Callable[..., Any], ranks: int, *args: Any) -> list[A
     if bad:
         raise RankFailed("\n".join(bad))
     return [value for _, value in results]
-
-
-def temporary_folder() -> Path:
-    """A fresh folder for what ranks share."""
-    return Path(tempfile.mkdtemp(prefix="parallel_plans_"))

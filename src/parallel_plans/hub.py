@@ -81,18 +81,13 @@ def from_pretrained(
         return model_class.from_pretrained(path, *model_args, **kwargs)
     try:
         _check_arguments(storage, {"ep_plan": ep_plan, "sp_plan": sp_plan}, {"ep": ep_size, "etp": etp_size}, kwargs)
-        ranks = mesh_size(mesh) if mesh is not None else check_sizes(tp_size, started_ranks())
+        place = None if mesh is None else place_on(mesh)
+        ranks = check_sizes(tp_size, started_ranks()) if place is None else place.mesh.size()
     except ParallelPlansError as error:
         raise print_once(error) from None
     if ranks == 1:
         return model_class.from_pretrained(path, *model_args, **kwargs)
-    place = place_on(mesh) if mesh is not None else start_place(ranks)
-    return _load(path, model_args, model_class, tp_plan, place, storage, kwargs)
-
-
-def mesh_size(mesh: DeviceMesh) -> int:
-    """Ranks on the mesh's axis `tp`."""
-    return place_on(mesh).mesh.size()
+    return _load(path, model_args, model_class, tp_plan, place or start_place(ranks), storage, kwargs)
 
 
 def _check_arguments(storage: str, plans: dict[str, Any], sizes: dict[str, int | None], kwargs: dict[str, Any]) -> None:
@@ -123,8 +118,8 @@ def _load(
     kwargs: dict[str, Any],
 ) -> Any:
     agreement = Agreement(place.all_axes)
-    loading = Loading(path=path, source=tp_plan, place=place, agreement=agreement, arguments=kwargs)
     wants_info = kwargs.pop("output_loading_info", False)
+    loading = Loading(path=path, source=tp_plan, place=place, agreement=agreement, arguments=kwargs)
     try:
         with _weights_put_by(loading), _one_voice():
             model, info = model_class.from_pretrained(

@@ -54,12 +54,13 @@ class Loading:
         self.device = device_of(place)
         self.step = "building the model"
         self.report = Loaded()
+        self._checkpoint: Checkpoint | None = None  # none is open where a state dict was given
         self.set_parameters: set[int] = set()
         self._open = contextlib.ExitStack()
 
     def arguments_for_transformers(self) -> dict[str, Any]:
         """The caller's arguments, with this rank's device."""
-        arguments = {key: value for key, value in self.arguments.items() if key != "output_loading_info"}
+        arguments = dict(self.arguments)
         if self.path is not None and Path(self.path).is_dir():
             self._check_folder(Path(self.path) / arguments.get("subfolder", ""))
         if arguments.get("state_dict") is None:
@@ -73,7 +74,7 @@ class Loading:
         if (folder / "adapter_config.json").is_file():
             raise LaunchError(_ADAPTER)
         config = folder / "config.json"
-        with contextlib.suppress(OSError, ValueError):  # transformers says what is wrong with a config
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # transformers says what is wrong with a config
             if json.loads(config.read_text(encoding="utf-8")).get("transformers_weights"):
                 return  # weights under a name of their own
         resolve_files(folder, self.arguments.get("variant"))
@@ -125,16 +126,11 @@ class Loading:
     def _tensors(self, state_dict: Mapping[str, Tensor] | None, files: list[str] | None) -> Mapping[str, LazyTensor]:
         if state_dict is not None:
             return {name: _lazy(tensor) for name, tensor in state_dict.items()}
-        checkpoint = self._open.enter_context(open_checkpoint(files or []))
-        self.report.bytes_total = checkpoint.bytes_total
-        self._checkpoint: Checkpoint | None = checkpoint
-        return checkpoint.tensors
+        self._checkpoint = self._open.enter_context(open_checkpoint(files or []))
+        return self._checkpoint.tensors
 
     def _fitting(self, model: Any, converted: Converted, ignore_misshapen: bool) -> dict[str, LazyTensor]:
-        expected = model.state_dict()
-        total = self.report.bytes_total
-        self.report = compare(converted.tensors, converted.unexpected, expected)
-        self.report.bytes_total = total
+        self.report = compare(converted.tensors, converted.unexpected, model.state_dict())
         tied = getattr(model, "all_tied_weights_keys", {})
         if self.report.misshapen and not ignore_misshapen:
             raise misfit(self.report, os.fspath(self.path or "<state_dict>"), lambda name: name in tied)
@@ -147,8 +143,8 @@ class Loading:
 
         with bytes_bar("Reading weights", sum(map(own_bytes, tensors))) as bar:
             self.set_parameters = read_parts(model, tensors, self.table, self.place, dtypes, self.device, bar.update)
-        checkpoint = getattr(self, "_checkpoint", None)
-        self.report.bytes_read = 0 if checkpoint is None else checkpoint.bytes_read
+        if self._checkpoint is not None:
+            self.report.bytes_total, self.report.bytes_read = self._checkpoint.bytes_total, self._checkpoint.bytes_read
 
     def _info(self) -> LoadStateDictInfo:
         report = self.report
