@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from tiny import is_left_whole
 from transformers import AutoConfig
 from typer.testing import CliRunner
 
@@ -15,6 +16,16 @@ from parallel_plans.loader import load_plan
 from parallel_plans.lookup import bundled_folder, bundled_types
 from parallel_plans.resolve import resolve
 
+PUBLISHED = {  # parameters of the published checkpoints
+    "deepseek-v2-lite": 15_706_484_224,
+    "granite-3.0-1b-a400m": 1_334_628_352,
+    "hunyuan-a13b": 80_393_183_232,
+    "mixtral-8x7b": 46_702_792_704,
+    "olmoe-1b-7b": 6_919_161_856,
+    "phi-3.5-moe": 41_873_153_344,
+    "qwen1.5-moe-a2.7b": 14_315_784_192,
+    "qwen3-30b-a3b": 30_532_122_624,
+}
 CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs" / "models").glob("*.json"))
 
 
@@ -61,7 +72,17 @@ def test_a_bundled_plan_splits_published_sizes_on_as_many_ranks_as_there_are_key
     assert AutoConfig.from_pretrained(path).model_type == fields["model_type"]
     target = read_target(str(path))
     table = resolve(load_plan(bundled_folder() / f"{fields['model_type']}.yaml"), target.spec, {"tp": ranks})
-    assert table.sharded_bytes / target.spec.bytes > 0.999
+    left = [info.bytes for name, info in target.spec.parameters.items() if is_left_whole(fields["model_type"], name)]
+    assert table.sharded_bytes / (target.spec.bytes - sum(left)) > 0.999
     held = [table.rank_bytes({"tp": rank}) for rank in range(ranks)]
     assert sum(held) >= target.spec.bytes
     assert max(held) <= 1.01 * target.spec.bytes / ranks + (target.spec.bytes - table.sharded_bytes)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_config_makes_a_model_of_the_published_number_of_parameters(name: str) -> None:
+    described = read_target(str(next(path for path in CONFIGS if path.stem == name))).spec
+    assert (
+        sum(p.bytes // p.itemsize for own, p in described.parameters.items() if own not in described.tied)
+        == (PUBLISHED[name])
+    )

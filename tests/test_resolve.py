@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_config
+from tiny import is_left_whole, tiny_config
 from transformers import AutoModelForCausalLM
 
 from parallel_plans import PlanError, load_plan
@@ -172,7 +172,10 @@ def test_every_bundled_plan_shards_nearly_all_of_the_layers(model_type: str, tp:
     described = spec(model_type, tied=tied)
     assert bool(described.tied) == tied
     table = resolve(load_plan(bundled_folder() / f"{model_type}.yaml"), described, {"tp": tp})
-    layers = [entry for name, entry in table.parameters.items() if ".layers." in name]
+    in_layers = [name for name in table.parameters if ".layers." in name]
+    left = [table.parameters[name] for name in in_layers if is_left_whole(model_type, name)]
+    assert not any(entry.is_sharded for entry in left)
+    layers = [table.parameters[name] for name in in_layers if not is_left_whole(model_type, name)]
     split = sum(entry.info.bytes for entry in layers if entry.is_sharded)
     assert split >= 0.95 * sum(entry.info.bytes for entry in layers) > 0
     check_bytes(table, tp)
@@ -184,6 +187,33 @@ def check_bytes(table: Table, tp: int) -> None:
     whole = table.spec.bytes - table.sharded_bytes
     assert sum(held) == table.sharded_bytes + tp * whole
     assert min(held) > whole
+
+
+def test_a_size_is_that_of_the_layer_it_is_asked_for() -> None:
+    """gemma4's layers with full attention have heads of another width, and another number of them."""
+    plan = load_plan(bundled_folder() / "gemma4_text.yaml")
+    table = resolve(plan, spec("gemma4_text"), {"tp": 3})
+    sizes = {
+        (layer, name): table.parameters[f"model.layers.{layer}.self_attn.{name}.weight"].layout.splits[0].local_sizes
+        for layer, name in ((0, "q_proj"), (0, "k_proj"), (1, "q_proj"), (1, "k_proj"), (3, "q_proj"))
+    }
+    assert sizes[0, "q_proj"] == (32, 16, 16)  # 4 key/value heads, 2 query heads of 8 for each
+    assert sizes[0, "k_proj"] == (16, 8, 8)
+    assert sizes[1, "q_proj"] == sizes[1, "k_proj"] == sizes[3, "q_proj"] == (48, 48, 32)  # 8 heads of 16
+
+
+def test_a_layer_with_fewer_heads_than_ranks_is_refused_by_its_own_number() -> None:
+    with torch.device("meta"):
+        config = tiny_config("gemma4_text", tied=False, num_global_key_value_heads=2)
+        described = describe(AutoModelForCausalLM.from_config(config))
+    with pytest.raises(PlanError) as caught:
+        resolve(load_plan(bundled_folder() / "gemma4_text.yaml"), described, {"tp": 4})
+    assert {finding.name for finding in caught.value.findings if "k_proj" in (finding.rule or "")} == {
+        "model.layers.1.self_attn.k_proj.weight"
+    }
+    assert {finding.expected for finding in caught.value.findings if "k_proj" in (finding.rule or "")} == {
+        "at least one unit per rank: 2 units of 16, tp = 4"
+    }
 
 
 def test_tied_tensors_are_counted_once() -> None:

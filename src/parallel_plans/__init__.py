@@ -13,7 +13,7 @@ from parallel_plans.auto import (
 )
 from parallel_plans.checkpoint.save import save_pretrained
 from parallel_plans.errors import CheckpointError, Finding, LaunchError, ParallelPlansError, PlanError
-from parallel_plans.gradients import clip_grad_norm_
+from parallel_plans.gradients import average_gradients, clip_grad_norm_
 from parallel_plans.hub import from_pretrained
 from parallel_plans.loader import load_plan
 from parallel_plans.plan import Plan, Rule
@@ -39,6 +39,7 @@ __all__ = [
     "Rule",
     "Style",
     "__version__",
+    "average_gradients",
     "clip_grad_norm_",
     "from_pretrained",
     "full_gradients",

@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from parallel_plans.attach import attach_forwards
 from parallel_plans.checkpoint.load import Loaded
 from parallel_plans.loader import load_plan
+from parallel_plans.lookup import PlanSource, with_experts
 from parallel_plans.mesh import Place, place_on
 from parallel_plans.model_spec import describe
 from parallel_plans.plan import Plan
@@ -27,6 +28,9 @@ def parallelize(
     plan: Plan | str | os.PathLike[str] | Mapping[str, Any],
     mesh: DeviceMesh,
     *,
+    ep_plan: PlanSource = "auto",
+    ep_size: int | None = None,
+    etp_size: int | None = None,
     storage: Storage = "dtensor",
 ) -> nn.Module:
     """`model`, split over `mesh` in place as `plan` says.
@@ -37,7 +41,11 @@ def parallelize(
     Args:
         model: holds whole parameters, the same on every rank.
         plan: a `Plan`, a path, or a mapping (a whole plan, or rules for the axis `tp`).
-        mesh: with an axis called `tp`; of several axes only that one is used.
+        mesh: with an axis called `tp`, along which dense layers are split; its other axes hold other batches.
+        ep_plan: how experts are dealt over ranks: `"auto"` (as the plan says for these sizes), `"dispatch"` (tokens
+            travel in any case), or rules of its own.
+        ep_size: ranks over which experts are dealt, which may reach beyond `tp`; 1 where it is not given.
+        etp_size: ranks that split each expert; `tp` without expert parallelism and 1 with it, where it is not given.
         storage: `dtensor` keeps parameters as DTensors, for optimizers and torch's `clip_grad_norm_`; `local` keeps
             plain tensors, which costs the least time, and whose gradients `parallel_plans.clip_grad_norm_` clips right.
 
@@ -46,8 +54,9 @@ def parallelize(
     """
     if storage not in STORAGES:
         raise ValueError(f"storage is {storage!r}; it can be {' or '.join(STORAGES)}")
-    place = place_on(mesh)
-    table = resolve(plan if isinstance(plan, Plan) else load_plan(plan), describe(model), place.sizes)
+    place = place_on(mesh, ep_size, etp_size)
+    whole = with_experts(plan if isinstance(plan, Plan) else load_plan(plan), ep_plan)
+    table = resolve(whole, describe(model), place.sizes, dispatch=ep_plan == "dispatch")
     return apply_table(model, table, place, storage=storage)
 
 

@@ -19,12 +19,16 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from parallel_plans.boundary import Boundary, Site
+from parallel_plans.boundary import Boundary, Forward, Site
 from parallel_plans.collectives import Axis, replicate
+from parallel_plans.counts import localize_counts
 from parallel_plans.forks import fork_scope
 from parallel_plans.mesh import Place
+from parallel_plans.partial import contribute, whole_tree
 from parallel_plans.storage import local_tensor
+from parallel_plans.sums import sum_scope, sums_wait
 from parallel_plans.table import ModuleEntry, Table
+from parallel_plans.views import SLICE_AXIS
 
 
 class LocalParameters:
@@ -32,12 +36,28 @@ class LocalParameters:
 
     Args:
         module: the module that keeps them.
-        summed: those whose gradients are summed, each with the axis.
+        summed: those whose gradients are summed, each with the axes.
+        once: those that one rank alone adds to a sum, each with the axes.
         after: those that are hidden from the forward and added to the delivered output.
     """
 
-    def __init__(self, module: nn.Module, summed: dict[str, Axis], after: tuple[str, ...] = ()) -> None:
-        self.module, self.summed, self.after = module, summed, after
+    def __init__(
+        self,
+        module: nn.Module,
+        summed: dict[str, tuple[Axis, ...]],
+        once: dict[str, tuple[Axis, ...]],
+        after: tuple[str, ...] = (),
+    ) -> None:
+        self.module, self.summed, self.once, self.after = module, summed, once, after
+
+    @property
+    def is_special(self) -> bool:
+        """Whether any is used in another letter than that in which it lies."""
+        return bool(self.summed or self.once or self.after)
+
+    def on(self, module: nn.Module) -> LocalParameters:
+        """The same for a copy of the module."""
+        return LocalParameters(module, self.summed, self.once, self.after)
 
     def lay_out(self) -> tuple[dict[str, Any], Tensor | None]:
         """Puts local tensors in the parameters' place; gives what was there, and what is to be added to the output."""
@@ -49,8 +69,10 @@ class LocalParameters:
             local = parameter
             if isinstance(parameter, nn.Parameter):  # if not, a module around this one has laid it out
                 local = local_tensor(parameter)
-                if name in self.summed:
-                    local = replicate(local, self.summed[name])
+                for axis in self.summed.get(name, ()):
+                    local = replicate(local, axis)
+                for axis in self.once.get(name, ()):
+                    local = contribute(local, axis)
             kept[name] = local
             if name in self.after:
                 # some layers cannot do without a bias: they get one that adds nothing
@@ -64,35 +86,46 @@ class ParallelForward:
     Args:
         own: the module's parameters; its forward as it is now is what runs inside.
         reached: parameters of its children that its own code reads.
-        boundary: what its style does; None where only parameters need care.
+        boundaries: what its styles do, outermost first; none where only parameters need care.
         has_forks: whether modules below it may take the same value (see `parallel_plans.forks`).
+        has_sums: whether sums that modules below it deliver may wait for each other (see `parallel_plans.sums`).
     """
 
     def __init__(
         self,
         own: LocalParameters,
         reached: tuple[LocalParameters, ...] = (),
-        boundary: Boundary | None = None,
+        boundaries: tuple[Boundary, ...] = (),
         has_forks: bool = False,
+        has_sums: bool = False,
     ) -> None:
-        self.own, self.reached, self.boundary, self.has_forks = own, reached, boundary, has_forks
+        self.own, self.reached, self.boundaries = own, reached, boundaries
+        self.has_forks, self.has_sums = has_forks, has_sums
         self.forward = own.module.forward
         functools.update_wrapper(self, self.forward)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self.has_forks:
-            return self._run(args, kwargs)
+            return self._with_sums(args, kwargs)
         with fork_scope():
+            return self._with_sums(args, kwargs)
+
+    def _with_sums(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.boundaries and sums_wait():
+            args, kwargs = whole_tree(args), whole_tree(kwargs)
+        if not self.has_sums:
             return self._run(args, kwargs)
+        with sum_scope():
+            return whole_tree(self._run(args, kwargs))
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         originals, added = self.own.lay_out()
         below = [(reached.module, reached.lay_out()[0]) for reached in self.reached]
         try:
-            if self.boundary is None:
-                output = self.forward(*args, **kwargs)
-            else:
-                output = self.boundary(self.forward, args, kwargs)
+            forward = self.forward
+            for boundary in reversed(self.boundaries[1:]):
+                forward = functools.partial(_crossed, boundary, forward)
+            output = self.boundaries[0](forward, args, kwargs) if self.boundaries else forward(*args, **kwargs)
         finally:
             self.own.module._parameters.update(originals)
             for module, parameters in below:
@@ -103,35 +136,60 @@ class ParallelForward:
         """The same around the copied module, which the copy has made by now; never around the original."""
         copied = memo[id(self.own.module)]
         twin = ParallelForward.__new__(ParallelForward)
-        twin.own = LocalParameters(copied, self.own.summed, self.own.after)
-        twin.reached = tuple(
-            LocalParameters(copy.deepcopy(reached.module, memo), reached.summed) for reached in self.reached
-        )
-        twin.boundary, twin.has_forks, inner = self.boundary, self.has_forks, self.forward
+        twin.own = self.own.on(copied)
+        twin.reached = tuple(reached.on(copy.deepcopy(reached.module, memo)) for reached in self.reached)
+        twin.boundaries, inner = tuple(boundary.on(copied) for boundary in self.boundaries), self.forward
+        twin.has_forks, twin.has_sums = self.has_forks, self.has_sums
         twin.forward = getattr(type(copied), inner.__name__).__get__(copied) if hasattr(inner, "__self__") else inner
         functools.update_wrapper(twin, twin.forward)
         return twin
 
 
+def _crossed(boundary: Boundary, forward: Forward, *args: Any, **kwargs: Any) -> Any:
+    """What a module gives across one more boundary."""
+    return boundary(forward, args, kwargs)
+
+
 def attach_forwards(model: nn.Module, table: Table, place: Place) -> None:
     """Gives every module that needs one its `ParallelForward`."""
     seen: set[int] = set()
-    forking = _forking(model, table)
+    forking, summing = _forking(model, table), _summing(table)
     for name, module in model.named_modules(remove_duplicate=False):
         if id(module) in seen:
             continue
         seen.add(id(module))
-        entry = table.modules.get(name)
-        boundary = None if entry is None else _boundary(entry, module, place)
-        own = LocalParameters(module, _summed(name, module, table, place), _after(module, entry))
-        reached = tuple(
-            LocalParameters(child, summed)
+        entries = table.modules.get(name, ())
+        _make_local(name, module, table, place)
+        boundaries = tuple(_boundary(entry, module, place) for entry in entries if _runs(entry))
+        own = _local_parameters(name, module, table, place, _after(module, entries))
+        below = (
+            (_local_parameters(_joined(name, child_name), child, table, place), child)
             for child_name, child in _children_read_by(module)
-            if (summed := _summed(_joined(name, child_name), child, table, place)) or _is_stored_apart(child)
         )
-        has_forks = name in forking
-        if boundary is not None or own.summed or own.after or reached or has_forks or _is_stored_apart(module):
-            module.forward = ParallelForward(own, reached, boundary, has_forks)
+        reached = tuple(own for own, child in below if own.is_special or _is_stored_apart(child))
+        scopes = name in forking, name in summing
+        if boundaries or own.is_special or reached or any(scopes) or _is_stored_apart(module):
+            module.forward = ParallelForward(own, reached, boundaries, *scopes)
+
+
+def _runs(entry: ModuleEntry) -> bool:
+    """Whether the entry has a boundary: not where it only sets counts, or another entry does both entries' part."""
+    return entry.over is not None and entry.style.acts_on_forward
+
+
+def _make_local(name: str, module: nn.Module, table: Table, place: Place) -> None:
+    """Sets the numbers that the module keeps of its whole width, or of all experts, to this rank's."""
+    for own in module._parameters:
+        entry = table.parameters.get(_joined(name, own))
+        for use in () if entry is None else entry.uses:
+            attribute = use.style.local_count
+            is_local = use.letter == "S" and "unit" not in use.rule.options
+            if entry is not None and is_local and attribute and hasattr(module, attribute):
+                localize_counts(module, {attribute: entry.layout.local_shape(place.ranks)[0]})
+    for acting in table.modules.get(name, ()):
+        counts: Any = acting.options.get("counts", {})
+        rank = place.axes[acting.axis].rank
+        localize_counts(module, {count: per_rank[rank] for count, per_rank in counts.items()})
 
 
 def _forking(model: nn.Module, table: Table) -> set[str]:
@@ -139,14 +197,35 @@ def _forking(model: nn.Module, table: Table) -> set[str]:
 
     Not the whole model: what a scope remembers lives as long as its module runs.
     """
-    acting = [name for name, entry in table.modules.items() if (entry.style.arrives, entry.style.needs) == ("I", "R")]
+    acting = [
+        name
+        for name, entry in table.acting()
+        if (entry.style.arrives, entry.style.needs) == ("I", "R") and _runs(entry)
+    ]
+    acting += [name for name, entry in table.acting() if entry.style.role == "router"]
     parents = Counter(name.rpartition(".")[0] for name in acting)
     forking = {name for name, count in parents.items() if count > 1}
+    forking |= {name for name, entry in table.acting() if entry.style.role == "block"}
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList):
             layers = (_joined(name, own) for own, _ in module.named_children())
             forking |= {layer for layer in layers if any(parent.startswith(f"{layer}.") for parent in parents)}
     return forking
+
+
+def _summing(table: Table) -> set[str]:
+    """The modules in whose forward sums may wait: those that hold experts, and with them others that deliver sums."""
+    delivering = [
+        name
+        for name, entry in table.acting()
+        if (entry.style.leaves, entry.style.delivers) == ("P", "I") and _runs(entry)
+    ]
+    experts = [name for name in delivering if table.modules[name][-1].style.role == "experts"]
+    parents = {name.rpartition(".")[0] for name in experts}
+    several = {parent for parent in parents if sum(name.startswith(f"{parent}.") for name in delivering) > 1}
+    return several | {
+        name for name, entry in table.acting() if entry.style.role == "block" and entry.style.leaves == "I"
+    }
 
 
 def _joined(prefix: str, own: str) -> str:
@@ -158,8 +237,9 @@ def _is_stored_apart(module: nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in module._parameters.values())
 
 
-def _after(module: nn.Module, entry: ModuleEntry | None) -> tuple[str, ...]:
-    return () if entry is None else tuple(n for n in entry.style.after if module._parameters.get(n) is not None)
+def _after(module: nn.Module, entries: tuple[ModuleEntry, ...]) -> tuple[str, ...]:
+    hidden = (name for entry in entries for name in entry.style.after)
+    return tuple(name for name in hidden if module._parameters.get(name) is not None)
 
 
 _READ = re.compile(r"\bself\.(\w+)\.(\w+)\b")
@@ -176,33 +256,50 @@ def _reads(kind: Any) -> frozenset[tuple[str, str]]:
     return frozenset(found)
 
 
+@functools.cache
+def _methods(kind: Any) -> frozenset[str]:
+    """The methods that a module class adds to those of all modules."""
+    return frozenset(
+        name for name in dir(kind) if inspect.isfunction(getattr(kind, name)) and not hasattr(nn.Module, name)
+    )
+
+
 def _children_read_by(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The children whose parameters the module's own code reads, each once."""
     kinds: list[Any] = [kind for kind in type(module).__mro__ if issubclass(kind, nn.Module)]
     read = {names for kind in kinds for names in _reads(kind)}
     for name, child in module.named_children():
-        if any((name, own) in read for own, parameter in child._parameters.items() if parameter is not None):
+        kind: Any = type(child)
+        own = {own for own, parameter in child._parameters.items() if parameter is not None}
+        # what it reads by itself, or through a method of the child, which does not go by the child's forward
+        if any((name, each) in read for each in own | _methods(kind)) and own:
             yield name, child
 
 
-def _boundary(entry: ModuleEntry, module: nn.Module, place: Place) -> Boundary | None:
+def _boundary(entry: ModuleEntry, module: nn.Module, place: Place) -> Boundary:
+    assert entry.over is not None
     kind = entry.style.boundary or Boundary
     site = Site(
         name=entry.info.name,
         style=entry.style,
-        axis=place.axes[entry.axis],
+        axis=place.axes[entry.over],
         split=entry.split,
         options=entry.options,
+        own=place.axes[entry.axis],
+        slices=place.axes[SLICE_AXIS],
     )
-    boundary = kind(site, module)
-    return None if boundary.is_done else boundary
+    return kind(site, module)
 
 
-def _summed(prefix: str, module: nn.Module, table: Table, place: Place) -> dict[str, Axis]:
-    """The module's own parameters that are used as R, each with its axis."""
-    summed = {}
+def _local_parameters(
+    prefix: str, module: nn.Module, table: Table, place: Place, after: tuple[str, ...] = ()
+) -> LocalParameters:
+    """The module's own parameters, with the axes on which they are used in another letter than they lie in."""
+    found: dict[str, dict[str, tuple[Axis, ...]]] = {"R": {}, "P": {}}
     for own, parameter in module._parameters.items():
         entry = table.parameters.get(_joined(prefix, own))
-        if isinstance(parameter, Tensor) and entry is not None and entry.used_as == "R":
-            summed[own] = place.axes[entry.axis]
-    return summed
+        for letter, by_name in found.items():
+            axes = () if entry is None or not isinstance(parameter, Tensor) else entry.axes(letter)
+            if axes:
+                by_name[own] = tuple(place.axes[axis] for axis in axes)
+    return LocalParameters(module, found["R"], found["P"], after)

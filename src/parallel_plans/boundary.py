@@ -5,15 +5,17 @@ A `Boundary` is forward-only: it finds the parameters already sharded and never 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor, nn
 
-from parallel_plans.collectives import TRANSITIONS, Axis, reduce, replicate
+from parallel_plans.collectives import TRANSITIONS, Axis, replicate
 from parallel_plans.forks import replicate_once
 from parallel_plans.layouts import Split
+from parallel_plans.sums import deliver_sum
 
 if TYPE_CHECKING:
     from parallel_plans.styles.base import Style
@@ -25,19 +27,31 @@ Keywords = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
-    """Where a boundary stands: the module's name, its style and options, the axis, and how its parameter is split."""
+    """Where a boundary stands.
+
+    Args:
+        name: the module's name.
+        style: the style on it.
+        axis: the axis over which it communicates.
+        split: how its parameter is split; for a style that knows experts, how these are dealt.
+        options: the rule's options, sizes as numbers.
+        own: the axis along which `split` deals; another than `axis` where one reduction serves several.
+        slices: the ranks that share a batch and the same part of every expert, for tokens that travel.
+    """
 
     name: str
     style: Style
     axis: Axis
     split: Split | None
     options: Mapping[str, Any]
+    own: Axis
+    slices: Axis
 
     @property
     def local_size(self) -> int:
         """Elements of the split dim on this rank."""
         assert self.split is not None
-        return self.split.local_sizes[self.axis.rank]
+        return self.split.local_sizes[self.own.rank]
 
 
 def _transition(before: str, after: str, site: Site) -> Callable[[Tensor], Tensor] | None:
@@ -82,10 +96,8 @@ def change_output(function: Callable[[Tensor], Tensor], output: Any) -> Any:
 class Boundary:
     """Arrive, run, deliver: what the letters of a style's row say."""
 
-    is_done = False  # True for one that has done all it does when it is made, and leaves the forward alone
-
     def __init__(self, site: Site, module: nn.Module) -> None:
-        self.site = site
+        self.site, self.module = site, module
         style = site.style
         self.arrive = _transition(style.arrives, style.needs, site)
         self.deliver = self._delivery(style, site)
@@ -96,8 +108,17 @@ class Boundary:
             # A linear layer's or an embedding's output is new and nobody else's, so without gradients it may be reduced
             # where it lies.
             axis = site.axis
-            return lambda value: reduce(value, axis, in_place=True)
+            return lambda value: deliver_sum(value, axis, in_place=True)
+        if (style.leaves, style.delivers) == ("P", "I"):
+            axis = site.axis
+            return lambda value: deliver_sum(value, axis)
         return _transition(style.leaves, style.delivers, site)
+
+    def on(self, module: nn.Module) -> Self:
+        """The same boundary around a copy of its module."""
+        twin = copy.copy(self)
+        twin.module = module
+        return twin
 
     def __call__(self, forward: Forward, args: Arguments, kwargs: Keywords) -> Any:
         """The module's output as the style delivers it; `forward` computes it from the arguments."""

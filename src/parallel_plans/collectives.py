@@ -9,6 +9,10 @@
     S(d) -> R    all-gather        reduce-scatter
     P -> S(d)    reduce-scatter    all-gather
 
+`exchange` changes no letter, it moves rows of dim 0 from rank to rank:
+
+    exchange     all-to-all        all-to-all, the other way
+
 Every function takes the value, the `Axis` and, where a dim is sharded, its `Split` and the dim of the value it means.
 A backward is written with the opposite transition, so gradients of gradients are right too.
 """
@@ -32,7 +36,7 @@ class Axis:
     """One axis of the mesh as this rank sees it: its process group, its size in ranks, this rank's place on it."""
 
     name: str
-    group: dist.ProcessGroup
+    group: dist.ProcessGroup | None  # None for an axis of one rank, on which nothing is said
     size: int
     rank: int
 
@@ -119,6 +123,22 @@ def reduce_scatter(value: Tensor, axis: Axis, split: Split, dim: int) -> Tensor:
     return result.narrow(dim, 0, split.local_sizes[axis.rank]).contiguous()
 
 
+def all_to_all(value: Tensor, axis: Axis, send: tuple[int, ...], receive: tuple[int, ...]) -> Tensor:
+    """Rows of dim 0 from every rank, in the order of the ranks: `receive[r]` from rank r, which gets `send[r]`.
+
+    2 ranks        value    send      receive    result
+    rank 0         a b c    (1, 2)    (1, 0)     a
+    rank 1                  (0, 0)    (2, 0)     b c
+    """
+    if _recorders:
+        _record("all_to_all", axis, value)
+    assert value.shape[0] == sum(send), (tuple(value.shape), send)
+    assert len(send) == len(receive) == axis.size, (send, receive, axis)
+    received = value.new_empty((sum(receive), *value.shape[1:]))
+    dist.all_to_all_single(received, value.contiguous(), list(receive), list(send), group=axis.group)
+    return received
+
+
 def broadcast_parts(local: Tensor, axis: Axis, split: Split) -> Tensor:
     """The whole tensor on every rank, one part in flight at a time: slower than `all_gather`, in less memory."""
     whole = local.new_empty([split.size if d == split.dim else size for d, size in enumerate(local.shape)])
@@ -163,6 +183,7 @@ _Gather = _function(all_gather, lambda *back: take_own(*back))
 _TakeOwn = _function(_own, lambda *back: gather(*back))
 _GatherForUse = _function(all_gather, lambda *back: scatter_sum(*back))
 _ScatterSum = _function(reduce_scatter, lambda *back: gather_for_use(*back))
+_Exchange = _function(all_to_all, lambda gradient, axis, send, receive: exchange(gradient, axis, receive, send))
 
 
 def replicate(value: Tensor, axis: Axis) -> Tensor:
@@ -204,6 +225,13 @@ def scatter_sum(value: Tensor, axis: Axis, split: Split, dim: int) -> Tensor:
     if _needs_gradient(value):
         return _ScatterSum.apply(value, axis, split, dim)
     return reduce_scatter(value, axis, split, dim)
+
+
+def exchange(value: Tensor, axis: Axis, send: tuple[int, ...], receive: tuple[int, ...]) -> Tensor:
+    """`receive[r]` rows from each rank r, which gets `send[r]` of this rank's; the gradient goes the way back."""
+    if _needs_gradient(value):
+        return _Exchange.apply(value, axis, send, receive)
+    return all_to_all(value, axis, send, receive)
 
 
 Transition = Callable[..., Tensor]

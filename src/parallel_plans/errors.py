@@ -38,6 +38,7 @@ CODES: dict[str, str] = {
     "PP107": "a size expression names something the model's config does not have",
     "PP108": "the plan has no section for an axis that is asked for",
     "PP109": "a section of the plan is not built yet",
+    "PP110": "experts are dealt over ranks in part only",
     # Shapes (PP2xx)
     "PP201": "a dim cannot be split this way",
     "PP202": "there are fewer units than ranks",

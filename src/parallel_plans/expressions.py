@@ -19,7 +19,7 @@ MAX_CHARACTERS = 200
 MAX_NESTING = 16
 MAX_DIGITS = 12
 
-_TOKEN = re.compile(r"[ \t]*([0-9]+|[A-Za-z_][A-Za-z0-9_]*|//|[-+*/()])")
+_TOKEN = re.compile(r"[ \t]*([0-9]+|[A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z_][A-Za-z0-9_]*)*|//|[-+*/()])")
 _SUMS = ("+", "-")
 _PRODUCTS = ("*", "/", "//")
 

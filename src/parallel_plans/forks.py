@@ -1,13 +1,15 @@
 """One reduction of a gradient per fork: modules that take the same value share its transition from I to R.
 
-q, k and v take the same hidden states, and so do gate and up. Each on its own would reduce its part of the input's
-gradient over the ranks. With the transition shared, autograd adds the parts first, and the sum is reduced once:
+q, k and v take the same hidden states, and so do the routed and the shared experts. Each on its own would reduce its
+part of the input's gradient over the ranks. With the transition shared, autograd adds the parts first, and the sum is
+reduced once:
 
     hidden I -> R -+-> q_proj        backward: dq + dk + dv, then one all-reduce
                    +-> k_proj
                    +-> v_proj
 
-A scope is open while a module that holds such forks runs (a layer), so what it remembers is let go of when that ends.
+A value that only looks at another (a view of it with as many elements) is the same value. A scope is open while a
+module that holds such forks runs (a layer), so what it remembers is let go of when that ends.
 """
 
 from __future__ import annotations
@@ -15,18 +17,43 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from parallel_plans.collectives import Axis, replicate
 
-# (identity and version of a value, axis) -> the value, kept so that its identity stays its own, and its R
-_Seen = dict[tuple[int, int, str], tuple[Tensor, Tensor]]
+_Key = tuple[int, int, int]  # what made a value, as which of its outputs, and the value's version
+
+# what autograd calls the ways to look at all of a tensor in its own order
+_VIEWS = frozenset(
+    f"{name}Backward{number}"
+    for name in ("View", "UnsafeView", "ReshapeAlias", "Unsqueeze", "Squeeze", "Alias")
+    for number in (0, 1)
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Replicated:
+    """An R: what made it, the axis over which it is one, the I it comes from."""
+
+    maker: Any
+    axis: Axis
+    whole: Tensor
+
+
+@dataclass
+class _Forks:
+    """What a scope remembers, each with what made it, kept so that its identity stays its own."""
+
+    replicated: dict[tuple[int, ...], tuple[Any, Tensor]] = field(default_factory=dict)  # value and axis -> its R
+    whole: dict[_Key, _Replicated] = field(default_factory=dict)
 
 
 class _Scope(threading.local):
-    seen: _Seen | None = None
+    forks: _Forks | None = None
 
 
 _scope = _Scope()
@@ -35,22 +62,75 @@ _scope = _Scope()
 @contextmanager
 def fork_scope() -> Iterator[None]:
     """Inside the block, `replicate_once` gives one R per value. A scope within a scope is part of the outer one."""
-    if _scope.seen is not None or not torch.is_grad_enabled():
+    if _scope.forks is not None or not torch.is_grad_enabled():
         yield
         return
-    _scope.seen = {}
+    _scope.forks = _Forks()
     try:
         yield
     finally:
-        _scope.seen = None
+        _scope.forks = None
+
+
+def _maker(value: Tensor) -> tuple[Any, int]:
+    """What made the tensor that `value` shows all of, and as which output: a node of autograd, or the leaf itself.
+
+    torch's own record of views (`_base`) will not do: for it an R is a view of the I it comes from.
+    """
+    node, output = value.grad_fn, value.output_nr
+    if node is None:
+        return value, 0
+    while node.name() in _VIEWS:
+        following, output = node.next_functions[0]
+        if following is None:
+            break
+        node = following
+    return node, output
+
+
+def _key(value: Tensor) -> tuple[_Key, Any]:
+    maker, output = _maker(value)
+    return (id(maker), output, value._version), maker
 
 
 def replicate_once(value: Tensor, axis: Axis) -> Tensor:
-    """I -> R, the same R for the same value inside a `fork_scope`."""
-    seen = _scope.seen
-    if seen is None or not (torch.is_grad_enabled() and value.requires_grad):
+    """I -> R, the same R for the same value inside a `fork_scope`; what is R already stays as it is.
+
+    An R over other ranks goes back to the I it comes from first.
+    """
+    forks = _scope.forks
+    if forks is None or not (torch.is_grad_enabled() and value.requires_grad):
         return replicate(value, axis)
-    key = (id(value), value._version, axis.name)
-    if key not in seen:
-        seen[key] = (value, replicate(value, axis))
-    return seen[key][1]
+    key, maker = _key(value)
+    if key in forks.whole:
+        if forks.whole[key].axis is axis:
+            return value
+        value = whole_of(value)
+        key, maker = _key(value)
+    over = (*key, id(axis))
+    if over not in forks.replicated:
+        replicated = replicate(value, axis)
+        forks.replicated[over] = (maker, replicated)
+        remember_replicated(replicated, axis, value)
+    return _shown(forks.replicated[over][1], value)
+
+
+def _shown(value: Tensor, like: Tensor) -> Tensor:
+    return value if value.shape == like.shape else value.view(like.shape)
+
+
+def remember_replicated(value: Tensor, axis: Axis, whole: Tensor) -> None:
+    """Inside a `fork_scope`, `value` is an R over `axis` from now on, and comes from the I `whole`."""
+    forks = _scope.forks
+    if forks is not None and value.requires_grad:
+        key, maker = _key(value)
+        forks.whole[key] = _Replicated(maker=maker, axis=axis, whole=whole)
+
+
+def whole_of(value: Tensor) -> Tensor:
+    """The I that an R comes from inside a `fork_scope`; a value that is no R as it is."""
+    forks = _scope.forks
+    if forks is None or not value.requires_grad:
+        return value
+    known = forks.whole.get(_key(value)[0])
+    return value if known is None else _shown(known.whole, value)

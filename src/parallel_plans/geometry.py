@@ -63,8 +63,12 @@ class Geometry:
         options = {**style.defaults, **options}
         parts = self._parts(shape[dim], dim, options.get("parts", 1))
         units = self._units(parts, dim, options.get("unit", 1))
+        if options.get("interleaved"):  # the parts lie like the teeth of two combs: one part, dealt in whole rounds
+            parts, units = (sum(parts),), (sum(units),)
         for part, unit in zip(parts, units, strict=True):
             self._check_unit(part, unit, dim)
+        if self.ranks == 1:
+            return None
         return split_dim(dim=dim, size=shape[dim], axis=self.axis, ranks=self.ranks, parts=parts, units=units)
 
     def _parts(self, size: int, dim: int, given: Any) -> tuple[int, ...]:
@@ -108,8 +112,9 @@ class Geometry:
         counts = options.get("counts")
         if isinstance(counts, Mapping):
             options["counts"] = {name: self._local_counts(info, name, unit) for name, unit in counts.items()}
-        if "rope" in options:
-            options["rope"] = self.size(options["rope"])
+        for name in ("rope", "align_size"):
+            if name in options:
+                options[name] = self.size(options[name])
         return options
 
     def _local_counts(self, info: ModuleInfo, name: str, unit: Any) -> tuple[int, ...]:

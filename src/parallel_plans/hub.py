@@ -63,8 +63,13 @@ def from_pretrained(
         model_class: a model class or Auto class of transformers.
         tp_plan: `"auto"` (see `parallel_plans.lookup`), `"builtin"`, a path, a mapping or a `Plan`; None loads the
             model whole on every rank.
-        ep_plan, sp_plan, ep_size, etp_size: expert and sequence parallelism; not built yet, refused.
+        ep_plan: how experts are dealt over ranks: `"auto"` (as the plan says: routes masked where the ranks share a
+            batch, tokens sent where they do not), `"dispatch"` (tokens sent in any case), or rules of its own.
+        sp_plan: sequence parallelism; not built yet, refused.
         tp_size: ranks on the axis `tp`; defaults to all that were started.
+        ep_size: ranks over which whole experts are dealt; all that hold one (`etp_size`) with an `ep_plan`, else 1. It
+            may be larger than `tp_size`: ranks with batches of their own then share experts.
+        etp_size: ranks that split each expert; defaults to `tp_size`, and to 1 where experts are dealt.
         mesh: a mesh of your own with an axis `tp`, instead of one of all ranks.
         storage: how parameters are kept, `dtensor` or `local` (see `parallelize`).
         kwargs: what transformers' `from_pretrained` takes, with the same meaning.
@@ -80,17 +85,21 @@ def from_pretrained(
     if tp_plan is None:
         return model_class.from_pretrained(path, *model_args, **kwargs)
     try:
-        _check_arguments(storage, {"ep_plan": ep_plan, "sp_plan": sp_plan}, {"ep": ep_size, "etp": etp_size}, kwargs)
-        place = None if mesh is None else place_on(mesh)
-        ranks = check_sizes(tp_size, started_ranks()) if place is None else place.mesh.size()
+        _check_arguments(storage, sp_plan, kwargs)
+        world = started_ranks() if mesh is None else mesh.size()
+        if ep_plan is not None and ep_size is None:
+            ep_size = max(1, world // (etp_size or 1))
+        place = None if mesh is None else place_on(mesh, ep_size, etp_size)
+        views = check_sizes(tp_size, ep_size, etp_size, world=world) if place is None else place.views
     except ParallelPlansError as error:
         raise print_once(error) from None
-    if ranks == 1:
+    if views.holders == 1:
         return model_class.from_pretrained(path, *model_args, **kwargs)
-    return _load(path, model_args, model_class, tp_plan, place or start_place(ranks), storage, kwargs)
+    sources = tp_plan, "auto" if ep_plan is None else ep_plan
+    return _load(path, model_args, model_class, sources, place or start_place(views), storage, kwargs)
 
 
-def _check_arguments(storage: str, plans: dict[str, Any], sizes: dict[str, int | None], kwargs: dict[str, Any]) -> None:
+def _check_arguments(storage: str, sp_plan: PlanSource | None, kwargs: dict[str, Any]) -> None:
     if storage not in STORAGES:
         raise ValueError(f"storage is {storage!r}; it can be {' or '.join(STORAGES)}")
     for name, fix in _REFUSED.items():
@@ -101,25 +110,24 @@ def _check_arguments(storage: str, plans: dict[str, Any], sizes: dict[str, int |
         message = "use_safetensors=False cannot be combined with a plan"
         fix = "drop it: each rank reads its own bytes, which only safetensors files allow"
         raise LaunchError(Finding(code="PP703", message=message, name="use_safetensors", fix=fix))
-    asked = [name for name, plan in plans.items() if plan is not None]
-    asked += [f"{axis}_size" for axis, size in sizes.items() if size not in (None, 1)]
-    for name in asked:
-        message = f"{name} asks for a kind of parallelism that this version does not have yet"
-        raise LaunchError(Finding(code="PP109", message=message, name=name, fix=f"drop {name}"))
+    if sp_plan is not None:
+        message = "sp_plan asks for a kind of parallelism that this version does not have yet"
+        raise LaunchError(Finding(code="PP109", message=message, name="sp_plan", fix="drop sp_plan"))
 
 
 def _load(
     path: str | None,
     model_args: tuple[Any, ...],
     model_class: Any,
-    tp_plan: PlanSource,
+    sources: tuple[PlanSource, PlanSource],
     place: Place,
     storage: Storage,
     kwargs: dict[str, Any],
 ) -> Any:
     agreement = Agreement(place.all_axes)
     wants_info = kwargs.pop("output_loading_info", False)
-    loading = Loading(path=path, source=tp_plan, place=place, agreement=agreement, arguments=kwargs)
+    plan, experts = sources
+    loading = Loading(path=path, source=plan, experts=experts, place=place, agreement=agreement, arguments=kwargs)
     try:
         with _weights_put_by(loading), _one_voice():
             model, info = model_class.from_pretrained(
@@ -135,7 +143,7 @@ def _load(
         raise
     finally:
         loading.close()
-    attach_generate(model, place)
+    attach_generate(model, place, loading.table)
     attach_save(model)
     return (model, info) if wants_info else model
 

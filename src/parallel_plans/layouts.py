@@ -135,6 +135,8 @@ class Split:
         dim = self.dim if dim is None else dim
         assert whole.shape[dim] == self.size, (tuple(whole.shape), self)
         pieces = [whole.narrow(dim, start, stop - start) for start, stop in self.ranges[rank]]
+        if not pieces:
+            return whole.narrow(dim, 0, 0)
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=dim)
 
     def put(self, whole: Tensor, local: Tensor, rank: int, dim: int | None = None) -> None:
@@ -182,6 +184,23 @@ def split_dim(
             start += count * unit
         offset += part
     return Split(dim=dim, size=size, axis=axis, ranges=tuple(merged(rank) for rank in pieces))
+
+
+def nested(outer: Split, inner: Split, axis: str) -> Split:
+    """Both splits of one dim, as one over the ranks of both axes, those of `inner` counted first.
+
+    experts 0 to 3 over ep = 2, the rows of each over etp = 2, two rows an expert:
+
+    ep, etp     0,0             0,1             1,0             1,1
+    rows        (0, 1) (2, 3)   (1, 2) (3, 4)   (4, 5) (6, 7)   (5, 6) (7, 8)
+    """
+    assert (outer.dim, outer.size) == (inner.dim, inner.size)
+    ranges = tuple(
+        merged([(max(a, c), min(b, d)) for a, b in held for c, d in part if max(a, c) < min(b, d)])
+        for held in outer.ranges
+        for part in inner.ranges
+    )
+    return Split(dim=outer.dim, size=outer.size, axis=axis, ranges=ranges)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from parallel_plans.checkpoint.files import Checkpoint, open_checkpoint, resolve
 from parallel_plans.checkpoint.lazy import LazyTensor, Leaf, TensorSource
 from parallel_plans.checkpoint.load import Loaded, compare, misfit, read_parts
 from parallel_plans.errors import Finding, LaunchError
-from parallel_plans.lookup import BESIDE_CHECKPOINT, PlanSource, find_plan
+from parallel_plans.lookup import BESIDE_CHECKPOINT, PlanSource, carried_by, find_plan, with_experts
 from parallel_plans.mesh import Place, device_of
 from parallel_plans.messages import bytes_bar
 from parallel_plans.model_spec import describe
@@ -47,9 +47,16 @@ class Loading:
     table: Table
 
     def __init__(
-        self, *, path: str | None, source: PlanSource, place: Place, agreement: Agreement, arguments: Mapping[str, Any]
+        self,
+        *,
+        path: str | None,
+        source: PlanSource,
+        experts: PlanSource,
+        place: Place,
+        agreement: Agreement,
+        arguments: Mapping[str, Any],
     ) -> None:
-        self.path, self.source, self.place, self.agreement = path, source, place, agreement
+        self.path, self.source, self.experts, self.place, self.agreement = path, source, experts, place, agreement
         self.arguments = dict(arguments)
         self.device = device_of(place)
         self.step = "building the model"
@@ -99,13 +106,13 @@ class Loading:
         self.agreement.confirm(self.step)
         self.step = "finishing the model"
         # weights the checkpoint lacks are drawn by transformers now, whole, and the same on every rank
-        self._open.enter_context(shared_random_state(next(iter(self.place.axes.values())), self.device))
+        self._open.enter_context(shared_random_state(self.place.all_axes, self.device))
         return self._info(), None
 
     def _resolve(self, model: Any) -> Table:
         spec = describe(model)
-        plan = find_plan(self.source, spec, getattr(model, "tp_plan", None), self._plan_beside)
-        return resolve(plan, spec, self.place.sizes)
+        plan = with_experts(find_plan(self.source, spec, carried_by(model), self._plan_beside), self.experts)
+        return resolve(plan, spec, self.place.sizes, dispatch=self.experts == "dispatch")
 
     def _plan_beside(self) -> str | None:
         if self.path is None:

@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from parallel_plans.errors import Finding, LaunchError
+from parallel_plans.errors import Finding, LaunchError, PlanError
 from parallel_plans.loader import load_plan
 from parallel_plans.matching import assign
 from parallel_plans.messages import tell, warn
 from parallel_plans.model_spec import ModelSpec
-from parallel_plans.plan import Plan
+from parallel_plans.plan import SECTIONS, Plan
 from parallel_plans.styles import get_style
 
 BESIDE_CHECKPOINT = "parallel_plan.yaml"
@@ -38,15 +39,26 @@ def bundled_types() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in bundled_folder().glob("*.yaml")))
 
 
-def find_plan(
-    source: PlanSource, spec: ModelSpec, carried: Mapping[str, str] | None, beside: Callable[[], str | None]
-) -> Plan:
+@dataclass(frozen=True, kw_only=True)
+class Carried:
+    """The plans that a model's class carries, name -> style: for dense layers, and for experts dealt over ranks."""
+
+    tp: Mapping[str, str] | None = None
+    ep: Mapping[str, str] | None = None
+
+
+def carried_by(model: Any) -> Carried:
+    """What the class of `model` carries."""
+    return Carried(tp=getattr(model, "tp_plan", None), ep=getattr(model, "ep_plan", None))
+
+
+def find_plan(source: PlanSource, spec: ModelSpec, carried: Carried, beside: Callable[[], str | None]) -> Plan:
     """The plan that `source` means for this model.
 
     Args:
         source: `"auto"` (the lookup above), `"builtin"` (what the class carries), a path, a mapping, or a `Plan`.
         spec: the model.
-        carried: the plan that the model's class carries, name -> style.
+        carried: the plans that the model's class carries.
         beside: gives the path of the plan beside the checkpoint, or None.
 
     Raises:
@@ -62,8 +74,8 @@ def find_plan(
     path = beside() or _on_path(spec.model_type) or _bundled(spec.model_type)
     if path is not None:
         plan = load_plan(path)
-    elif carried:
-        plan = carried_plan(spec, with_tied_embeddings(spec, carried))
+    elif carried.tp or carried.ep:
+        plan = carried_plan(spec, Carried(tp=with_tied_embeddings(spec, carried.tp or {}), ep=carried.ep))
     else:
         raise LaunchError(_no_plan(spec))
     tell("tp_plan: %s", plan.source)
@@ -80,23 +92,61 @@ def _bundled(model_type: str | None) -> str | None:
     return str(bundled_folder() / f"{model_type}.yaml") if model_type in bundled_types() else None
 
 
-def carried_plan(spec: ModelSpec, carried: Mapping[str, str] | None) -> Plan:
+def carried_plan(spec: ModelSpec, carried: Carried) -> Plan:
     """The plan a model's class carries, as ours: what it leaves out stays whole, stale rules are dropped aloud.
+
+    Its plan for experts sends tokens to them (`dispatch_plan`), and where ranks share a batch masks routes (`ep_plan`).
 
     Raises:
         LaunchError: PP704 where it carries none.
     """
-    if not carried:
+    if not carried.tp and not carried.ep:
         raise LaunchError(_no_plan(spec))
+    sections = {"tp_plan": {**_fresh(spec, carried.tp or {}), "**": "replicate"}}
+    dealt = {name: style for name, style in _fresh(spec, carried.ep or {}).items() if _deals(style)}
+    if dealt:
+        shared = {name: _SHARING.get(style, style) for name, style in dealt.items()}
+        sections |= {"ep_plan": shared, "dispatch_plan": dealt}
+    plan = load_plan({"version": 1, **sections})
+    return Plan(source=f"carried by the model's class ({spec.model_type})", sections=plan.sections)
+
+
+# what serves ranks that share a batch, in the place of what sends tokens
+_SHARING = {"ep_dispatch": "moe_experts_allreduce", "ep_dispatch_experts": "moe_experts_allreduce"}
+
+
+def _deals(style: str) -> bool:
+    return "dispatch_plan" in get_style(style).sections
+
+
+def _fresh(spec: ModelSpec, carried: Mapping[str, str]) -> dict[str, str]:
+    """The rules that match something; the others are told of."""
+    if not carried:
+        return {}
     rules = load_plan({"tp_plan": dict(carried)}).rules("tp_plan")
     uses = assign(rules, list(spec.parameters), list(spec.modules)).uses
     stale = [use.rule.pattern for use in uses if use.matches_nothing]
     if stale:
         warn("the plan of the model's class has rules that match nothing, dropped: %s", ", ".join(stale))
-    kept = {name: style for name, style in carried.items() if name not in stale}
-    whole = {"**": "replicate"}
-    plan = load_plan({"version": 1, "tp_plan": {**kept, **whole}})
-    return Plan(source=f"carried by the model's class ({spec.model_type})", sections=plan.sections)
+    return {name: style for name, style in carried.items() if name not in stale}
+
+
+def with_experts(plan: Plan, source: PlanSource) -> Plan:
+    """`plan` with the rules for experts that `source` holds: the sections of a plan, or rules for `ep_plan` alone.
+
+    `"auto"` and `"dispatch"` mean the plan's own.
+    """
+    if source in ("auto", "dispatch"):
+        return plan
+    if isinstance(source, Mapping) and not set(source) & {*SECTIONS, "version", "model_type"}:
+        source = {"ep_plan": source}
+    given = source if isinstance(source, Plan) else load_plan(source)
+    own = {section: rules for section, rules in given.sections.items() if section in ("ep_plan", "dispatch_plan")}
+    if not own:
+        message = "the plan for experts has neither an ep_plan nor a dispatch_plan"
+        raise PlanError(Finding(code="PP108", message=message, file=given.file, fix="name one of them above its rules"))
+    dense = {section: rules for section, rules in plan.sections.items() if section not in ("ep_plan", "dispatch_plan")}
+    return replace(plan, sections={**dense, **own})
 
 
 def with_tied_embeddings(spec: ModelSpec, carried: Mapping[str, str]) -> dict[str, str]:
@@ -105,6 +155,8 @@ def with_tied_embeddings(spec: ModelSpec, carried: Mapping[str, str]) -> dict[st
     Several classes split the head alone, and stop working once the two are tied.
     """
     completed = dict(carried)
+    if not completed:
+        return completed
     ruled = assign(load_plan({"tp_plan": completed}).rules("tp_plan"), list(spec.parameters), list(spec.modules))
     for name, source in spec.tied.items():
         rule, owner = ruled.parameters[name], spec.modules[source.rpartition(".")[0]]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -13,32 +14,31 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from parallel_plans.collectives import Axis
 from parallel_plans.errors import Finding, LaunchError
-
-TENSOR_AXIS = "tp"
-DATA_AXIS = "dp"
+from parallel_plans.views import EXPERT_AXIS, TENSOR_AXIS, Views
 
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """This rank on the mesh whose axes plans speak of, and on the whole one, which may have a data axis besides."""
+    """This rank among all.
 
+    Args:
+        views: how the ranks are dealt out.
+        mesh: the mesh on which parameters lie: as many ranks as hold the model once, every axis a run of its dims.
+        whole: the mesh of all ranks.
+        axes: axis name -> the axis as this rank sees it. Two names of the same ranks are one `Axis`.
+        all_axes: the axes of the whole mesh, outermost first; along them one after the other all ranks can be reached.
+    """
+
+    views: Views
     mesh: DeviceMesh
     whole: DeviceMesh
-
-    @cached_property
-    def axes(self) -> dict[str, Axis]:
-        """Axis name -> the axis as this rank sees it, for the axes that plans speak of."""
-        return _axes(self.mesh)
-
-    @cached_property
-    def all_axes(self) -> tuple[Axis, ...]:
-        """Every axis of the whole mesh."""
-        return tuple(_axes(self.whole).values())
+    axes: Mapping[str, Axis]
+    all_axes: tuple[Axis, ...]
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Axis name -> ranks."""
-        return {name: axis.size for name, axis in self.axes.items()}
+        """Axis name -> ranks, for the axes that plans speak of."""
+        return self.views.sizes
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -50,36 +50,97 @@ class Place:
         """Whether this rank has coordinate 0 on every axis of the whole mesh."""
         return not any(axis.rank for axis in self.all_axes)
 
+    def mesh_dims(self, axis: str) -> tuple[int, ...]:
+        """The dims of `mesh` that make up an axis, outermost first."""
+        start, stop = self.views.spans[axis]
+        steps = [step for step in self.views.steps if step <= self.views.holders]
+        inner = list(pairwise(steps))
+        return tuple(dim for dim, (high, low) in enumerate(inner) if start <= low and high <= stop)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Place:
         return self  # process groups cannot be copied, and a copied model runs on the same ranks
 
 
-def _axes(mesh: DeviceMesh) -> dict[str, Axis]:
-    names = mesh.mesh_dim_names or (TENSOR_AXIS,)
-    return {
-        name: Axis(name=name, group=mesh.get_group(index), size=mesh.size(index), rank=mesh.get_local_rank(index))
-        for index, name in enumerate(names)
-    }
+def place_in(views: Views, device_type: str, ranks: torch.Tensor | None = None) -> Place:
+    """This rank's place among ranks dealt out as `views` says.
+
+    `ranks` are the global ranks in order, where they are not simply all of them.
+    """
+    steps = views.steps
+    pairs = list(pairwise(steps)) or [(1, 1)]
+    shape, names = [high // low for high, low in pairs], [_dim_name(views, high, low) for high, low in pairs]
+    if ranks is None:
+        whole = init_device_mesh(device_type, tuple(shape), mesh_dim_names=tuple(names))
+    else:
+        whole = DeviceMesh(device_type, ranks.reshape(shape), mesh_dim_names=tuple(names))
+    held = tuple(name for name, (high, _) in zip(names, pairs, strict=True) if high <= views.holders)
+    axes: dict[str, Axis] = {}
+    made: dict[tuple[int, int], Axis] = {}
+    for axis, (start, stop) in views.spans.items():
+        dims = [name for name, (high, low) in zip(names, pairs, strict=True) if start <= low and high <= stop]
+        key = (start, stop) if stop > start else (1, 1)
+        if key not in made:
+            made[key] = _axis(axis, whole, dims)
+        axes[axis] = made[key]
+    all_axes = tuple(_axis(name, whole, [name]) for name in names)
+    return Place(views=views, mesh=whole[held] if held else whole, whole=whole, axes=axes, all_axes=all_axes)
 
 
-def place_on(mesh: DeviceMesh) -> Place:
-    """This rank's place on `mesh`: its axis `tp`, or its only axis where that has no name.
+def _dim_name(views: Views, high: int, low: int) -> str:
+    """The name of a dim of the whole mesh: the axis that it is, or its place where it is only part of some."""
+    return next((axis for axis, span in views.spans.items() if span == (low, high)), f"every_{low}")
+
+
+def _axis(name: str, whole: DeviceMesh, dims: list[str]) -> Axis:
+    if not dims:
+        return Axis(name=name, group=None, size=1, rank=0)  # nobody to talk to
+    mesh = whole[dims[0]] if len(dims) == 1 else whole[tuple(dims)]._flatten(name)
+    return Axis(name=name, group=mesh.get_group(), size=mesh.size(), rank=mesh.get_local_rank())
+
+
+def place_on(mesh: DeviceMesh, ep_size: int | None = None, etp_size: int | None = None) -> Place:
+    """This rank's place on `mesh`: its axis `tp`, or its only axis where that has no name; experts in a view of theirs.
 
     Raises:
-        LaunchError: PP702 where the mesh has several axes and none is called `tp`.
+        LaunchError: PP702 where the mesh has several axes and none is called `tp`, or the sizes do not fit it.
     """
     names = mesh.mesh_dim_names
     if names is not None and TENSOR_AXIS in names:
-        return Place(mesh=mesh if len(names) == 1 else mesh[TENSOR_AXIS], whole=mesh)
-    if mesh.ndim == 1 and names is None:
-        return Place(mesh=mesh, whole=mesh)
-    raise LaunchError(
-        Finding(
-            code="PP702",
-            message=f"the mesh has the axes {names}, and none is called {TENSOR_AXIS}",
-            expected=f"an axis called {TENSOR_AXIS}",
-            fix=f'init_device_mesh(device, (ranks,), mesh_dim_names=("{TENSOR_AXIS}",))',
+        tp, ranks = mesh[TENSOR_AXIS].size(), mesh.mesh.movedim(names.index(TENSOR_AXIS), -1).flatten()
+    elif mesh.ndim == 1 and names is None:
+        tp, ranks = mesh.size(), mesh.mesh
+    elif names is not None and ep_size is not None:
+        tp, ranks = 1, mesh.mesh.flatten()  # no dense layer is split
+    else:
+        raise LaunchError(
+            Finding(
+                code="PP702",
+                message=f"the mesh has the axes {names}, and none is called {TENSOR_AXIS}",
+                expected=f"an axis called {TENSOR_AXIS}",
+                fix=f'init_device_mesh(device, (ranks,), mesh_dim_names=("{TENSOR_AXIS}",))',
+            )
         )
+    views = check_sizes(tp, ep_size, etp_size, world=mesh.size())
+    if views.ep == 1 and views.etp == tp > 1:
+        return _place_on_own(mesh, views)
+    return place_in(views, mesh.device_type, ranks)
+
+
+def _place_on_own(mesh: DeviceMesh, views: Views) -> Place:
+    """The place on a mesh that serves as it is: no experts in a view of their own."""
+    names = mesh.mesh_dim_names or (TENSOR_AXIS,)
+    own = {
+        name: Axis(name=name, group=mesh.get_group(index), size=mesh.size(index), rank=mesh.get_local_rank(index))
+        for index, name in enumerate(names)
+    }
+    tp, alone = own[TENSOR_AXIS], Axis(name=EXPERT_AXIS, group=None, size=1, rank=0)
+    axes = {axis: tp if span == (1, views.tp) else alone for axis, span in views.spans.items()}
+    return Place(
+        views=views,
+        mesh=mesh if mesh.ndim == 1 else mesh[TENSOR_AXIS],
+        whole=mesh,
+        axes=axes,
+        all_axes=tuple(own.values()),
     )
 
 
@@ -97,37 +158,74 @@ def this_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def check_sizes(tp_size: int | None, world: int) -> int:
-    """The number of ranks on `tp`: what was asked for, or all that were started.
+def check_sizes(tp_size: int | None, ep_size: int | None = None, etp_size: int | None = None, *, world: int) -> Views:
+    """How `world` ranks are dealt out: what was asked for, and what follows for the rest.
+
+    `tp_size` is all ranks where it is None, `ep_size` 1, `etp_size` 1 with expert parallelism and `tp_size` without.
 
     Raises:
-        LaunchError: PP701 where fewer were started, PP702 where they are no multiple.
+        LaunchError: PP701 where fewer were started, PP702 where the sizes do not fit together.
     """
-    if tp_size is None:
-        return world
-    if tp_size < 1:
-        raise LaunchError(Finding(code="PP702", message=f"tp_size is {tp_size}", expected="1 or more"))
-    if tp_size > world:
-        were = "1 was" if world == 1 else f"{world} were"
-        raise LaunchError(
-            Finding(
-                code="PP701",
-                message=f"tp_size={tp_size} asks for {tp_size} ranks, {were} started",
-                expected=f"at least {tp_size} ranks",
-                fix=f"start with `torchrun --nproc-per-node {tp_size} ...`, or pass tp_size={world}",
-            )
-        )
-    if world % tp_size:
-        fitting = [size for size in range(1, world + 1) if world % size == 0]
+    tp, ep = world if tp_size is None else tp_size, 1 if ep_size is None else ep_size
+    etp = (tp if ep == 1 else 1) if etp_size is None else etp_size
+    for name, size in (("tp_size", tp), ("ep_size", ep), ("etp_size", etp)):
+        if size < 1:
+            raise LaunchError(Finding(code="PP702", message=f"{name} is {size}", expected="1 or more"))
+    _check_dealt({"tp_size": tp}, world)
+    _check_dealt({"ep_size": ep, "etp_size": etp}, world)
+    if tp % etp:
         raise LaunchError(
             Finding(
                 code="PP702",
-                message=f"{world} ranks cannot be dealt into groups of tp_size={tp_size}",
-                expected=f"tp_size a divisor of {world}: {', '.join(map(str, fitting))}",
-                fix=f"pass one of them, or start a multiple of {tp_size} ranks",
+                message=f"etp_size={etp} does not divide tp_size={tp}",
+                expected="the ranks that split an expert share one batch: etp_size a divisor of tp_size",
+                fix=f"pass etp_size={max(size for size in range(1, etp + 1) if tp % size == 0)}, or tp_size={etp}",
             )
         )
-    return tp_size
+    block = ep * etp
+    if tp % block and block % tp:
+        fitting = [size for size in range(1, world // etp + 1) if world % (size * etp) == 0]
+        fitting = [size for size in fitting if tp % (size * etp) == 0 or (size * etp) % tp == 0]
+        raise LaunchError(
+            Finding(
+                code="PP702",
+                message=f"the {block} ranks that hold the experts and the {tp} of a tp group lie across each other",
+                expected=f"ep_size * etp_size a divisor or a multiple of tp_size={tp}",
+                fix=f"pass one of ep_size={', '.join(map(str, fitting))}",
+            )
+        )
+    return Views(world=world, tp=tp, ep=ep, etp=etp)
+
+
+def _check_dealt(asked: Mapping[str, int], world: int) -> None:
+    """Raises unless all ranks can be dealt into groups of what the sizes multiply to."""
+    size, told = 1, " * ".join(f"{name}={size}" for name, size in asked.items() if size > 1 or len(asked) == 1)
+    for each in asked.values():
+        size *= each
+    if size > world:
+        were = "1 was" if world == 1 else f"{world} were"
+        name = next(iter(asked))
+        raise LaunchError(
+            Finding(
+                code="PP701",
+                message=f"{told} asks for {size} ranks, {were} started",
+                expected=f"at least {size} ranks",
+                fix=f"start with `torchrun --nproc-per-node {size} ...`"
+                + (f", or pass {name}={world}" if len(asked) == 1 else ", or ask for fewer"),
+            )
+        )
+    if world % size:
+        fitting = [each for each in range(1, world + 1) if world % each == 0]
+        subject = told if len(asked) == 1 else f"{size} ({told})"
+        raise LaunchError(
+            Finding(
+                code="PP702",
+                message=f"{world} ranks cannot be dealt into groups of {subject}",
+                expected=f"{next(iter(asked)) if len(asked) == 1 else 'their product'} a divisor of {world}: "
+                + ", ".join(map(str, fitting)),
+                fix=f"pass one of them, or start a multiple of {size} ranks",
+            )
+        )
 
 
 def local_device() -> torch.device:
@@ -139,16 +237,15 @@ def local_device() -> torch.device:
     return torch.device("cpu")
 
 
-def start_place(tp_size: int) -> Place:
-    """This rank's place on a new mesh of all started ranks, `[dp, tp]`; starts the process group if nobody has."""
+def start_place(views: Views) -> Place:
+    """This rank's place on a new mesh of all started ranks; starts the process group if nobody has."""
     device = local_device()
     if not dist.is_initialized():
         if device.type != "cpu":
             torch.accelerator.set_device_index(device.index)
         # on an accelerator torch also keeps a CPU backend, over which ranks tell each other of failures
         dist.init_process_group("gloo" if device.type == "cpu" else None)
-    shape = (dist.get_world_size() // tp_size, tp_size)
-    return place_on(init_device_mesh(device.type, shape, mesh_dim_names=(DATA_AXIS, TENSOR_AXIS)))
+    return place_in(views, device.type)
 
 
 def device_of(place: Place) -> torch.device:

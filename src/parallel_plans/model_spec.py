@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -48,6 +48,7 @@ class ModelSpec:
         modules: full name -> module; the root's name is empty.
         tied: name -> the name of the parameter it is tied to.
         fields: the config's whole numbers, for size expressions.
+        layer_fields: index of a layer -> the same for a layer to which the config gives numbers of its own.
     """
 
     model_type: str | None
@@ -55,6 +56,12 @@ class ModelSpec:
     modules: Mapping[str, ModuleInfo]
     tied: Mapping[str, str]
     fields: Mapping[str, int]
+    layer_fields: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
+
+    def fields_at(self, name: str) -> Mapping[str, int]:
+        """The fields that hold for what stands at `name`: those of its layer, the first number in the name."""
+        index = next((int(segment) for segment in name.split(".") if segment.isdigit()), -1)
+        return self.layer_fields.get(index, self.fields)
 
     @property
     def bytes(self) -> int:
@@ -76,18 +83,41 @@ def _whole_numbers(values: Mapping[str, Any]) -> dict[str, int]:
 def config_fields(config: Any) -> dict[str, int]:
     """The whole numbers of a transformers config (its text part), by field name; empty for None.
 
+    Those of a config within it go by both names, `ffn_config.moe_num_experts`.
+
     Where a config leaves them out, `head_dim` and `num_key_value_heads` are what model code takes them for: the hidden
     size over the heads, and as many as there are heads.
     """
     if config is None:
         return {}
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    fields = _whole_numbers(text.to_dict() if hasattr(text, "to_dict") else vars(text))
+    text = _text_part(config)
+    fields = _whole_numbers(_as_dict(text))
+    for part in getattr(text, "sub_configs", {}):
+        inner = getattr(text, part, None)
+        if inner is not None:
+            fields |= {f"{part}.{name}": value for name, value in _whole_numbers(inner.to_dict()).items()}
     if "num_attention_heads" in fields:
         fields.setdefault("num_key_value_heads", fields["num_attention_heads"])
         if "hidden_size" in fields:
             fields.setdefault("head_dim", fields["hidden_size"] // fields["num_attention_heads"])
     return fields
+
+
+def _text_part(config: Any) -> Any:
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _as_dict(config: Any) -> Mapping[str, Any]:
+    """What a config says, by field name."""
+    return config.to_dict() if hasattr(config, "to_dict") else vars(config)
+
+
+def layer_fields(config: Any) -> dict[int, dict[str, int]]:
+    """Index -> the whole numbers that hold in that layer, for layers to which `per_layer_config` gives their own."""
+    own = None if config is None else _as_dict(_text_part(config)).get("per_layer_config")
+    shared = config_fields(config)
+    layers = own.items() if isinstance(own, Mapping) else ()
+    return {int(index): {**shared, **_whole_numbers(numbers)} for index, numbers in layers}
 
 
 def describe(model: nn.Module) -> ModelSpec:
@@ -119,4 +149,5 @@ def describe(model: nn.Module) -> ModelSpec:
         modules=modules,
         tied=tied,
         fields=config_fields(config),
+        layer_fields=layer_fields(config),
     )

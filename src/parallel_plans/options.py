@@ -25,7 +25,7 @@ _KIND_WORDS = {
 EXPECTED: dict[str, str] = {
     "dim": "an integer; -1 is the last dim",
     "size": "an integer of at least 1, or an expression over the model's config",
-    "parts": "an integer of at least 2, or a list of at least 2 sizes",
+    "parts": "an integer of at least 1, an expression, or a list of at least 2 sizes",
     "units": "a size, or a list of sizes, one per part",
     "flag": "true or false",
     "counts": "a mapping from an attribute of the module to a size",
@@ -93,11 +93,13 @@ def _check_constant(expression: Expression) -> None:
         expression.evaluate({})
 
 
-def _parts(node: Node) -> int | tuple[int | str, ...]:
+def _parts(node: Node) -> int | str | tuple[int | str, ...]:
     if isinstance(node, Items) and len(node.items) >= 2:
         return tuple(_size(item) for item in node.items)
+    if isinstance(node, Scalar) and node.kind == "str":
+        return _size(node)
     value = integer(node)
-    if value is None or value < 2:
+    if value is None or value < 1:
         raise OptionError(node, EXPECTED["parts"])
     return value
 

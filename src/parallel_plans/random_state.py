@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -26,8 +26,8 @@ def _set_states(states: list[Tensor], device: torch.device) -> None:
 
 
 @contextmanager
-def shared_random_state(axis: Axis, device: torch.device) -> Iterator[None]:
-    """Inside the block every rank draws what rank 0 of the axis draws.
+def shared_random_state(axes: Sequence[Axis], device: torch.device) -> Iterator[None]:
+    """Inside the block every rank draws what rank 0 of all the axes draws.
 
     Seeded as one process would be, it draws what one process would. A rank whose stream was another one goes back to
     it afterwards; one whose stream was the same goes on together with rank 0.
@@ -36,7 +36,9 @@ def shared_random_state(axis: Axis, device: torch.device) -> Iterator[None]:
     shared = [state.clone() for state in own]
     for state in shared:
         moved = state.to(device)
-        dist.broadcast(moved, group=axis.group, group_src=0)
+        for axis in axes:
+            if axis.size > 1:
+                dist.broadcast(moved, group=axis.group, group_src=0)
         state.copy_(moved)
     _set_states(shared, device)
     try:

@@ -5,262 +5,222 @@ Every entry knows the rule it comes from, with file and line. All that is wrong 
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
-from parallel_plans.errors import Finding, PlanError
+from parallel_plans.accounting import Report, foreign, one_per_form, report_tied, report_unruled, report_uses
+from parallel_plans.errors import PlanError
+from parallel_plans.expert_rules import ExpertRules, report_incomplete
 from parallel_plans.geometry import CannotSplit, Geometry
-from parallel_plans.layouts import Layout
-from parallel_plans.matching import Assignment, Pattern, RuleUse, assign
+from parallel_plans.layouts import Layout, Split, nested
+from parallel_plans.matching import Assignment, Pattern, assign
 from parallel_plans.model_spec import ModelSpec, ModuleInfo, ParameterInfo
 from parallel_plans.plan import Plan, Rule
 from parallel_plans.styles import Style, get_style
-from parallel_plans.table import ModuleEntry, ParameterEntry, Table, wildcarded
+from parallel_plans.table import ModuleEntry, ParameterEntry, Table, Use
+from parallel_plans.views import BLOCK_AXIS, EXPERT_AXIS, EXPERT_TENSOR_AXIS, TENSOR_AXIS, Views, views_of
 
 
-def resolve(plan: Plan, spec: ModelSpec, sizes: Mapping[str, int]) -> Table:
-    """The table of `plan` for the model `spec` on a mesh of `sizes` (axis -> ranks).
+def resolve(plan: Plan, spec: ModelSpec, sizes: Mapping[str, int], *, dispatch: bool = False) -> Table:
+    """The table of `plan` for the model `spec`.
+
+    Args:
+        plan: its `tp_plan` is used, and where experts are dealt over ranks its `ep_plan` or its `dispatch_plan`.
+        spec: the model.
+        sizes: axis -> ranks: `tp`, and where experts are dealt over ranks `ep` and `etp` (see `views_of`).
+        dispatch: send tokens to their experts also where the ranks share one batch.
 
     Raises:
         PlanError: with every finding, in the order of the file.
     """
-    if (foreign := _foreign(plan, spec)) is not None:
-        raise PlanError(foreign)  # every other finding would only follow from this one
-    resolver = _Resolver(plan, spec, sizes)
+    if (finding := foreign(plan, spec)) is not None:
+        raise PlanError(finding)  # every other finding would only follow from this one
+    views = views_of(sizes)
+    resolver = _Resolver(plan, spec, views, _expert_section(views, dispatch))
     table = resolver.table()
-    if resolver.findings:
-        raise PlanError(_one_per_form(sorted(resolver.findings, key=lambda finding: finding.line or 0)))
+    if resolver.report.findings:
+        raise PlanError(one_per_form(sorted(resolver.report.findings, key=lambda finding: finding.line or 0)))
     return table
 
 
-def _foreign(plan: Plan, spec: ModelSpec) -> Finding | None:
-    """The finding that the plan is for another model type; None where it is not."""
-    if plan.model_type is None or spec.model_type is None or plan.model_type == spec.model_type:
+def _expert_section(views: Views, dispatch: bool) -> str | None:
+    """The section that says how experts are dealt; None where they follow the dense layers."""
+    if views.ep == 1 and views.etp == views.tp:
         return None
-    return Finding(
-        code="PP106",
-        message=f"the plan is for model_type {plan.model_type}, the model is {spec.model_type}",
-        file=plan.file,
-        expected=f"model_type: {spec.model_type}",
-        fix=f"use a plan for {spec.model_type}, or write its model_type here if the plan does fit",
-    )
-
-
-def _one_per_form(findings: Sequence[Finding]) -> list[Finding]:
-    """The findings with those that differ in the layer's number alone told once, with how many there are."""
-    alike: dict[tuple[object, ...], list[Finding]] = {}
-    for finding in findings:
-        key = (finding.code, finding.line, finding.rule, wildcarded(finding.name or ""), finding.found)
-        alike.setdefault(key, []).append(finding)
-    told = []
-    for first, *others in alike.values():
-        if others:
-            more = f"{first.found or ''} (and {len(others)} more like it)".strip()
-            first = replace(first, found=more)
-        told.append(first)
-    return told
+    return "dispatch_plan" if dispatch or not views.shares_batch else "ep_plan"
 
 
 class _Resolver:
-    """One resolution; `findings` fills on the way."""
+    """One resolution; `report` fills on the way."""
 
-    axis = "tp"
+    def __init__(self, plan: Plan, spec: ModelSpec, views: Views, section: str | None) -> None:
+        self.plan, self.spec, self.views, self.section = plan, spec, views, section
+        self.report = Report(plan)
 
-    def __init__(self, plan: Plan, spec: ModelSpec, sizes: Mapping[str, int]) -> None:
-        self.plan, self.spec, self.sizes = plan, spec, sizes
-        self.geometry = Geometry(spec.fields, self.axis, sizes[self.axis])
-        self.findings: list[Finding] = []
-
-    def report(self, code: str, message: str, rule: Rule | None, **about: str | None) -> None:
-        place = {} if rule is None else {"file": rule.file, "line": rule.line, "rule": rule.pattern}
-        self.findings.append(Finding(code=code, message=message, **{**place, **about}))  # type: ignore[arg-type]
+    def geometry(self, name: str, axis: str) -> Geometry:
+        """Shapes under an axis at `name`, where a layer may have sizes of its own."""
+        return Geometry(self.spec.fields_at(name), axis, self.views.sizes[axis])
 
     def table(self) -> Table:
-        rules = self.plan.rules("tp_plan")
-        if not rules:
-            self.report("PP108", "the plan has no tp_plan", None, file=self.plan.file, fix="add a tp_plan section")
-            return self._empty()
+        dense, experts = self._assigned("tp_plan"), self._assigned(self.section)
+        parameters: dict[str, ParameterEntry] = {}
+        modules: dict[str, tuple[ModuleEntry, ...]] = {}
+        if dense is not None and experts is not None:
+            self.experts = ExpertRules(self.spec, dense, experts, lambda name: self.geometry(name, EXPERT_AXIS))
+            report_unruled(self.report, self.spec, dense)
+            for name, info in self.spec.parameters.items():
+                rules = (dense.parameters[name], experts.parameters[name])
+                if rules[0] is not None and (entry := self._parameter(info, rules)) is not None:
+                    parameters[name] = entry
+            report_tied(self.report, self.spec, parameters)
+            if self.section is not None:
+                report_incomplete(self.report, self.spec, self.experts)
+            for name, module in self.spec.modules.items():
+                rules = (dense.modules[name], experts.modules[name])
+                if acting := self._module(module, rules, parameters):
+                    modules[name] = acting
+        sizes = self.views.sizes
+        return Table(plan=self.plan, spec=self.spec, sizes=sizes, parameters=parameters, modules=modules)
+
+    def _assigned(self, section: str | None) -> Assignment | None:
+        """The rules of a section on the model's names, all None for no section; None where the plan lacks it."""
+        rules = () if section is None else self.plan.rules(section)
+        if section is not None and not rules:
+            self.report.missing(section)
+            return None
         assignment = assign(rules, list(self.spec.parameters), list(self.spec.modules))
-        self._check_uses(assignment)
-        self._check_unruled(assignment)
-        parameters = {
-            name: entry
-            for name, rule in assignment.parameters.items()
-            if rule is not None and (entry := self._parameter(self.spec.parameters[name], rule)) is not None
-        }
-        self._check_tied(parameters)
-        modules = {
-            name: acting
-            for name, rule in assignment.modules.items()
-            if rule is not None and (acting := self._module(self.spec.modules[name], rule, parameters)) is not None
-        }
-        return Table(plan=self.plan, spec=self.spec, sizes=dict(self.sizes), parameters=parameters, modules=modules)
+        report_uses(self.report, self.spec, assignment)
+        return assignment
 
-    def _empty(self) -> Table:
-        return Table(plan=self.plan, spec=self.spec, sizes=dict(self.sizes), parameters={}, modules={})
+    def _tensor_axis(self, name: str, rule: Rule | None) -> str:
+        """The axis on which a rule of `tp_plan` acts: an expert's parts lie on an axis of their own."""
+        role = None if rule is None else get_style(rule.style).role
+        is_expert = self.experts.holds(name) or self.experts.surrounds(name, role)
+        return EXPERT_TENSOR_AXIS if is_expert else TENSOR_AXIS
 
-    def _check_uses(self, assignment: Assignment) -> None:
-        names = [*self.spec.modules, *self.spec.parameters]
-        for use in assignment.uses:
-            rule = use.rule
-            # a catch-all may find nothing left to catch, but must have had something to look at
-            is_spare = "**" in rule.pattern and not use.matches_nothing
-            if self._reaches(use) or is_spare or (rule.optional and use.matches_nothing):
+    def _parameter(self, info: ParameterInfo, rules: Sequence[Rule | None]) -> ParameterEntry | None:
+        axes = (self._tensor_axis(info.name, rules[0]), EXPERT_AXIS)
+        uses, splits = [], []
+        for rule, axis in zip(rules, axes, strict=True):
+            if rule is None:
                 continue
-            if use.matches_nothing:
-                self.report("PP101", "the rule matches nothing in the model", rule, fix=_nearest(rule.pattern, names))
-            elif use.is_shadowed:
-                fix = "remove it, or write it above the rule that takes what it matches"
-                self.report("PP104", "earlier rules take all that this one matches", rule, fix=fix)
-            else:
-                fix = f"name the parameters, or write `{rule.pattern}.**` for all that lies below"
-                message = f"the rule matches modules without parameters of their own, where {rule.style} does nothing"
-                self.report("PP101", message, rule, fix=fix)
+            style = get_style(rule.style)
+            if not self._can_stand(info, rule, style):
+                return None
+            try:
+                split = self.geometry(info.name, axis).split(info.shape, style, rule.options)
+            except CannotSplit as problem:
+                what = f"{rule.style} cannot split {problem.what}"
+                self.report.unfit(problem, what, rule, info.name, str(Layout(info.shape)))
+                return None
+            letter = "S" if split is not None else (style.whole_as if self.views.sizes[axis] > 1 else "I")
+            uses.append(Use(axis=axis, style=style, rule=rule, letter=letter))
+            splits += [] if split is None else [split]
+        return ParameterEntry(info=info, layout=Layout(info.shape, _joined(splits)), uses=tuple(uses))
 
-    def _reaches(self, use: RuleUse) -> bool:
-        """Whether the rule does something: it rules a parameter, or stands on a module for its boundary's sake."""
-        style = get_style(use.rule.style)
-        return bool(use.parameters) or (use.modules > 0 and (style.acts_on_forward or style.module_only))
-
-    def _fix_for(self, name: str, idle: Sequence[Rule]) -> str:
-        """What to do about a parameter without a rule: an idle rule may be meant for it, and misspelt."""
-        module = wildcarded(name.rpartition(".")[0])
-        meant = difflib.get_close_matches(module, [rule.pattern for rule in idle], n=1, cutoff=0.9)
-        if not meant:
-            return f'add `{wildcarded(name)}: replicate`, or `"**": replicate` as the last rule'
-        place = next(rule.place for rule in idle if rule.pattern == meant[0])
-        return f"correct `{meant[0]}` at {place}, if it is meant for this"
-
-    def _check_unruled(self, assignment: Assignment) -> None:
-        idle = [use.rule for use in assignment.uses if use.matches_nothing]
-        for name in assignment.unruled:
-            shape = str(Layout(self.spec.parameters[name].shape))
-            self.report(
-                "PP102",
-                "the parameter has no rule",
-                None,
-                file=self.plan.file,
-                name=name,
-                found=shape,
-                expected="a rule for every parameter; what stays whole is written too",
-                fix=self._fix_for(name, idle),
-            )
-
-    def _parameter(self, info: ParameterInfo, rule: Rule) -> ParameterEntry | None:
-        style = get_style(rule.style)
-        owner = self.spec.modules[info.name.rpartition(".")[0]]
-        if not self._can_stand(info, owner, rule, style):
-            return None
-        try:
-            split = self.geometry.split(info.shape, style, rule.options)
-        except CannotSplit as problem:
-            self.report(
-                problem.code,
-                f"{rule.style} cannot split {problem.what}",
-                rule,
-                level="geometry",
-                name=info.name,
-                found=str(Layout(info.shape)),
-                expected=problem.expected,
-                fix=problem.fix,
-            )
-            return None
-        layout = Layout(info.shape, () if split is None else (split,))
-        used_as = "I" if split is not None else style.whole_as
-        return ParameterEntry(info=info, layout=layout, style=style, rule=rule, axis=self.axis, used_as=used_as)
-
-    def _can_stand(self, info: ParameterInfo, owner: ModuleInfo, rule: Rule, style: Style) -> bool:
+    def _can_stand(self, info: ParameterInfo, rule: Rule, style: Style) -> bool:
         """Whether the style can stand on this parameter or its module; reported where it cannot."""
+        owner = self.spec.modules[info.name.rpartition(".")[0]]
         on_module = not _names(rule, info.name)
         problem = fix = None
-        if on_module and style.serves and owner.kind not in style.serves:
+        if rule.section not in style.sections:
+            problem = f"{rule.style} cannot stand in {rule.section}"
+            fix = f"move it to {' or '.join(style.sections)}, or use a style that acts here"
+        elif on_module and style.serves and owner.kind not in style.serves:
             kinds = " or ".join(style.serves)
             problem = f"{rule.style} stands on modules of kind {kinds}, and {owner.name} is a {owner.type}"
             fix = "use `replicate`, or the style that fits such a module"
         elif not on_module and style.module_only:
             problem = f"{rule.style} stands on a module, and {info.name} is a parameter"
             fix = f"write it on `{rule.pattern.rpartition('.')[0]}`"
-        elif style.ndim is not None and len(info.shape) != style.ndim:
-            problem = f"{rule.style} stands on a parameter of {style.ndim} dims"
+        elif style.ndims and len(info.shape) not in style.ndims:
+            problem = f"{rule.style} stands on a parameter of {' or '.join(map(str, style.ndims))} dims"
             fix = "use `replicate`, or the style that fits such a parameter"
         if problem is not None:
-            self.report("PP105", problem, rule, name=info.name, found=str(Layout(info.shape)), fix=fix)
+            self.report.add("PP105", problem, rule, name=info.name, found=str(Layout(info.shape)), fix=fix)
         return problem is None
 
-    def _check_tied(self, parameters: Mapping[str, ParameterEntry]) -> None:
-        for name, source in self.spec.tied.items():
-            if name not in parameters or source not in parameters:
-                continue
-            one, other = parameters[name], parameters[source]
-            if one.layout != other.layout:
-                self.report(
-                    "PP103",
-                    f"{name} and {source} are one tensor under conflicting rules",
-                    one.rule,
-                    name=name,
-                    found=str(one.layout),
-                    expected=f"{other.layout}, as {other.rule.style} says at {other.rule.place}",
-                    fix="give both a style that splits the same dim the same way, or write both as `replicate`",
-                )
+    def _module(
+        self, info: ModuleInfo, rules: Sequence[Rule | None], parameters: Mapping[str, ParameterEntry]
+    ) -> tuple[ModuleEntry, ...]:
+        axes = (self._tensor_axis(info.name, rules[0]), EXPERT_AXIS)
+        entries = []
+        for rule, axis in zip(rules, axes, strict=True):
+            if rule is None or self.views.sizes[axis] == 1:
+                continue  # nobody to split with
+            if (entry := self._acting(info, rule, axis, parameters)) is not None:
+                entries.append(entry)
+        return tuple(entries)
 
-    def _module(self, info: ModuleInfo, rule: Rule, parameters: Mapping[str, ParameterEntry]) -> ModuleEntry | None:
+    def _acting(
+        self, info: ModuleInfo, rule: Rule, axis: str, parameters: Mapping[str, ParameterEntry]
+    ) -> ModuleEntry | None:
         style = get_style(rule.style)
-        if not style.acts_on_forward or (style.serves and info.kind not in style.serves):
+        acts = style.acts_on_forward or "counts" in {**style.defaults, **rule.options}
+        if not acts or (style.serves and info.kind not in style.serves):
             return None  # the second was reported on the module's parameters
+        if rule.section not in style.sections:
+            if not info.parameters:  # else it was reported on them
+                problem = f"{rule.style} cannot stand in {rule.section}"
+                self.report.add("PP105", problem, rule, name=info.name, fix=f"move it to {' or '.join(style.sections)}")
+            return None
         if not all(name in parameters for name in info.parameters):
             return None  # that was reported too
         own = [parameters[name] for name in info.parameters]
         try:
-            if style.shards and not self._suits(own, style, rule):
+            if style.shards and not self._suits(own, style, rule, axis):
                 return None
-            options = self.geometry.options(info, style, rule)
+            options = self.geometry(info.name, axis).options(info, style, rule)
+            options.update(self.experts.options(info.name, style))
+            split = self._dealt(info.name, style, axis, own)
         except CannotSplit as problem:
-            self.report(
-                problem.code,
-                problem.what,
-                rule,
-                level="geometry",
-                name=info.name,
-                expected=problem.expected,
-                fix=problem.fix,
-            )
+            self.report.unfit(problem, problem.what, rule, info.name, None)
             return None
-        split = next((entry.layout.splits[0] for entry in own if entry.is_sharded), None)
-        return ModuleEntry(info=info, style=style, rule=rule, axis=self.axis, split=split, options=options)
+        over = self._over(info.name, style, axis)
+        return ModuleEntry(info=info, style=style, rule=rule, axis=axis, over=over, split=split, options=options)
 
-    def _suits(self, own: Sequence[ParameterEntry], style: Style, rule: Rule) -> bool:
+    def _dealt(self, name: str, style: Style, axis: str, own: Sequence[ParameterEntry]) -> Split | None:
+        """How the module's parameter is split on the axis, or for a style that knows experts, how these are dealt."""
+        if style.role is not None:
+            return self.experts.dealt(name, style) if axis == EXPERT_AXIS else None
+        return next((split for entry in own for split in entry.layout.splits if split.axis == axis), None)
+
+    def _over(self, name: str, style: Style, axis: str) -> str | None:
+        """The axis over which a module's boundary communicates; None where there is nothing left to do."""
+        is_dealt_twice = self.views.ep > 1 and self.views.etp > 1
+        if axis == TENSOR_AXIS or not is_dealt_twice or not self.experts.is_joint(name, style):
+            return axis
+        # one reduction over both, done by the entry of `ep`; a router's two entries may differ in what they do
+        return BLOCK_AXIS if axis == EXPERT_AXIS or style.role == "router" else None
+
+    def _suits(self, own: Sequence[ParameterEntry], style: Style, rule: Rule, axis: str) -> bool:
         """Whether a module's parameters, under rules of their own, are split as the style on it needs them."""
         for entry in own:
             shape = entry.info.shape
-            wanted = self.geometry.dim(shape, style, rule.options)
-            found = entry.layout.splits[0].dim if entry.is_sharded else None
+            wanted = self.geometry(entry.info.name, axis).dim(shape, style, rule.options)
+            found = next((split.dim for split in entry.layout.splits if split.axis == axis), None)
             if found != wanted:
-                self.report(
+                self.report.add(
                     "PP105",
                     f"{rule.style} finds a parameter that its own rule splits otherwise",
                     rule,
                     name=entry.info.name,
                     found=str(entry.layout),
-                    expected="whole" if wanted is None else f"dim {wanted} split over {self.axis}",
+                    expected="whole" if wanted is None else f"dim {wanted} split over {axis}",
                     fix=f"correct the rule at {entry.rule.place}, or drop it",
                 )
                 return False
         return True
 
 
+def _joined(splits: Sequence[Split]) -> tuple[Split, ...]:
+    """The splits of one parameter, at most one per dim: two of the same dim become one over both axes."""
+    if len(splits) == 2 and splits[0].dim == splits[1].dim:
+        inner, outer = splits
+        return (nested(outer, inner, BLOCK_AXIS),)
+    return tuple(splits)
+
+
 def _names(rule: Rule, parameter: str) -> bool:
     """Whether the rule names the parameter itself, rather than its module or whatever lies below one."""
     last = rule.pattern.rpartition(".")[2]
     return last == parameter.rpartition(".")[2] and Pattern.of(rule.pattern).matches(parameter)
-
-
-def _nearest(pattern: str, names: list[str]) -> str | None:
-    """What to write instead, where something in the model is called nearly so."""
-    candidates = list(dict.fromkeys(wildcarded(name) for name in names if name))
-    close = difflib.get_close_matches(pattern, candidates, n=1, cutoff=0.6)
-    return (
-        f"did you mean `{close[0]}`? if only some configs have it, write `optional: true`"
-        if close
-        else ("remove it; if only some configs have it, write `optional: true`")
-    )

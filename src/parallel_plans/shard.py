@@ -41,7 +41,7 @@ def shard_parameters(
             if key not in sharded:
                 local = own_part(local, layout, place)
             assert tuple(local.shape) == layout.local_shape(place.ranks), (name, local.shape, layout)
-            made[key] = stored(local, layout, place.mesh, storage, parameter.requires_grad)
+            made[key] = stored(local, layout, place, storage, parameter.requires_grad)
             _keep_attributes(parameter, made[key])
         module._parameters[own] = made[key]
 

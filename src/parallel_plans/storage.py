@@ -12,11 +12,11 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from parallel_plans.layouts import Layout, Split
+from parallel_plans.mesh import Place
 
 Storage = Literal["dtensor", "local"]
 STORAGES: tuple[Storage, ...] = ("dtensor", "local")
@@ -37,14 +37,23 @@ def placement(split: Split | None) -> Placement:
     return Shard(split.dim)
 
 
-def stored(local: Tensor, layout: Layout, mesh: DeviceMesh, storage: Storage, requires_grad: bool) -> nn.Parameter:
+def placements(layout: Layout, place: Place) -> list[Placement]:
+    """The placement on every dim of the place's mesh; an axis that is several dims is split along each of them."""
+    found: list[Placement] = [Replicate()] * place.mesh.ndim
+    for split in layout.splits:
+        dims = place.mesh_dims(split.axis)
+        for dim in dims:
+            found[dim] = placement(split) if len(dims) == 1 else Shard(split.dim)
+    return found
+
+
+def stored(local: Tensor, layout: Layout, place: Place, storage: Storage, requires_grad: bool) -> nn.Parameter:
     """The parameter that a module keeps for this rank's part `local`."""
     if storage == "local":
         return nn.Parameter(local, requires_grad=requires_grad)
-    split = layout.splits[0] if layout.splits else None
     stride = torch.empty(layout.shape, device="meta").stride()
     wrapped = DTensor.from_local(
-        local, mesh, [placement(split)], run_check=False, shape=torch.Size(layout.shape), stride=stride
+        local, place.mesh, placements(layout, place), run_check=False, shape=torch.Size(layout.shape), stride=stride
     )
     return nn.Parameter(wrapped, requires_grad=requires_grad)
 

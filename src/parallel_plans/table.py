@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from parallel_plans.layouts import Layout, Split
@@ -13,18 +13,40 @@ from parallel_plans.styles import Style
 
 
 @dataclass(frozen=True, kw_only=True)
-class ParameterEntry:
-    """A parameter under a plan: how it lies on the mesh and in which letter its module uses it.
+class Use:
+    """What one rule makes of a parameter on one axis.
 
-    `used_as` is `I`, or `R` where each rank uses the whole parameter on its own data and gradients are summed.
+    `letter` is `S` where it is split, else that in which the module uses it: `I`, `R` where each rank uses the whole on
+    its own data and gradients are summed, or `P` where one rank of the axis alone contributes it to a sum.
     """
+
+    axis: str
+    style: Style
+    rule: Rule
+    letter: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParameterEntry:
+    """A parameter under a plan: how it lies on the mesh, and what each of its rules makes of it, `tp_plan`'s first."""
 
     info: ParameterInfo
     layout: Layout
-    style: Style
-    rule: Rule
-    axis: str
-    used_as: str
+    uses: tuple[Use, ...]
+
+    @property
+    def style(self) -> Style:
+        """The style that splits it; where none does, that of its rule in `tp_plan`."""
+        return next((use.style for use in self.uses if use.letter == "S"), self.uses[0].style)
+
+    @property
+    def rule(self) -> Rule:
+        """The rule that gives it `style`."""
+        return next(use.rule for use in self.uses if use.style is self.style)
+
+    def axes(self, letter: str) -> tuple[str, ...]:
+        """The axes on which it is used in this letter."""
+        return tuple(use.axis for use in self.uses if use.letter == letter)
 
     @property
     def is_sharded(self) -> bool:
@@ -38,25 +60,39 @@ class ParameterEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class ModuleEntry:
-    """A module at whose boundary something runs: its style, its options as numbers, how its parameter is split."""
+    """A module at whose boundary something runs: its style, its options as numbers, how its parameter is split.
+
+    `axis` is the one on which its rule acts; `over` the one on which it communicates, None where another entry of the
+    module does so for both. For a style that knows experts, `split` says which experts each rank holds.
+    """
 
     info: ModuleInfo
     style: Style
     rule: Rule
     axis: str
+    over: str | None
     split: Split | None
     options: Mapping[str, object]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """A resolved plan: one entry per parameter (tied names included) and per module that acts in the forward."""
+    """A resolved plan: an entry per parameter (tied names included), and those of each module that acts.
+
+    `sizes` are ranks by axis. The entries of a module are in the order in which a call meets them.
+    """
 
     plan: Plan
     spec: ModelSpec
     sizes: Mapping[str, int]
     parameters: Mapping[str, ParameterEntry]
-    modules: Mapping[str, ModuleEntry]
+    modules: Mapping[str, tuple[ModuleEntry, ...]]
+
+    def acting(self) -> Iterator[tuple[str, ModuleEntry]]:
+        """Name and entry of every module that acts, once per entry."""
+        for name, entries in self.modules.items():
+            for entry in entries:
+                yield name, entry
 
     @property
     def sharded_bytes(self) -> int:

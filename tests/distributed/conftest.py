@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rows import BATCHES, batch_of
 from tiny import Truth, tiny_model, tokens, truth_of
 
 Saved = tuple[Path, Truth]
@@ -23,5 +24,19 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Saved
         model = tiny_model(model_type, tied=tied, **changes)
         model.save_pretrained(folder)
         return folder, truth_of(model, tokens())
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def mixtures(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, list[Truth]]]:
+    """`mixtures(model_type, **config)` -> the folder of a mixture, and the truth of each batch of `rows.batch_of`."""
+
+    @cache
+    def make(model_type: str, **changes: Any) -> tuple[Path, list[Truth]]:
+        folder = tmp_path_factory.mktemp(model_type)
+        model = tiny_model(model_type, tied=False, **changes)
+        model.save_pretrained(folder)
+        return folder, [truth_of(model, batch_of(index)) for index in range(BATCHES)]
 
     return make

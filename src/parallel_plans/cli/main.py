@@ -16,8 +16,10 @@ from parallel_plans.cli.target import Target, TargetError, read_target
 from parallel_plans.errors import LaunchError, ParallelPlansError
 from parallel_plans.loader import load_plan
 from parallel_plans.lookup import bundled_folder, bundled_types, find_plan
+from parallel_plans.mesh import check_sizes
 from parallel_plans.resolve import resolve
 from parallel_plans.table import Table
+from parallel_plans.views import Views, views_of
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 PAPER = 200  # columns where no terminal says how many there are
@@ -39,37 +41,42 @@ def list_plans() -> None:
 def show(
     target: Annotated[str, typer.Argument(help="a checkpoint folder, a config.json, or a model type")],
     plan: Annotated[str, typer.Option(help="auto, builtin, or a plan file")] = "auto",
-    tp: Annotated[int, typer.Option(min=1, help="ranks on the axis tp")] = 2,
+    tp: Annotated[int, typer.Option(min=1, help="ranks that split the dense layers")] = 2,
+    ep: Annotated[int, typer.Option(min=1, help="ranks over which whole experts are dealt")] = 1,
+    etp: Annotated[int | None, typer.Option(min=1, help="ranks that split each expert [tp, or 1 with ep]")] = None,
 ) -> None:
     """What a plan makes of a model: every rule, what it splits and how, and the bytes of each rank."""
     try:
         subject = read_target(target)
+        sizes = {"tp": tp, "ep": ep} | ({} if etp is None else {"etp": etp})
+        views = check_sizes(tp, ep, etp, world=views_of(sizes).world)
         found = find_plan(plan, subject.spec, subject.carried, subject.plan_beside)
-        table = resolve(found, subject.spec, {"tp": tp})
+        table = resolve(found, subject.spec, views.sizes)
     except (TargetError, LaunchError) as error:
         complaints.print(str(error), markup=False)
         raise typer.Exit(2) from None
     except ParallelPlansError as error:
         complaints.print(str(error), markup=False)
         raise typer.Exit(1) from None
-    _print_table(table, subject, tp)
+    _print_table(table, subject, views)
 
 
-def _print_table(table: Table, subject: Target, tp: int) -> None:
+def _print_table(table: Table, subject: Target, views: Views) -> None:
     console.print(f"model  {subject.name}, {subject.spec.model_type}", markup=False)
     console.print(f"plan   {table.plan.source}\n", markup=False)
+    places = [views.coordinates(rank) for rank in range(views.holders)]
     rows = Rows(box=None)
     for title in ("parameter", "times", "shape", "style", "bytes on a rank", "rule"):
         rows.add_column(title, justify="right" if title in ("times", "bytes on a rank") else "left", no_wrap=True)
     for form, entries in table.by_form().items():
         entry = entries[0]
-        held = max(entry.local_bytes({"tp": rank}) for rank in range(tp)) * len(entries)
+        held = max(entry.local_bytes(place) for place in places) * len(entries)
         line = "" if entry.rule.line is None else f"line {entry.rule.line}"
         rows.add_row(
             form, str(len(entries)), str(entry.layout).replace("[", r"\["), entry.style.name, f"{held:,}", line
         )
     console.print(rows)
-    ranks = [table.rank_bytes({"tp": rank}) for rank in range(tp)]
+    ranks = [table.rank_bytes(place) for place in places]
     whole = table.spec.bytes
     console.print(f"\nwhole model {whole:,} bytes, {table.sharded_bytes / whole:.1%} of them split", markup=False)
     console.print(f"a rank holds {max(ranks):,} bytes at most, {max(ranks) / whole:.1%} of the whole", markup=False)

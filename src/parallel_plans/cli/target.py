@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
-from parallel_plans.lookup import BESIDE_CHECKPOINT
+from parallel_plans.lookup import BESIDE_CHECKPOINT, Carried, carried_by
 from parallel_plans.model_spec import ModelSpec, describe
 
 
@@ -24,7 +23,7 @@ class Target:
 
     name: str
     spec: ModelSpec
-    carried: Mapping[str, str] | None
+    carried: Carried
     folder: Path | None
 
     def plan_beside(self) -> str | None:
@@ -46,7 +45,7 @@ def read_target(text: str) -> Target:
             model: Any = AutoModelForCausalLM.from_config(config)
     except Exception as error:
         raise TargetError(f"{text}: no causal language model can be built from its config: {error}") from None
-    return Target(name=text, spec=describe(model), carried=getattr(model, "tp_plan", None), folder=folder)
+    return Target(name=text, spec=describe(model), carried=carried_by(model), folder=folder)
 
 
 def _config(text: str, path: Path) -> Any:

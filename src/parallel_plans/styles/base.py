@@ -35,13 +35,18 @@ class Style:
         arrives, needs: the letter of the module's first tensor as it comes, and as the module wants it.
         leaves, delivers: the letter of the module's output as computed, and as handed on.
         after: parameters hidden from the forward and added to the output once it is delivered (a rowwise bias).
-        ndim: how many dims a parameter it reaches must have; None: any.
+        ndims: how many dims a parameter it reaches may have; empty: any.
+        stacked: dim 0 of a parameter counts experts, so that `matrix` is for three dims and `vector` for two.
         serves: the kinds of module it can stand on (`linear`, `embedding`); empty: any.
         options: option -> kind of value (see plans/SPEC.md).
         defaults: option -> value, where a rule does not give it.
         boundary: the class that runs at the module's boundary; None: `Boundary`, which does what the letters say.
         parameter_only: acts on parameters in pass 1 and nowhere else.
         module_only: stands on a module, never on a bare parameter.
+        sections: where in a plan it may stand.
+        role: its part among experts: `weight` deals them out, `router` says which tokens go where, `experts` runs
+            them, `identity` is one without weights, `block` stands around all of these; None: it knows nothing of them.
+        local_count: the attribute of a module that becomes this rank's number of experts, where it has one.
     """
 
     name: str
@@ -54,13 +59,17 @@ class Style:
     leaves: str = "I"
     delivers: str = "I"
     after: tuple[str, ...] = ()
-    ndim: int | None = None
+    ndims: tuple[int, ...] = ()
+    stacked: bool = False
     serves: tuple[str, ...] = ()
     options: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     defaults: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}))
     boundary: type[Boundary] | None = None
     parameter_only: bool = False
     module_only: bool = False
+    sections: tuple[str, ...] = ("tp_plan", "sp_plan")
+    role: str | None = None
+    local_count: str | None = None
 
     def __post_init__(self) -> None:
         for letter in (self.arrives, self.needs, self.leaves, self.delivers, self.whole_as):
@@ -81,7 +90,8 @@ class Style:
 
     def split_dim(self, ndim: int) -> int | None:
         """The dim along which a parameter with `ndim` dims is split; None where it stays whole."""
-        return self.vector if ndim == 1 else (self.matrix if ndim > 1 else None)
+        own = ndim - self.stacked
+        return self.vector if own == 1 else (self.matrix if own > 1 else None)
 
 
 _styles: dict[str, Style] = {}

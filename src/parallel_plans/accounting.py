@@ -1,0 +1,166 @@
+"""Every rule must do something and every parameter must stand under one: the findings where that is not so."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from parallel_plans.errors import Finding
+from parallel_plans.geometry import CannotSplit
+from parallel_plans.layouts import Layout
+from parallel_plans.matching import Assignment, RuleUse
+from parallel_plans.model_spec import ModelSpec
+from parallel_plans.plan import Plan, Rule
+from parallel_plans.styles import get_style
+from parallel_plans.table import ParameterEntry, wildcarded
+
+_WANTED = {
+    "tp_plan": "add a tp_plan section",
+    "ep_plan": "add an ep_plan section: `grouped_gemm` on the experts' weights, `ep_router` on their router and "
+    "`moe_experts_allreduce` on the experts",
+    "dispatch_plan": "add a dispatch_plan section: `grouped_gemm` on the experts' weights and `ep_dispatch` on the "
+    "experts, or use sizes with which ep_size * etp_size divides tp_size",
+}
+
+
+class Report:
+    """The findings of one resolution."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.findings: list[Finding] = []
+
+    def add(self, code: str, message: str, rule: Rule | None, **about: str | None) -> None:
+        """A finding about a rule, or about the file where there is none."""
+        place = {} if rule is None else {"file": rule.file, "line": rule.line, "rule": rule.pattern}
+        self.findings.append(Finding(code=code, message=message, **{**place, **about}))  # type: ignore[arg-type]
+
+    def unfit(self, problem: CannotSplit, message: str, rule: Rule, name: str, found: str | None) -> None:
+        """A finding about a shape that a rule does not fit."""
+        self.add(
+            problem.code,
+            message,
+            rule,
+            level="geometry",
+            name=name,
+            found=found,
+            expected=problem.expected,
+            fix=problem.fix,
+        )
+
+    def missing(self, section: str) -> None:
+        """The finding that the plan lacks a section."""
+        article = "an" if section[0] in "aeiou" else "a"
+        message = f"the plan has no {section}" if section == "tp_plan" else f"{article} {section} is asked for"
+        found = {} if section == "tp_plan" else {"found": f"only {', '.join(self.plan.sections)}"}
+        self.add("PP108", message, None, file=self.plan.file, fix=_WANTED[section], **found)
+
+
+def foreign(plan: Plan, spec: ModelSpec) -> Finding | None:
+    """The finding that the plan is for another model type; None where it is not."""
+    if plan.model_type is None or spec.model_type is None or plan.model_type == spec.model_type:
+        return None
+    return Finding(
+        code="PP106",
+        message=f"the plan is for model_type {plan.model_type}, the model is {spec.model_type}",
+        file=plan.file,
+        expected=f"model_type: {spec.model_type}",
+        fix=f"use a plan for {spec.model_type}, or write its model_type here if the plan does fit",
+    )
+
+
+def one_per_form(findings: Sequence[Finding]) -> list[Finding]:
+    """The findings with those that differ in the layer's number alone told once, with how many there are."""
+    alike: dict[tuple[object, ...], list[Finding]] = {}
+    for finding in findings:
+        key = (finding.code, finding.line, finding.rule, wildcarded(finding.name or ""), finding.found)
+        alike.setdefault(key, []).append(finding)
+    told = []
+    for first, *others in alike.values():
+        if others:
+            more = f"{first.found or ''} (and {len(others)} more like it)".strip()
+            first = replace(first, found=more)
+        told.append(first)
+    return told
+
+
+def report_uses(report: Report, spec: ModelSpec, assignment: Assignment) -> None:
+    """Reports the rules that match nothing, or that others take everything from."""
+    names = [*spec.modules, *spec.parameters]
+    for use in assignment.uses:
+        rule = use.rule
+        # a catch-all may find nothing left to catch, but must have had something to look at
+        is_spare = "**" in rule.pattern and not use.matches_nothing
+        if _reaches(use) or is_spare or (rule.optional and use.matches_nothing):
+            continue
+        if use.matches_nothing:
+            report.add("PP101", "the rule matches nothing in the model", rule, fix=_nearest(rule.pattern, names))
+        elif use.is_shadowed:
+            fix = "remove it, or write it above the rule that takes what it matches"
+            report.add("PP104", "earlier rules take all that this one matches", rule, fix=fix)
+        else:
+            fix = f"name the parameters, or write `{rule.pattern}.**` for all that lies below"
+            message = f"the rule matches modules without parameters of their own, where {rule.style} does nothing"
+            report.add("PP101", message, rule, fix=fix)
+
+
+def _reaches(use: RuleUse) -> bool:
+    """Whether the rule does something: it rules a parameter, or stands on a module for its boundary's sake."""
+    style = get_style(use.rule.style)
+    return bool(use.parameters) or (use.modules > 0 and (style.acts_on_forward or style.module_only))
+
+
+def _nearest(pattern: str, names: list[str]) -> str | None:
+    """What to write instead, where something in the model is called nearly so."""
+    candidates = list(dict.fromkeys(wildcarded(name) for name in names if name))
+    close = difflib.get_close_matches(pattern, candidates, n=1, cutoff=0.6)
+    return (
+        f"did you mean `{close[0]}`? if only some configs have it, write `optional: true`"
+        if close
+        else ("remove it; if only some configs have it, write `optional: true`")
+    )
+
+
+def report_unruled(report: Report, spec: ModelSpec, assignment: Assignment) -> None:
+    """Reports the parameters that no rule reaches."""
+    idle = [use.rule for use in assignment.uses if use.matches_nothing]
+    for name in assignment.unruled:
+        report.add(
+            "PP102",
+            "the parameter has no rule",
+            None,
+            file=report.plan.file,
+            name=name,
+            found=str(Layout(spec.parameters[name].shape)),
+            expected="a rule for every parameter; what stays whole is written too",
+            fix=_fix_for(name, idle),
+        )
+
+
+def _fix_for(name: str, idle: Sequence[Rule]) -> str:
+    """What to do about a parameter without a rule: an idle rule may be meant for it, and misspelt."""
+    module = wildcarded(name.rpartition(".")[0])
+    meant = difflib.get_close_matches(module, [rule.pattern for rule in idle], n=1, cutoff=0.9)
+    if not meant:
+        return f'add `{wildcarded(name)}: replicate`, or `"**": replicate` as the last rule'
+    place = next(rule.place for rule in idle if rule.pattern == meant[0])
+    return f"correct `{meant[0]}` at {place}, if it is meant for this"
+
+
+def report_tied(report: Report, spec: ModelSpec, parameters: Mapping[str, ParameterEntry]) -> None:
+    """Reports names of one tensor that stand under rules which split it differently."""
+    for name, source in spec.tied.items():
+        if name not in parameters or source not in parameters:
+            continue
+        one, other = parameters[name], parameters[source]
+        if one.layout != other.layout:
+            report.add(
+                "PP103",
+                f"{name} and {source} are one tensor under conflicting rules",
+                one.rule,
+                name=name,
+                found=str(one.layout),
+                expected=f"{other.layout}, as {other.rule.style} says at {other.rule.place}",
+                fix="give both a style that splits the same dim the same way, or write both as `replicate`",
+            )

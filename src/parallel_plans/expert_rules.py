@@ -1,0 +1,148 @@
+"""Which names are experts, how these are dealt over ranks, and what a plan that deals them must not forget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+
+from parallel_plans.accounting import Report
+from parallel_plans.geometry import Geometry
+from parallel_plans.layouts import Layout, Split
+from parallel_plans.matching import Assignment
+from parallel_plans.model_spec import ModelSpec
+from parallel_plans.plan import Rule
+from parallel_plans.styles import Style, get_style
+
+GeometryAt = Callable[[str], Geometry]
+
+
+class ExpertRules:
+    """What a plan says of experts: its rules in `tp_plan` (`dense`) and in the section that deals experts out.
+
+    Args:
+        spec: the model.
+        dense: the rules of `tp_plan` on the model's names.
+        experts: those of `ep_plan` or `dispatch_plan`; all None where experts are not dealt.
+        geometry: name -> the shapes under the axis `ep` at that name.
+    """
+
+    def __init__(self, spec: ModelSpec, dense: Assignment, experts: Assignment, geometry: GeometryAt) -> None:
+        self.spec, self.dense, self.geometry = spec, dense, geometry
+        self.weights = _with_role(experts.parameters, "weight")
+        self.routers = _with_role(experts.modules, "router")
+        self.blocks = _with_role(experts.modules, "experts")
+        self.around = _with_role(experts.modules, "block")
+        self._identities = _with_role(dense.modules, "identity")
+        self._dense_around = _with_role(dense.modules, "block")
+        self._owners = {name.rpartition(".")[0] for name in self.weights} | set(self.blocks)
+
+    def holds(self, name: str) -> bool:
+        """Whether a module or parameter is an expert's: a rule deals it, or it lies within what a rule deals."""
+        owner = name.rpartition(".")[0]
+        is_blocks_own = name in self.spec.parameters and owner in self._dense_around and bool(self._below(owner))
+        return is_blocks_own or any(prefix in self._owners for prefix in _prefixes(name))
+
+    def surrounds(self, name: str, role: str | None) -> bool:
+        """Whether a router or a block stands around experts that a rule deals."""
+        if role not in ("router", "block"):
+            return False
+        return bool(self._below(name.rpartition(".")[0] if role == "router" else name))
+
+    def block_of(self, router: str) -> str | None:
+        """The experts that a router sends tokens to: those that lie beside it."""
+        beside = router.rpartition(".")[0]
+        return next((block for block in self.blocks if _is_within(block, beside)), None)
+
+    def _below(self, prefix: str) -> list[str]:
+        return [name for name in self.weights if _is_within(name, prefix)]
+
+    def dealt(self, name: str, style: Style) -> Split | None:
+        """Which experts each rank of `ep` holds, for a router or experts; counted in experts, not in rows."""
+        prefix = name.rpartition(".")[0] if style.role == "router" else name
+        splits = [split for each in self._below(prefix) if (split := self._expert_split(each)) is not None]
+        return min(splits, key=lambda split: split.size, default=None)
+
+    def _expert_split(self, name: str) -> Split | None:
+        rule, shape = self.weights[name], self.spec.parameters[name].shape
+        geometry = self.geometry(name)
+        split = geometry.split(shape, get_style(rule.style), rule.options)
+        unit = geometry.size(rule.options.get("unit", 1))
+        if split is None or unit == 1:
+            return split
+        ranges = tuple(tuple((start // unit, stop // unit) for start, stop in rank) for rank in split.ranges)
+        return replace(split, size=split.size // unit, ranges=ranges)
+
+    def options(self, name: str, style: Style) -> dict[str, object]:
+        """What the boundary of a router or of experts must know besides."""
+        if style.role == "experts":
+            beside = name.rpartition(".")[0]
+            return {
+                "is_routed": any(_is_within(router, beside) for router in self.routers),
+                "has_identities": any(_is_within(each, name) for each in self._identities),
+                "is_in_block": any(each in self.around or each in self._dense_around for each in _prefixes(name)),
+            }
+        if style.role == "router":
+            block = self.block_of(name)
+            return {"has_identities": any(block and _is_within(each, block) for each in self._identities)}
+        return {}
+
+    def is_joint(self, name: str, style: Style) -> bool:
+        """Whether both sections say the same of these experts, so that one reduction serves both axes."""
+        if style.role == "router":
+            around = next((each for each in _prefixes(name) if each in self.around), None)
+            block = self.block_of(name)
+            return (block is not None and self._is_ruled_twice(block)) or (
+                around is not None and self._is_ruled_twice(around)
+            )
+        return self._is_ruled_twice(name)
+
+    def _is_ruled_twice(self, block: str) -> bool:
+        dealing, dense = self.blocks.get(block) or self.around.get(block), self.dense.modules[block]
+        return None not in (dealing, dense) and get_style(dense.style) is get_style(dealing.style)  # type: ignore[union-attr]
+
+
+def _with_role(rules: Mapping[str, Rule | None], role: str) -> dict[str, Rule]:
+    return {name: rule for name, rule in rules.items() if rule is not None and get_style(rule.style).role == role}
+
+
+def _prefixes(name: str) -> Iterator[str]:
+    """The name and every name above it."""
+    while name:
+        yield name
+        name = name.rpartition(".")[0]
+
+
+def _is_within(name: str, prefix: str) -> bool:
+    return not prefix or name == prefix or name.startswith(f"{prefix}.")
+
+
+def report_incomplete(report: Report, spec: ModelSpec, experts: ExpertRules) -> None:
+    """Reports experts that are dealt in part: weights that stay whole, weights that nothing brings tokens to."""
+    for block, rule in experts.blocks.items():
+        below = [name for name in spec.parameters if _is_within(name, block)]
+        left = [name for name in below if name not in experts.weights]
+        if not any(_is_within(name, block) for name in experts.weights):
+            left = below
+        for name in left:
+            report.add(
+                "PP110",
+                f"{rule.style} deals experts over ranks, and this parameter of them stays whole",
+                rule,
+                name=name,
+                found=str(Layout(spec.parameters[name].shape)),
+                expected="every parameter of the experts split by expert",
+                fix=f"add `{name.rpartition('.')[2]}: grouped_gemm` with its full name to {rule.section}",
+            )
+    for name, rule in experts.weights.items():
+        if not any(prefix in experts.blocks or prefix in experts.around for prefix in _prefixes(name)):
+            owner = name.rpartition(".")[0]
+            report.add(
+                "PP110",
+                f"{rule.style} deals experts over ranks, and nothing brings tokens to them",
+                rule,
+                name=name,
+                found=str(Layout(spec.parameters[name].shape)),
+                expected=f"a rule for their module in {rule.section}",
+                fix=f"add `{owner}` with "
+                + ("`moe_experts_allreduce`" if rule.section == "ep_plan" else "`ep_dispatch`"),
+            )

@@ -1,0 +1,93 @@
+"""Experts on ranks that share one batch: every rank runs its part of them on all tokens, the sums are added up.
+
+4 experts on 2 ranks; a token picks experts 1 and 2 with the weights w and v:
+
+    rank          0                1
+    experts       0 1              2 3
+    output        w * E1(x)        v * E2(x)
+    all-reduced   w * E1(x) + v * E2(x) on both
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from parallel_plans.boundary import Arguments, Boundary, Forward, Keywords, Site, change_first, change_output
+from parallel_plans.collectives import Axis
+from parallel_plans.experts.alignment import allow_any_width
+from parallel_plans.experts.call import ExpertsCall
+from parallel_plans.experts.routing import Ownership, masked_routes, on_own_routes
+from parallel_plans.experts.taking_part import taking_part, weights_below
+from parallel_plans.forks import replicate_once
+from parallel_plans.sums import deliver_sum
+
+
+class BlockBoundary(Boundary):
+    """`replicate_input`, `moe_block_allreduce`: a block that makes of its input what its experts take (I -> R).
+
+    The routers within take the I it comes from. Its output is reduced where its style says so; else the sums that are
+    made within wait until the block ends.
+    """
+
+    def __call__(self, forward: Forward, args: Arguments, kwargs: Keywords) -> Any:
+        args, kwargs = change_first(lambda value: replicate_once(value, self.site.axis), args, kwargs)
+        output = forward(*args, **kwargs)
+        return output if self.deliver is None else change_output(self.deliver, output)
+
+
+class ExpertsBoundary(Boundary):
+    """`moe_experts_allreduce`: hidden states and routing weights I -> R, the experts' sum P -> I; shards nothing.
+
+    Where experts are dealt and no router has done so, it masks the routes to other ranks.
+    """
+
+    def __init__(self, site: Site, module: nn.Module) -> None:
+        super().__init__(site, module)
+        allow_any_width()
+        self.owned = None
+        if site.split is not None:
+            self.owned = Ownership(site.split, site.own.rank, bool(site.options.get("has_identities")))
+            if hasattr(module, "_is_expert_parallel"):
+                # transformers' kernels then leave rows with the sentinel out
+                module._is_expert_parallel = True  # type: ignore[assignment]
+
+    def __call__(self, forward: Forward, args: Arguments, kwargs: Keywords) -> Any:
+        axis, call = self.site.axis, ExpertsCall(args, kwargs)
+        if call.ids is not None or not self.site.options["is_in_block"]:
+            call = call.mapped(lambda value: replicate_once(value, axis))
+        output = self._run(forward, call)
+        return change_output(lambda value: self._delivered(value, call, axis), output)
+
+    def _delivered(self, value: Tensor, call: ExpertsCall, axis: Axis) -> Tensor:
+        if not value.requires_grad:
+            inputs = [call.hidden] if call.weights is None else [call.hidden, call.weights]
+            value = taking_part(value, *inputs, *weights_below(self.module))
+        return deliver_sum(value, axis)
+
+    def _run(self, forward: Forward, call: ExpertsCall) -> Any:
+        if self.owned is None:
+            return forward(*call.args, **call.kwargs)
+        ids, weights = call.ids, call.weights
+        if ids is None or weights is None:
+            if not self.site.options["is_routed"]:
+                raise TypeError(f"{self.site.name} takes no expert ids: its router wants a rule `ep_router`")
+            return forward(*call.args, **call.kwargs)
+        if not self.site.options["is_routed"]:
+            ids, weights = masked_routes(ids, weights, self.owned)
+        if self._has_room_for_sentinel():
+            call = call.replaced(call.hidden, ids, weights)
+            return forward(*call.args, **call.kwargs)
+
+        def experts(hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+            own = call.replaced(hidden, ids, weights)
+            return forward(*own.args, **own.kwargs)
+
+        return on_own_routes(experts, call.hidden, ids, weights, self.owned)
+
+    def _has_room_for_sentinel(self) -> bool:
+        """Whether the experts' forward leaves routes with the sentinel out: kernels of transformers do, loops vary."""
+        config = getattr(self.module, "config", None)
+        implementation = getattr(config, "_experts_implementation", None)
+        return hasattr(self.module, "_is_expert_parallel") and implementation not in (None, "eager")

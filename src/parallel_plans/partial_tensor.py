@@ -1,0 +1,305 @@
+"""What carries a delayed reduction: the tensor that models see, and what it shares with its views.
+
+A `Partial` looks like the value it stands for: same shape, same dtype. Torch gives every operation on it to
+`__torch_function__`, where a rule (see `parallel_plans.partial_rules`) may keep it partial; an operation without a rule
+gets the whole value. So a missing rule costs a reduction, never a wrong number.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar, NoReturn
+
+import torch
+from torch import Tensor
+
+from parallel_plans.collectives import Axis, reduce
+
+Step = Callable[[Tensor], Tensor]
+Rule = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
+
+
+class Kept:
+    """A tensor that is read later and may be somebody else's: read, it is what it was, or that is an error.
+
+    Tensors of inference mode do not count their changes, so of those it keeps a copy.
+    """
+
+    __slots__ = ("_tensor", "_version")
+
+    def __init__(self, tensor: Tensor) -> None:
+        counts = not tensor.is_inference()
+        self._tensor = tensor if counts else tensor.clone()
+        self._version = tensor._version if counts else None
+
+    @property
+    def is_same(self) -> bool:
+        return self._version is None or self._tensor._version == self._version
+
+    @property
+    def tensor(self) -> Tensor:
+        if self.is_same:
+            return self._tensor
+        raise RuntimeError(
+            f"a tensor {list(self._tensor.shape)} was added to a partial sum and changed in place before the sum was "
+            "reduced; change a copy of it, or take `parallel_plans.partial.whole(sum)` before the change"
+        )
+
+
+class Link:
+    """How a copy follows from what it was copied from, for as long as neither changes: `step(source)`."""
+
+    __slots__ = ("_graded", "_step", "_uses", "source")
+
+    def __init__(self, source: Partial, step: Step, uses: Iterable[Kept] = ()) -> None:
+        self.source, self._step, self._uses = source, step, tuple(uses)
+        self._graded = torch.is_grad_enabled()
+
+    @property
+    def is_valid(self) -> bool:
+        return all(kept.is_same for kept in self._uses)
+
+    def value(self) -> Tensor:
+        with torch.set_grad_enabled(self._graded):
+            return self._step(self.source.held).contiguous()
+
+
+class Delayed:
+    """What a `Partial` and all views of it share.
+
+    Args:
+        tensor: this rank's part; from the reduction on, the whole value.
+        axis: over whose ranks the parts are to be summed.
+        beside: a whole value to be added once, after the reduction.
+        link: what it is a copy of, so that one reduction serves both.
+        is_lent: whether another `Delayed` holds the same tensor, so that a change in place needs a copy first.
+    """
+
+    __slots__ = ("__weakref__", "axis", "beside", "copies", "is_lent", "is_reduced", "link", "tensor")
+
+    def __init__(
+        self, tensor: Tensor, axis: Axis, beside: Kept | None = None, link: Link | None = None, is_lent: bool = False
+    ) -> None:
+        assert tensor.is_contiguous()  # so that a view of it is a view of its reduction and of what is beside it
+        self.tensor, self.axis, self.beside = tensor, axis, beside
+        self.link, self.is_lent, self.is_reduced = link, is_lent, False
+        self.copies: list[weakref.ref[Delayed]] = []
+        if link is not None:
+            link.source.state.copies.append(weakref.ref(self))
+
+    @property
+    def requires_grad(self) -> bool:
+        return self.tensor.requires_grad or (self.beside is not None and self.beside.tensor.requires_grad)
+
+    @property
+    def bytes(self) -> int:
+        """How many bytes each rank's part has that travels when this is asked for."""
+        return self.tensor.nbytes if self.link is None else self.link.source.state.bytes
+
+    def reduce(self) -> Tensor:
+        """The whole value; the first time, this is where the ranks communicate."""
+        if not self.is_reduced and self.link is not None and self.link.is_valid:
+            self.link.source.state.reduce()  # its copies get their values with it, and this is one
+        if not self.is_reduced:
+            with torch.set_grad_enabled(self.requires_grad):  # it is remembered, also where the first to ask has none
+                value = reduce(self.tensor, self.axis)
+                self._become(value if self.beside is None else value + self.beside.tensor)
+        return self.tensor
+
+    def _become(self, value: Tensor) -> None:
+        self.tensor, self.is_reduced, self.beside, self.link = value, True, None, None
+        copies, self.copies = self.copies, []
+        for made in (reference() for reference in copies):  # now: the value may be changed in place later
+            if made is None or made.link is None:
+                continue
+            if made.link.is_valid:
+                made._become(made.link.value())
+            else:
+                made.link = None
+
+    def before_change(self) -> None:
+        """Parts from what must not change with this: its copies, what it is a copy of, others with the same tensor."""
+        for made in (reference() for reference in self.copies):
+            if made is not None:
+                made.link = None
+        self.copies, self.link = [], None
+        if self.is_lent:
+            self.tensor, self.is_lent = self.tensor.clone(), False
+
+
+def _refuse_gradient(gradient: Tensor) -> Tensor | None:
+    raise TypeError(
+        "a gradient reached a partial sum that was given to torch.autograd.Function.apply, which it would end in; "
+        "give it `parallel_plans.partial.whole(value)`"
+    )
+
+
+_HOOKS: dict[int, Callable[[Tensor], Tensor | None]] = {0: _refuse_gradient}
+
+
+class Partial(Tensor):
+    """A partial sum that looks like its value; `parallel_plans.partial.partial` makes one.
+
+    It has no data of its own. Autograd records on the plain tensors it holds, so a gradient that arrives at the object
+    itself would be lost, and is an error.
+    """
+
+    rules: ClassVar[dict[Any, Rule]] = {}
+
+    state: Delayed
+    _parent: Partial | None  # what this is a view of
+    _step: Step | None  # how
+    _graded: bool  # whether autograd recorded when the view was made
+    _seen: Tensor  # what it was last seen to be
+    _seen_of: Tensor  # and of which shared tensor
+
+    @staticmethod
+    def __new__(cls, state: Delayed, parent: Partial | None = None, step: Step | None = None) -> Partial:
+        graded = torch.is_grad_enabled()
+        held = state.tensor if parent is None else step(parent.held)  # type: ignore[misc]
+        made = Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype, device=held.device)
+        made.state, made._parent, made._step, made._graded = state, parent, step, graded
+        made._seen_of, made._seen = state.tensor, held
+        if made.needs_gradient:
+            with torch._C.DisableTorchFunctionSubclass():
+                made.requires_grad, made._backward_hooks = True, _HOOKS
+        return made
+
+    @property
+    def axis(self) -> Axis:
+        return self.state.axis
+
+    @property
+    def held(self) -> Tensor:
+        """This rank's part, or the whole value where it has been reduced."""
+        base = self.state.tensor
+        if self._seen_of is not base:
+            self._seen_of, self._seen = base, self.view_of(base)
+        return self._seen
+
+    @property
+    def part(self) -> Tensor:
+        """This rank's part."""
+        assert not self.state.is_reduced
+        return self.held
+
+    @property
+    def beside(self) -> Tensor | None:
+        """What is added once after the reduction."""
+        return None if self.state.beside is None else self.view_of(self.state.beside.tensor)
+
+    @property
+    def needs_gradient(self) -> bool:
+        if self.held.requires_grad or self.state.beside is None:
+            return self.held.requires_grad
+        return self.view_of(self.state.beside.tensor).requires_grad
+
+    def view_of(self, base: Tensor) -> Tensor:
+        """Of a tensor like the one in the shared state, the view that this is."""
+        if self._parent is None or self._step is None:
+            return base
+        with torch.set_grad_enabled(self._graded):
+            return self._step(self._parent.view_of(base))
+
+    def change(self, part: Step | None, beside: Step | None) -> Partial:
+        """This, changed in place by `part(its part)` and `beside(what is beside it)`, seen by all its views."""
+        state = self.state
+        state.before_change()
+        if part is not None:
+            part(self.part)
+        if beside is not None:  # a copy: it may be somebody else's, and was zero where there is none
+            own = torch.zeros_like(state.tensor) if state.beside is None else state.beside.tensor.clone()
+            beside(self.view_of(own))
+            state.beside = Kept(own)
+        return self
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        """Without its values: to show them, the ranks would have to meet."""
+        now = "reduced" if self.state.is_reduced else "not reduced"
+        return f"Partial({list(self.shape)}, {self.dtype}, over {self.axis.name}, {now})"
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        rule = cls.rules.get(func)
+        if rule is not None:
+            result = rule(func, args, kwargs or {})
+            if result is not NotImplemented:
+                return result
+        return func(*whole_tree(args), **whole_tree(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> NoReturn:
+        raise TypeError(
+            f"{func} was about to compute with one rank's part of a sum, past __torch_function__; "
+            "give it `parallel_plans.partial.whole(value)`"
+        )
+
+
+def delayed(
+    part: Tensor,
+    axis: Axis,
+    beside: Tensor | None = None,
+    *,
+    copy_of: tuple[Partial, Step] | None = None,
+    uses: tuple[Kept, ...] = (),
+    is_lent: bool = False,
+) -> Partial:
+    """The sum with this part, with `beside` to be added once.
+
+    Of a copy `(source, step)` the whole value is `step(source)`, unless one of them or a tensor in `uses` changes.
+    Elements lie in memory in the order of the part's, so what torch can view, it can view.
+    """
+    if beside is not None and beside.shape != part.shape:
+        beside = beside.broadcast_to(part.shape)
+    if part.is_contiguous():
+        kept = None if beside is None else Kept(beside.to(part).contiguous())
+        link = None if copy_of is None else Link(*copy_of, uses)
+        return Partial(Delayed(part, axis, kept, link, is_lent))
+    dims = sorted(range(part.dim()), key=part.stride, reverse=True)
+    inner = part.permute(dims)
+    if not inner.is_contiguous():  # it has gaps
+        return delayed(part.contiguous(), axis, beside, copy_of=copy_of, uses=uses)
+    if beside is not None:
+        beside = beside.permute(dims)
+    if copy_of is not None:
+        source, step = copy_of
+        copy_of = source, lambda value: step(value).permute(dims)
+    x = delayed(inner, axis, beside, copy_of=copy_of, uses=uses, is_lent=is_lent)
+    back = tuple(dims.index(dim) for dim in range(part.dim()))
+    return Partial(x.state, x, lambda value: value.permute(back))
+
+
+def whole(value: Any) -> Any:
+    """The reduced value of a `Partial` as a plain tensor; anything else as it is."""
+    if not isinstance(value, Partial):
+        return value
+    value.state.reduce()
+    return value.held
+
+
+def whole_tree(output: Any) -> Any:
+    """The same with every `Partial` in it whole; the very same object where there is none.
+
+    Looks into tuples (named ones too), lists and dicts (a `ModelOutput` is one), which keep their types.
+    """
+    if isinstance(output, Partial):
+        return whole(output)
+    if isinstance(output, (tuple, list)):
+        items = [whole_tree(item) for item in output]
+        if all(new is old for new, old in zip(items, output, strict=True)):
+            return output
+        return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
+    if isinstance(output, dict):
+        changed = {key: new for key, old in output.items() if (new := whole_tree(old)) is not old}
+        if not changed:
+            return output
+        output = copy.copy(output)
+        for key, value in changed.items():
+            output[key] = value
+    return output
