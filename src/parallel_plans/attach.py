@@ -11,73 +11,23 @@ import copy
 import functools
 import inspect
 import re
-from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from parallel_plans.boundary import Boundary, Forward, Site
-from parallel_plans.collectives import Axis, replicate
+from parallel_plans.collectives import Axis
 from parallel_plans.counts import localize_counts
 from parallel_plans.forks import fork_scope
+from parallel_plans.local_parameters import LocalParameters
 from parallel_plans.mesh import Place
-from parallel_plans.partial import contribute, whole_tree
-from parallel_plans.storage import local_tensor
+from parallel_plans.partial import whole_tree
+from parallel_plans.scopes import communicates, forking_modules, joined, summing_modules
 from parallel_plans.sums import sum_scope, sums_wait
 from parallel_plans.table import ModuleEntry, Table
 from parallel_plans.views import SLICE_AXIS
-
-
-class LocalParameters:
-    """A module's own parameters as this rank computes with them.
-
-    Args:
-        module: the module that keeps them.
-        summed: those whose gradients are summed, each with the axes.
-        once: those that one rank alone adds to a sum, each with the axes.
-        after: those that are hidden from the forward and added to the delivered output.
-    """
-
-    def __init__(
-        self,
-        module: nn.Module,
-        summed: dict[str, tuple[Axis, ...]],
-        once: dict[str, tuple[Axis, ...]],
-        after: tuple[str, ...] = (),
-    ) -> None:
-        self.module, self.summed, self.once, self.after = module, summed, once, after
-
-    @property
-    def is_special(self) -> bool:
-        """Whether any is used in another letter than that in which it lies."""
-        return bool(self.summed or self.once or self.after)
-
-    def on(self, module: nn.Module) -> LocalParameters:
-        """The same for a copy of the module."""
-        return LocalParameters(module, self.summed, self.once, self.after)
-
-    def lay_out(self) -> tuple[dict[str, Any], Tensor | None]:
-        """Puts local tensors in the parameters' place; gives what was there, and what is to be added to the output."""
-        kept: dict[str, Any] = self.module._parameters
-        originals, added = kept.copy(), None
-        for name, parameter in originals.items():
-            if parameter is None:
-                continue
-            local = parameter
-            if isinstance(parameter, nn.Parameter):  # if not, a module around this one has laid it out
-                local = local_tensor(parameter)
-                for axis in self.summed.get(name, ()):
-                    local = replicate(local, axis)
-                for axis in self.once.get(name, ()):
-                    local = contribute(local, axis)
-            kept[name] = local
-            if name in self.after:
-                # some layers cannot do without a bias: they get one that adds nothing
-                added, kept[name] = local, None if isinstance(self.module, nn.Linear) else torch.zeros_like(local)
-        return originals, added
 
 
 class ParallelForward:
@@ -153,17 +103,17 @@ def _crossed(boundary: Boundary, forward: Forward, *args: Any, **kwargs: Any) ->
 def attach_forwards(model: nn.Module, table: Table, place: Place) -> None:
     """Gives every module that needs one its `ParallelForward`."""
     seen: set[int] = set()
-    forking, summing = _forking(model, table), _summing(table)
+    forking, summing = forking_modules(model, table), summing_modules(table)
     for name, module in model.named_modules(remove_duplicate=False):
         if id(module) in seen:
             continue
         seen.add(id(module))
         entries = table.modules.get(name, ())
         _make_local(name, module, table, place)
-        boundaries = tuple(_boundary(entry, module, place) for entry in entries if _runs(entry))
+        boundaries = tuple(_boundary(entry, module, place) for entry in entries if communicates(entry))
         own = _local_parameters(name, module, table, place, _after(module, entries))
         below = (
-            (_local_parameters(_joined(name, child_name), child, table, place), child)
+            (_local_parameters(joined(name, child_name), child, table, place), child)
             for child_name, child in _children_read_by(module)
         )
         reached = tuple(own for own, child in below if own.is_special or _is_stored_apart(child))
@@ -172,15 +122,10 @@ def attach_forwards(model: nn.Module, table: Table, place: Place) -> None:
             module.forward = ParallelForward(own, reached, boundaries, *scopes)
 
 
-def _runs(entry: ModuleEntry) -> bool:
-    """Whether the entry has a boundary: not where it only sets counts, or another entry does both entries' part."""
-    return entry.over is not None and entry.style.acts_on_forward
-
-
 def _make_local(name: str, module: nn.Module, table: Table, place: Place) -> None:
     """Sets the numbers that the module keeps of its whole width, or of all experts, to this rank's."""
     for own in module._parameters:
-        entry = table.parameters.get(_joined(name, own))
+        entry = table.parameters.get(joined(name, own))
         for use in () if entry is None else entry.uses:
             attribute = use.style.local_count
             is_local = use.letter == "S" and "unit" not in use.rule.options
@@ -190,46 +135,6 @@ def _make_local(name: str, module: nn.Module, table: Table, place: Place) -> Non
         counts: Any = acting.options.get("counts", {})
         rank = place.axes[acting.axis].rank
         localize_counts(module, {count: per_rank[rank] for count, per_rank in counts.items()})
-
-
-def _forking(model: nn.Module, table: Table) -> set[str]:
-    """The modules in whose forward values may fork: those with two or more children that turn I into R, and layers.
-
-    Not the whole model: what a scope remembers lives as long as its module runs.
-    """
-    acting = [
-        name
-        for name, entry in table.acting()
-        if (entry.style.arrives, entry.style.needs) == ("I", "R") and _runs(entry)
-    ]
-    acting += [name for name, entry in table.acting() if entry.style.role == "router"]
-    parents = Counter(name.rpartition(".")[0] for name in acting)
-    forking = {name for name, count in parents.items() if count > 1}
-    forking |= {name for name, entry in table.acting() if entry.style.role == "block"}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList):
-            layers = (_joined(name, own) for own, _ in module.named_children())
-            forking |= {layer for layer in layers if any(parent.startswith(f"{layer}.") for parent in parents)}
-    return forking
-
-
-def _summing(table: Table) -> set[str]:
-    """The modules in whose forward sums may wait: those that hold experts, and with them others that deliver sums."""
-    delivering = [
-        name
-        for name, entry in table.acting()
-        if (entry.style.leaves, entry.style.delivers) == ("P", "I") and _runs(entry)
-    ]
-    experts = [name for name in delivering if table.modules[name][-1].style.role == "experts"]
-    parents = {name.rpartition(".")[0] for name in experts}
-    several = {parent for parent in parents if sum(name.startswith(f"{parent}.") for name in delivering) > 1}
-    return several | {
-        name for name, entry in table.acting() if entry.style.role == "block" and entry.style.leaves == "I"
-    }
-
-
-def _joined(prefix: str, own: str) -> str:
-    return f"{prefix}.{own}" if prefix else own
 
 
 def _is_stored_apart(module: nn.Module) -> bool:
@@ -297,7 +202,7 @@ def _local_parameters(
     """The module's own parameters, with the axes on which they are used in another letter than they lie in."""
     found: dict[str, dict[str, tuple[Axis, ...]]] = {"R": {}, "P": {}}
     for own, parameter in module._parameters.items():
-        entry = table.parameters.get(_joined(prefix, own))
+        entry = table.parameters.get(joined(prefix, own))
         for letter, by_name in found.items():
             axes = () if entry is None or not isinstance(parameter, Tensor) else entry.axes(letter)
             if axes:

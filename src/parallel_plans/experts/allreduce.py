@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from parallel_plans.boundary import Arguments, Boundary, Forward, Keywords, Site, change_first, change_output
@@ -61,7 +62,7 @@ class ExpertsBoundary(Boundary):
         return change_output(lambda value: self._delivered(value, call, axis), output)
 
     def _delivered(self, value: Tensor, call: ExpertsCall, axis: Axis) -> Tensor:
-        if not value.requires_grad:
+        if torch.is_grad_enabled() and not value.requires_grad:
             inputs = [call.hidden] if call.weights is None else [call.hidden, call.weights]
             value = taking_part(value, *inputs, *weights_below(self.module))
         return deliver_sum(value, axis)

@@ -4,23 +4,19 @@ from __future__ import annotations
 
 from types import MappingProxyType
 
-from parallel_plans.experts.allreduce import BlockBoundary, ExpertsBoundary
-from parallel_plans.experts.dispatch import DispatchBoundary
-from parallel_plans.experts.routing import RouterBoundary
 from parallel_plans.styles.base import Style, register_style
 from parallel_plans.styles.special import (
-    IdentityExpertBoundary,
     RopePartBoundary,
     VocabularyBoundary,
 )
 from parallel_plans.styles.statistics import ShardedNormBoundary
 
-_SPLIT = MappingProxyType({"dim": "dim", "unit": "units"})
-_TWO_PARTS = MappingProxyType({"parts": 2})
-_PACKED = MappingProxyType({"dim": "dim", "parts": "parts", "unit": "units"})
-_COUNTS = MappingProxyType({"counts": "counts"})
-_DEALS = ("ep_plan", "dispatch_plan")  # the sections that deal experts over ranks
-_ANYWHERE = ("tp_plan", "sp_plan", *_DEALS)
+SPLIT = MappingProxyType({"dim": "dim", "unit": "units"})
+TWO_PARTS = MappingProxyType({"parts": 2})
+PACKED = MappingProxyType({"dim": "dim", "parts": "parts", "unit": "units"})
+COUNTS = MappingProxyType({"counts": "counts"})
+DEALS = ("ep_plan", "dispatch_plan")  # the sections that deal experts over ranks
+ANYWHERE = ("tp_plan", "sp_plan", *DEALS)
 
 register_style(
     Style(
@@ -32,7 +28,7 @@ register_style(
         leaves="S(-1)",
         delivers="S(-1)",
         serves=("linear",),
-        options=_SPLIT,
+        options=SPLIT,
     )
 )
 register_style(
@@ -45,7 +41,7 @@ register_style(
         leaves="P",
         after=("bias",),
         serves=("linear",),
-        options=_SPLIT,
+        options=SPLIT,
     )
 )
 register_style(
@@ -57,7 +53,7 @@ register_style(
         needs="R",
         leaves="S(-1)",
         serves=("linear",),
-        options=_PACKED,
+        options=PACKED,
     ),
     "colwise_rep",
 )
@@ -70,7 +66,7 @@ register_style(
         leaves="P",
         after=("bias",),
         serves=("linear",),
-        options=_PACKED,
+        options=PACKED,
     ),
     "rowwise_rep",
 )
@@ -79,13 +75,13 @@ register_style(
         name="packed_colwise",
         summary="as colwise, for several projections fused into one; each part is split on its own",
         matrix=-2,
-        defaults=_TWO_PARTS,
+        defaults=TWO_PARTS,
         vector=-1,
         needs="R",
         leaves="S(-1)",
         delivers="S(-1)",
         serves=("linear",),
-        options=_PACKED,
+        options=PACKED,
     )
 )
 register_style(
@@ -93,13 +89,13 @@ register_style(
         name="packed_rowwise",
         summary="as rowwise, for an input that is several parts fused into one",
         matrix=-1,
-        defaults=_TWO_PARTS,
+        defaults=TWO_PARTS,
         arrives="S(-1)",
         needs="S(-1)",
         leaves="P",
         after=("bias",),
         serves=("linear",),
-        options=_PACKED,
+        options=PACKED,
     )
 )
 register_style(
@@ -133,7 +129,7 @@ register_style(
         delivers="S(1)",
     )
 )
-register_style(Style(name="replicate", summary="whole on every rank", sections=_ANYWHERE))
+register_style(Style(name="replicate", summary="whole on every rank", sections=ANYWHERE))
 register_style(
     Style(
         name="replicated_with_grad_allreduce",
@@ -178,135 +174,8 @@ register_style(
     Style(
         name="local_counts",
         summary="numbers a module keeps about its whole width become those of this rank",
-        options=_COUNTS,
+        options=COUNTS,
         module_only=True,
-        sections=_ANYWHERE,
-    )
-)
-register_style(
-    Style(
-        name="replicate_input",
-        summary="a block that uses its input differently on every rank; the input's gradient is summed once for all",
-        needs="R",
-        boundary=BlockBoundary,
-        module_only=True,
-        sections=("tp_plan", "sp_plan", "ep_plan"),
-        role="block",
-    )
-)
-register_style(
-    Style(
-        name="grouped_gemm",
-        summary="whole experts dealt over the ranks; the module's expert count becomes the local one",
-        matrix=0,
-        vector=0,
-        options=MappingProxyType({"unit": "units", "parts": "parts"}),
-        parameter_only=True,
-        sections=_DEALS,
-        role="weight",
-        local_count="num_experts",
-    )
-)
-register_style(
-    Style(
-        name="moe_tp_gate_up_colwise",
-        summary="every expert's fused gate and up projection; each half is split on its own",
-        matrix=-2,
-        vector=-1,
-        defaults=_TWO_PARTS,
-        ndims=(2, 3),
-        stacked=True,
-        options=MappingProxyType({**_PACKED, "interleaved": "flag"}),
-        parameter_only=True,
-    ),
-    "moe_gate_up_colwise",
-)
-register_style(
-    Style(
-        name="moe_tp_down_rowwise",
-        summary="every expert's down projection, split by input features; its bias is added by one rank",
-        matrix=-1,
-        whole_as="P",
-        ndims=(2, 3),
-        stacked=True,
-        options=_SPLIT,
-        parameter_only=True,
-    ),
-    "moe_down_rowwise",
-)
-register_style(
-    Style(
-        name="ep_router",
-        summary="routes to experts of other ranks get a sentinel for an id and zero for a weight",
-        boundary=RouterBoundary,
-        module_only=True,
-        sections=("ep_plan",),
-        role="router",
-    )
-)
-register_style(
-    Style(
-        name="moe_block_allreduce",
-        summary="a block that sorts tokens by expert itself; its output and its input's gradient are summed",
-        needs="R",
-        leaves="P",
-        boundary=BlockBoundary,
-        module_only=True,
-        sections=("tp_plan", "sp_plan", "ep_plan"),
-        role="block",
-    )
-)
-register_style(
-    Style(
-        name="added_once",
-        summary="whole on every rank; one rank alone adds it to a sum over the ranks",
-        whole_as="P",
-        parameter_only=True,
-        sections=_ANYWHERE,
-    )
-)
-register_style(
-    Style(
-        name="moe_router",
-        summary="a router whose weights are applied outside of the experts, in a block under `replicate_input`",
-        boundary=RouterBoundary,
-        module_only=True,
-        sections=("tp_plan", "sp_plan"),
-        role="router",
-    )
-)
-register_style(
-    Style(
-        name="moe_experts_allreduce",
-        summary="the experts' partial sums are summed over the ranks; carries no shard plan",
-        needs="R",
-        leaves="P",
-        options=_COUNTS,
-        boundary=ExpertsBoundary,
-        module_only=True,
-        sections=("tp_plan", "sp_plan", "ep_plan"),
-        role="experts",
-    ),
-    "moe_tp_experts",
-)
-register_style(
-    Style(
-        name="ep_dispatch",
-        summary="tokens travel to their experts and back, for ranks with batches of their own",
-        options=MappingProxyType({**_COUNTS, "align_size": "size"}),
-        boundary=DispatchBoundary,
-        module_only=True,
-        sections=("dispatch_plan",),
-        role="experts",
-    ),
-    "ep_dispatch_experts",
-)
-register_style(
-    Style(
-        name="moe_identity_expert",
-        summary="an expert that passes its input on, in a block whose output is summed over the ranks",
-        boundary=IdentityExpertBoundary,
-        module_only=True,
-        role="identity",
+        sections=ANYWHERE,
     )
 )
