@@ -19,7 +19,7 @@ A backward is written with the opposite transition, so gradients of gradients ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -189,6 +189,30 @@ _Exchange = _function(all_to_all, lambda gradient, axis, send, receive: exchange
 def replicate(value: Tensor, axis: Axis) -> Tensor:
     """I -> R: the value itself; its gradient is the sum of the ranks' gradients."""
     return _Replicate.apply(value, axis) if _needs_gradient(value) else value
+
+
+class _ReplicateTogether(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, axis: Axis, *values: Tensor) -> tuple[Tensor, ...]:
+        ctx.axis = axis
+        ctx.set_materialize_grads(False)  # what is not used needs no reduction
+        return tuple(value.view_as(value) for value in values)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        found = [gradient for gradient in gradients if gradient is not None]
+        if not found or any(gradient.dtype != found[0].dtype for gradient in found):
+            return None, *(None if gradient is None else reduce(gradient, ctx.axis) for gradient in gradients)
+        sums = reduce(torch.cat([gradient.reshape(-1) for gradient in found]), ctx.axis, in_place=True)
+        pieces = iter(sums.split([gradient.numel() for gradient in found]))
+        return None, *(None if gradient is None else next(pieces).view(gradient.shape) for gradient in gradients)
+
+
+def replicate_together(values: Sequence[Tensor], axis: Axis) -> tuple[Tensor, ...]:
+    """I -> R of several values whose gradients come at the same time: they are summed in one reduction."""
+    wanted = [value for value in values if _needs_gradient(value)]
+    made = iter(_ReplicateTogether.apply(axis, *wanted) if wanted else ())
+    return tuple(next(made) if _needs_gradient(value) else value for value in values)
 
 
 def reduce(value: Tensor, axis: Axis, *, in_place: bool = False) -> Tensor:

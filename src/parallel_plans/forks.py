@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parallel_plans.collectives import Axis, replicate
+from parallel_plans.collectives import Axis, replicate, replicate_together
 
 _Key = tuple[int, int, int]  # what made a value, as which of its outputs, and the value's version
 
@@ -113,6 +113,22 @@ def replicate_once(value: Tensor, axis: Axis) -> Tensor:
         forks.replicated[over] = (maker, replicated)
         remember_replicated(replicated, axis, value)
     return _shown(forks.replicated[over][1], value)
+
+
+def replicate_pair(one: Tensor, other: Tensor, axis: Axis) -> tuple[Tensor, Tensor]:
+    """Both as `replicate_once`; where neither is R yet, their gradients are summed in one reduction."""
+    forks = _scope.forks
+    pair = (one, other)
+    if forks is None or not torch.is_grad_enabled() or not all(value.requires_grad for value in pair):
+        return replicate_once(one, axis), replicate_once(other, axis)
+    keys = [_key(value) for value in pair]
+    if any(key in forks.whole or (*key, id(axis)) in forks.replicated for key, _ in keys):
+        return replicate_once(one, axis), replicate_once(other, axis)
+    made = replicate_together(pair, axis)
+    for (key, maker), value, replicated in zip(keys, pair, made, strict=True):
+        forks.replicated[(*key, id(axis))] = (maker, replicated)
+        remember_replicated(replicated, axis, value)
+    return made[0], made[1]
 
 
 def _shown(value: Tensor, like: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from parallel_plans.experts.alignment import allow_any_width
 from parallel_plans.experts.call import ExpertsCall
 from parallel_plans.experts.routing import Ownership, masked_routes, on_own_routes
 from parallel_plans.experts.taking_part import taking_part, weights_below
-from parallel_plans.forks import replicate_once
+from parallel_plans.forks import replicate_once, replicate_pair
 from parallel_plans.sums import deliver_sum
 
 
@@ -57,9 +57,16 @@ class ExpertsBoundary(Boundary):
     def __call__(self, forward: Forward, args: Arguments, kwargs: Keywords) -> Any:
         axis, call = self.site.axis, ExpertsCall(args, kwargs)
         if call.ids is not None or not self.site.options["is_in_block"]:
-            call = call.mapped(lambda value: replicate_once(value, axis))
+            call = self._used(call, axis)
         output = self._run(forward, call)
         return change_output(lambda value: self._delivered(value, call, axis), output)
+
+    @staticmethod
+    def _used(call: ExpertsCall, axis: Axis) -> ExpertsCall:
+        if call.weights is None:
+            return call.mapped(lambda value: replicate_once(value, axis))
+        hidden, weights = replicate_pair(call.hidden, call.weights, axis)
+        return call.replaced(hidden, weights=weights)
 
     def _delivered(self, value: Tensor, call: ExpertsCall, axis: Axis) -> Tensor:
         if torch.is_grad_enabled() and not value.requires_grad:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from parallel_plans.boundary import Arguments, Boundary, Forward, Keywords, Site, change_first
-from parallel_plans.forks import remember_replicated, replicate_once, whole_of
+from parallel_plans.forks import remember_replicated, replicate_once, replicate_pair, whole_of
 from parallel_plans.layouts import Split
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8)
@@ -90,16 +90,22 @@ class RouterBoundary(Boundary):
 
     def __call__(self, forward: Forward, args: Arguments, kwargs: Keywords) -> Any:
         # what routes is the same on every rank, also where the block around it has made its input an R
-        args, kwargs = change_first(whole_of, args, kwargs)
+        taken: list[Tensor] = []
+
+        def whole(value: Tensor) -> Tensor:
+            taken.append(whole_of(value))
+            return taken[0]
+
+        args, kwargs = change_first(whole, args, kwargs)
         output = forward(*args, **kwargs)
         items = list(output) if isinstance(output, (tuple, list)) else [output]
-        self._route(items)
+        self._route(items, taken[0])
         return items[0] if isinstance(output, Tensor) else type(output)(items)
 
     def _used(self, weights: Tensor) -> Tensor:
         return replicate_once(weights, self.site.axis)
 
-    def _route(self, items: list[Any]) -> None:
+    def _route(self, items: list[Any], hidden: Tensor) -> None:
         sizes = next((at for at, item in enumerate(items) if isinstance(item, list)), None)
         if sizes is not None:
             self._stretch(items, sizes)
@@ -114,7 +120,8 @@ class RouterBoundary(Boundary):
         if weights is None:
             raise TypeError(f"{self.site.name} gives expert ids without weights of their shape; ep_router wants both")
         whole = items[weights]
-        items[weights] = self._used(whole)
+        # the experts most often take what their router takes, and their gradients come at the same time
+        items[weights] = replicate_pair(hidden, whole, self.site.axis)[1]
         if self.owned is not None:
             items[ids], items[weights] = masked_routes(items[ids], items[weights], self.owned)
             remember_replicated(items[weights], self.site.axis, whole)
