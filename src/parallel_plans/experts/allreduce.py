@@ -72,6 +72,8 @@ class ExpertsBoundary(Boundary):
         if torch.is_grad_enabled() and not value.requires_grad:
             inputs = [call.hidden] if call.weights is None else [call.hidden, call.weights]
             value = taking_part(value, *inputs, *weights_below(self.module))
+        elif self.owned is not None and self.owned.has_identities:  # they may be all there was to do
+            value = taking_part(value, *weights_below(self.module))
         return deliver_sum(value, axis)
 
     def _run(self, forward: Forward, call: ExpertsCall) -> Any:
