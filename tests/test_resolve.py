@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import is_left_whole, tiny_config
+from tiny import is_left_whole, tiny_config, with_and_without_ties
 from transformers import AutoModelForCausalLM
 
 from parallel_plans import PlanError, load_plan
@@ -23,24 +23,73 @@ from parallel_plans.table import Table
 FOLDER = Path("tests/bad_plans_for_model")
 BAD_PLANS = sorted(FOLDER.glob("*.yaml"))
 MADE_ELSEWHERE = {"PP109"}  # asked for by an argument, not by a plan
-TIED = {"tied_in_conflict", "tied_and_half_whole", "many_mistakes"}  # the others are refused for an untied Llama
-RANKS = {"more_ranks_than_heads": 5, "more_ranks_than_elements": 5}  # the others are refused for 2
+
+# What each bad plan is refused for: an untied Llama on 2 ranks, where nothing is said here.
+TIED = {"tied_in_conflict", "tied_and_half_whole", "many_mistakes"}
+DBRX = ("experts_dealt_by_rows", "expert_count_in_units_that_do_not_divide", "expert_count_smaller_than_the_ranks")
+SHARED_BATCH = ("expert_weight_left_whole", "experts_that_nothing_brings_tokens_to", "experts_that_nothing_deals")
+SHARED_BATCH += ("no_ep_plan", "ep_plan_that_deals_nothing", "colwise_in_ep_plan", "ep_dispatch_in_ep_plan")
+OWN_BATCHES = ("no_dispatch_plan", "ep_router_in_dispatch_plan")
+MODELS = {
+    **dict.fromkeys((*SHARED_BATCH, *OWN_BATCHES, "grouped_gemm_in_tp_plan", "more_ranks_than_experts"), "qwen3_moe"),
+    **dict.fromkeys(DBRX, "dbrx"),
+    "experts_of_a_block_dealt_in_part": "jetmoe",
+}
+SIZES = {
+    "more_ranks_than_heads": {"tp": 5},
+    "more_ranks_than_elements": {"tp": 5},
+    **{name: {"tp": 2, "ep": 2} for name in SHARED_BATCH},
+    **{name: {"tp": 1, "ep": 2} for name in (*OWN_BATCHES, *DBRX)},
+    "experts_of_a_block_dealt_in_part": {"tp": 2, "ep": 4},
+    "more_ranks_than_experts": {"tp": 1, "ep": 16},
+}
+
+DEALT = """\
+  model.layers.*.mlp.experts.gate_up_proj: grouped_gemm
+  model.layers.*.mlp.experts.down_proj: grouped_gemm
+"""
+RUN = "  model.layers.*.mlp.experts: moe_experts_allreduce\n"
+OUTPUT_LINEAR = """\
+  model.layers.*.mlp.output_linear.weight: grouped_gemm
+  model.layers.*.mlp.output_linear: ep_dispatch
+"""
 
 # What makes each bad plan resolve: (what it says, what it should have said). The mistake is the only one of its file.
+# Where no plan would do, other sizes make it resolve.
+MENDED_SIZES = {"more_ranks_than_experts": {"tp": 1, "ep": 8}}
 MENDS = {
     "colwise_on_norm": [("colwise", "replicate")],
     "count_in_units_that_do_not_divide": [("4}", "3}")],
     "count_smaller_than_the_ranks": [("8}", "4}")],
     "count_that_is_not_kept": [("num_headz", "head_dim")],
     "count_that_the_config_does_not_have": [("num_headz", "num_attention_heads")],
+    "colwise_in_ep_plan": [("  model.layers.*.self_attn.q_proj: colwise\n", "")],
     "dim_out_of_range": [("dim: 2", "dim: 1")],
     "embedding_style_on_linear": [("embedding_rowwise", "colwise_gather_output")],
+    "ep_dispatch_in_ep_plan": [("ep_dispatch", "moe_experts_allreduce")],
+    "ep_plan_that_deals_nothing": [("true}\n", f"true}}\n{DEALT}{RUN}")],
+    "ep_router_in_dispatch_plan": [("  model.layers.*.mlp.gate: ep_router\n", "")],
+    "expert_count_in_units_that_do_not_divide": [("num_experts: 3", "num_experts: 1")],
+    "expert_count_smaller_than_the_ranks": [("num_experts: 8", "num_experts: 4")],
     "expert_style_on_matrix": [("moe_tp_down_rowwise", "replicate")],
+    "expert_weight_left_whole": [("  model.layers.*.mlp.experts.gate_up_proj: grouped_gemm\n", DEALT)],
+    "experts_dealt_by_rows": [("w2: grouped_gemm", "w2: {style: grouped_gemm, unit: ffn_config.ffn_hidden_size}")],
+    "experts_of_a_block_dealt_in_part": [("ep_dispatch\n", f"ep_dispatch\n{OUTPUT_LINEAR}")],
+    "experts_that_nothing_brings_tokens_to": [("ep_router\n", f"ep_router\n{RUN}")],
+    "experts_that_nothing_deals": [("ep_router\n", f"ep_router\n{DEALT}")],
     "for_another_model": [("mixtral", "llama"), ("model.layers.*.block_sparse_moe.gate", '"**"')],
+    "grouped_gemm_in_tp_plan": [("grouped_gemm", "moe_tp_gate_up_colwise")],
     "layers_without_rule": [("layers.0.input", "layers.*.input")],
     "module_rule_against_its_parameter": [("weight: replicate", "weight: colwise_gather_output")],
     "more_ranks_than_elements": [("[20, 4]", "[14, 10]")],
     "more_ranks_than_heads": [("head_dim", "1")],
+    "more_ranks_than_experts": [],
+    "no_dispatch_plan": [
+        ("ep_plan", "dispatch_plan"),
+        ("  model.layers.*.mlp.gate: ep_router\n", ""),
+        ("moe_experts_allreduce", "ep_dispatch"),
+    ],
+    "no_ep_plan": [("dispatch_plan", "ep_plan"), ("ep_dispatch", "moe_experts_allreduce")],
     "no_tp_plan": [("ep_plan", "tp_plan"), ("model.layers.*.mlp", '"**"')],
     "parameters_without_rule": [("  lm_head", "  model.norm: replicate\n  lm_head")],
     "parts_are_not_equal": [("parts: 3", "parts: [50, 51]")],
@@ -64,9 +113,10 @@ def spec(model_type: str = "llama", *, tied: bool = False) -> ModelSpec:
         return describe(AutoModelForCausalLM.from_config(tiny_config(model_type, tied=tied)))
 
 
-def resolved(source: object, name: str = "", *, tp: int = 2, tied: bool = False) -> Table:
-    """The table of a plan for the tiny Llama, under what the bad plan `name` is refused for."""
-    return resolve(load_plan(source), spec(tied=tied or name in TIED), {"tp": RANKS.get(name, tp)})  # type: ignore[arg-type]
+def resolved(source: object, name: str = "", **sizes: int) -> Table:
+    """The table of a plan for the model and the sizes that the bad plan `name` is refused for."""
+    described = spec(MODELS.get(name, "llama"), tied=name in TIED)
+    return resolve(load_plan(source), described, sizes or SIZES.get(name, {"tp": 2}))  # type: ignore[arg-type]
 
 
 def refusal(source: object, name: str = "") -> PlanError:
@@ -88,7 +138,8 @@ def test_a_plan_that_does_not_fit_is_refused_in_these_words_ok(name: str, tmp_pa
         text = text.replace(said, meant, 1)
     path = tmp_path / "plan.yaml"
     path.write_text(text, encoding="utf-8")
-    assert resolved(path, name).parameters.keys() == spec(tied=name in TIED).parameters.keys()
+    table = resolved(path, name, **MENDED_SIZES.get(name, {}))
+    assert table.parameters.keys() == table.spec.parameters.keys()
 
 
 def test_every_plan_that_does_not_fit_has_a_mended_twin() -> None:
@@ -151,7 +202,7 @@ def test_every_entry_knows_the_line_of_its_rule() -> None:
     path = bundled_folder() / "llama.yaml"
     table = resolved(path)
     lines = path.read_text(encoding="utf-8").splitlines()
-    entries = [*table.parameters.values(), *table.modules.values()]
+    entries = [*table.parameters.values(), *(entry for _, entry in table.acting())]
     assert len(entries) > len(table.spec.parameters)
     for entry in entries:
         assert entry.rule.line is not None
@@ -165,14 +216,13 @@ def test_a_plan_without_model_type_serves_any_model() -> None:
     assert refusal({"model_type": "qwen2", "tp_plan": {"**": "replicate"}}).findings[0].code == "PP106"
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("tp", [2, 3, 4])
-@pytest.mark.parametrize("model_type", bundled_types())
+@pytest.mark.parametrize(("model_type", "tied"), with_and_without_ties(bundled_types()))
 def test_every_bundled_plan_shards_nearly_all_of_the_layers(model_type: str, tp: int, tied: bool) -> None:
     described = spec(model_type, tied=tied)
     assert bool(described.tied) == tied
     table = resolve(load_plan(bundled_folder() / f"{model_type}.yaml"), described, {"tp": tp})
-    in_layers = [name for name in table.parameters if ".layers." in name]
+    in_layers = [name for name in table.parameters if ".layers." in name or ".blocks." in name]
     left = [table.parameters[name] for name in in_layers if is_left_whole(model_type, name)]
     assert not any(entry.is_sharded for entry in left)
     layers = [table.parameters[name] for name in in_layers if not is_left_whole(model_type, name)]

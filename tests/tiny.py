@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -159,6 +160,7 @@ _OWN_OF_MIXTURES: dict[str, dict[str, Any]] = {
     "jetmoe": {"kv_channels": 8, "intermediate_size": 32, "num_local_experts": 8, "num_experts_per_tok": 2},
 }
 MOE_TYPES = tuple(_OWN_OF_MIXTURES)
+UNTIED_TYPES = ("dbrx",)  # its config refuses a head that is tied to the embedding
 
 # The matrices in layers that a bundled plan leaves whole, for the reason that it gives.
 _LEFT_WHOLE: dict[str, tuple[str, ...]] = {
@@ -178,6 +180,11 @@ def is_left_whole(model_type: str, name: str) -> bool:
     """Whether the bundled plan for `model_type` leaves this parameter of a layer whole on purpose."""
     module = name.removesuffix(".weight").removesuffix(".bias")
     return module.endswith(tuple(f".{left}" for left in _LEFT_WHOLE.get(model_type, ())))
+
+
+def with_and_without_ties(model_types: Iterable[str]) -> list[tuple[str, bool]]:
+    """Every model type with its head tied to the embedding, where it can be, and without."""
+    return [(kind, tied) for kind in model_types for tied in (True, False) if not (tied and kind in UNTIED_TYPES)]
 
 
 def tiny_config(model_type: str, *, tied: bool, **changes: Any) -> Any:

@@ -14,14 +14,14 @@ from parallel_plans.model_spec import ModelSpec
 from parallel_plans.plan import Plan, Rule
 from parallel_plans.styles import get_style
 from parallel_plans.table import ParameterEntry, wildcarded
+from parallel_plans.views import EXPERT_AXIS, EXPERT_TENSOR_AXIS, TENSOR_AXIS
 
 _WANTED = {
-    "tp_plan": "add a tp_plan section",
-    "ep_plan": "add an ep_plan section: `grouped_gemm` on the experts' weights, `ep_router` on their router and "
-    "`moe_experts_allreduce` on the experts",
-    "dispatch_plan": "add a dispatch_plan section: `grouped_gemm` on the experts' weights and `ep_dispatch` on the "
-    "experts, or use sizes with which ep_size * etp_size divides tp_size",
+    "ep_plan": "`grouped_gemm` on the experts' weights, `ep_router` on their router, `moe_experts_allreduce` on the "
+    "experts",
+    "dispatch_plan": "`grouped_gemm` on the experts' weights, `ep_dispatch` on the experts",
 }
+_WITHOUT = "or drop ep_plan, ep_size and etp_size"
 
 
 class Report:
@@ -49,12 +49,36 @@ class Report:
             fix=problem.fix,
         )
 
-    def missing(self, section: str) -> None:
+    def missing(self, section: str, sizes: Mapping[str, int]) -> None:
         """The finding that the plan lacks a section."""
+        if section == "tp_plan":
+            self.add("PP108", "the plan has no tp_plan", None, file=self.plan.file, fix="add a tp_plan section")
+            return
         article = "an" if section[0] in "aeiou" else "a"
-        message = f"the plan has no {section}" if section == "tp_plan" else f"{article} {section} is asked for"
-        found = {} if section == "tp_plan" else {"found": f"only {', '.join(self.plan.sections)}"}
-        self.add("PP108", message, None, file=self.plan.file, fix=_WANTED[section], **found)
+        self.add(
+            "PP108",
+            f"{article} {section} is asked for",
+            None,
+            file=self.plan.file,
+            found=f"only {', '.join(self.plan.sections)}",
+            expected=f"{article} {section} that deals experts with {_told(sizes)}",
+            fix=f"add {article} {section}: {_WANTED[section]}; {_WITHOUT}",
+        )
+
+    def idle(self, section: str, sizes: Mapping[str, int]) -> None:
+        """The finding that a section for experts deals none."""
+        self.add(
+            "PP108",
+            f"{section} deals no expert of this model",
+            None,
+            file=self.plan.file,
+            expected=f"experts to deal with {_told(sizes)}",
+            fix=f"write `grouped_gemm` on the experts' weights there, {_WITHOUT}",
+        )
+
+
+def _told(sizes: Mapping[str, int]) -> str:
+    return ", ".join(f"{axis} = {sizes[axis]}" for axis in (TENSOR_AXIS, EXPERT_AXIS, EXPERT_TENSOR_AXIS))
 
 
 def foreign(plan: Plan, spec: ModelSpec) -> Finding | None:
@@ -83,6 +107,16 @@ def one_per_form(findings: Sequence[Finding]) -> list[Finding]:
             first = replace(first, found=more)
         told.append(first)
     return told
+
+
+def report_misplaced(report: Report) -> None:
+    """Reports the rules whose style cannot stand in their section, of sections that are not asked for too."""
+    for section, rules in report.plan.sections.items():
+        for rule in rules:
+            sections = get_style(rule.style).sections
+            if section not in sections:
+                fix = f"move it to {' or '.join(sections)}, or use a style that acts here"
+                report.add("PP105", f"{rule.style} cannot stand in {section}", rule, fix=fix)
 
 
 def report_uses(report: Report, spec: ModelSpec, assignment: Assignment) -> None:

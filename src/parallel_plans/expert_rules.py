@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 from parallel_plans.accounting import Report
-from parallel_plans.geometry import Geometry
+from parallel_plans.geometry import CannotSplit, Geometry
 from parallel_plans.layouts import Layout, Split
 from parallel_plans.matching import Assignment
 from parallel_plans.model_spec import ModelSpec
 from parallel_plans.plan import Rule
 from parallel_plans.styles import Style, get_style
+from parallel_plans.table import wildcarded
 
 GeometryAt = Callable[[str], Geometry]
 
@@ -66,11 +68,67 @@ class ExpertRules:
         rule, shape = self.weights[name], self.spec.parameters[name].shape
         geometry = self.geometry(name)
         split = geometry.split(shape, get_style(rule.style), rule.options)
-        unit = geometry.size(rule.options.get("unit", 1))
+        given: Any = rule.options.get("unit", 1)
+        unit = geometry.size(given[0] if isinstance(given, tuple) else given)
         if split is None or unit == 1:
             return split
         ranges = tuple(tuple((start // unit, stop // unit) for start, stop in rank) for rank in split.ranges)
         return replace(split, size=split.size // unit, ranges=ranges)
+
+    def left_whole(self) -> Iterator[tuple[str, Rule]]:
+        """Parameters of experts that no rule deals though it should, each with a rule that deals the others.
+
+        These are all that lie within the module of such experts; in a block around them, those that stack experts.
+        """
+        for block, rule in {**self._dense_around, **self.around, **self.blocks}.items():
+            dealt = self._below(block)
+            if block not in self.blocks and not dealt:
+                continue
+            for name in self.spec.parameters:
+                if not _is_within(name, block) or name in self.weights:
+                    continue
+                if block in self.blocks or self._stacks(name):
+                    yield name, self.weights[dealt[0]] if dealt else rule
+
+    def _stacks(self, name: str) -> bool:
+        """Whether a parameter stacks experts, as its rule in `tp_plan` says, outside of the modules that run them."""
+        rule = self.dense.parameters[name]
+        is_run = any(prefix in self.blocks for prefix in _prefixes(name))
+        return rule is not None and get_style(rule.style).stacked and not is_run
+
+    def out_of_reach(self) -> Iterator[tuple[str, Rule]]:
+        """The weights that are dealt and to which nothing brings tokens, each with its rule."""
+        for name, rule in self.weights.items():
+            if not any(prefix in self.blocks or prefix in self.around for prefix in _prefixes(name)):
+                yield name, rule
+
+    def bringing(self, weight: str) -> tuple[str, str]:
+        """The module and the style that would bring tokens to a weight that is dealt."""
+        owner, section = weight.rpartition(".")[0], self.weights[weight].section
+        ruled = ((prefix, self.dense.modules.get(prefix)) for prefix in _prefixes(owner))
+        known = ((prefix, rule) for prefix, rule in ruled if rule is not None)
+        if section == "dispatch_plan":
+            runs = (prefix for prefix, rule in known if get_style(rule.style).role == "experts")
+            return next(runs, owner), "ep_dispatch"
+        runs_or_reduces = ((p, rule.style) for p, rule in known if get_style(rule.style).role in ("experts", "block"))
+        return next(runs_or_reduces, (owner, "moe_experts_allreduce"))
+
+    def dealt_otherwise(self) -> Iterator[tuple[str, str]]:
+        """The weights of which a rank holds other experts than of another weight beside, each with that one."""
+        for block in self.blocks:
+            splits = {name: split for name in self._below(block) if (split := self._split_or_none(name)) is not None}
+            if not splits:
+                continue
+            model = min(splits, key=lambda name: splits[name].size)
+            for name, split in splits.items():
+                if [ranges[:1] for ranges in split.ranges] != [ranges[:1] for ranges in splits[model].ranges]:
+                    yield name, model
+
+    def _split_or_none(self, name: str) -> Split | None:
+        try:
+            return self._expert_split(name)
+        except CannotSplit:
+            return None  # that is reported where the weight is split
 
     def options(self, name: str, style: Style) -> dict[str, object]:
         """What the boundary of a router or of experts must know besides."""
@@ -118,31 +176,38 @@ def _is_within(name: str, prefix: str) -> bool:
 
 def report_incomplete(report: Report, spec: ModelSpec, experts: ExpertRules) -> None:
     """Reports experts that are dealt in part: weights that stay whole, weights that nothing brings tokens to."""
-    for block, rule in experts.blocks.items():
-        below = [name for name in spec.parameters if _is_within(name, block)]
-        left = [name for name in below if name not in experts.weights]
-        if not any(_is_within(name, block) for name in experts.weights):
-            left = below
-        for name in left:
-            report.add(
-                "PP110",
-                f"{rule.style} deals experts over ranks, and this parameter of them stays whole",
-                rule,
-                name=name,
-                found=str(Layout(spec.parameters[name].shape)),
-                expected="every parameter of the experts split by expert",
-                fix=f"add `{name.rpartition('.')[2]}: grouped_gemm` with its full name to {rule.section}",
-            )
-    for name, rule in experts.weights.items():
-        if not any(prefix in experts.blocks or prefix in experts.around for prefix in _prefixes(name)):
-            owner = name.rpartition(".")[0]
-            report.add(
-                "PP110",
-                f"{rule.style} deals experts over ranks, and nothing brings tokens to them",
-                rule,
-                name=name,
-                found=str(Layout(spec.parameters[name].shape)),
-                expected=f"a rule for their module in {rule.section}",
-                fix=f"add `{owner}` with "
-                + ("`moe_experts_allreduce`" if rule.section == "ep_plan" else "`ep_dispatch`"),
-            )
+    for name, rule in experts.left_whole():
+        style = get_style(rule.style)
+        report.add(
+            "PP110",
+            f"{rule.style} deals experts over ranks, and this parameter of them stays whole"
+            if style.role == "weight"
+            else f"{rule.style} is for experts dealt over ranks, and this parameter of them stays whole",
+            rule,
+            name=name,
+            found=str(Layout(spec.parameters[name].shape)),
+            expected="every parameter of the experts split by expert",
+            fix=f"add `{wildcarded(name)}: grouped_gemm` to {rule.section}",
+        )
+    for name, rule in experts.out_of_reach():
+        module, style_name = experts.bringing(name)
+        report.add(
+            "PP110",
+            f"{rule.style} deals experts over ranks, and nothing brings tokens to them",
+            rule,
+            name=name,
+            found=str(Layout(spec.parameters[name].shape)),
+            expected=f"a rule for the experts' module in {rule.section}",
+            fix=f"add `{wildcarded(module)}: {style_name}` to {rule.section}",
+        )
+    for name, other in experts.dealt_otherwise():
+        rule = experts.weights[name]
+        report.add(
+            "PP201",
+            f"{rule.style} deals other experts here than in {other}",
+            rule,
+            name=name,
+            found=str(Layout(spec.parameters[name].shape)),
+            expected="every rank the same experts in all of their weights",
+            fix="give `unit`, the rows of one expert, as for the others",
+        )

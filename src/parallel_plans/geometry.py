@@ -66,7 +66,7 @@ class Geometry:
         if options.get("interleaved"):  # the parts lie like the teeth of two combs: one part, dealt in whole rounds
             parts, units = (sum(parts),), (sum(units),)
         for part, unit in zip(parts, units, strict=True):
-            self._check_unit(part, unit, dim)
+            self._check_unit(part, unit, dim, style)
         if self.ranks == 1:
             return None
         return split_dim(dim=dim, size=shape[dim], axis=self.axis, ranks=self.ranks, parts=parts, units=units)
@@ -93,17 +93,19 @@ class Geometry:
             raise CannotSplit("PP201", f"dim {dim}", expected)
         return units
 
-    def _check_unit(self, part: int, unit: int, dim: int) -> None:
+    def _check_unit(self, part: int, unit: int, dim: int, style: Style) -> None:
         if part % unit:
             raise CannotSplit("PP201", f"dim {dim}", f"{part} a whole number of units of {unit}", "correct the unit")
         count = part // unit
         if count < self.ranks:
+            deals_experts = style.role == "weight"
             things = f"{part} elements" if unit == 1 else f"{count} unit{'s' * (count > 1)} of {unit}"
+            things, thing = (f"{count} experts", "expert") if deals_experts else (things, "unit")
             raise CannotSplit(
                 "PP202",
                 f"dim {dim}",
-                f"at least one unit per rank: {things}, {self.axis} = {self.ranks}",
-                f"{_fewer(self.axis, count)}, or write the block as `replicate`",
+                f"at least one {thing} per rank: {things}, {self.axis} = {self.ranks}",
+                _fewer(self.axis, count) + ("" if deals_experts else ", or write the block as `replicate`"),
             )
 
     def options(self, info: ModuleInfo, style: Style, rule: Rule) -> dict[str, object]:
@@ -129,6 +131,6 @@ class Geometry:
                 "PP203",
                 f"{name} = {count} cannot be dealt over {self.ranks} ranks",
                 f"at least {self.ranks} whole units of {size}",
-                _fewer(self.axis, count // size) if count % size == 0 else "correct the unit",
+                f"{_fewer(self.axis, count // size)}, or correct the unit" if count % size == 0 else "correct the unit",
             )
         return tuple(size * share for share in deal(count // size, self.ranks))

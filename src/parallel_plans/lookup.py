@@ -103,20 +103,26 @@ def carried_plan(spec: ModelSpec, carried: Carried) -> Plan:
     if not carried.tp and not carried.ep:
         raise LaunchError(_no_plan(spec))
     sections = {"tp_plan": {**_fresh(spec, carried.tp or {}), "**": "replicate"}}
-    dealt = {name: style for name, style in _fresh(spec, carried.ep or {}).items() if _deals(style)}
-    if dealt:
-        shared = {name: _SHARING.get(style, style) for name, style in dealt.items()}
-        sections |= {"ep_plan": shared, "dispatch_plan": dealt}
+    sections |= _dealing(_fresh(spec, carried.ep or {}))
     plan = load_plan({"version": 1, **sections})
     return Plan(source=f"carried by the model's class ({spec.model_type})", sections=plan.sections)
 
 
-# what serves ranks that share a batch, in the place of what sends tokens
-_SHARING = {"ep_dispatch": "moe_experts_allreduce", "ep_dispatch_experts": "moe_experts_allreduce"}
+# what brings tokens to experts: on ranks that share a batch, and on ranks with batches of their own
+_BRINGING = {"ep_plan": "moe_experts_allreduce", "dispatch_plan": "ep_dispatch"}
 
 
-def _deals(style: str) -> bool:
-    return "dispatch_plan" in get_style(style).sections
+def _dealing(carried: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """Both sections for experts out of the one that a class carries, in whichever of the two ways it brings tokens."""
+    sections = {}
+    for section, bringing in _BRINGING.items():
+        rules = {
+            name: bringing if get_style(style).role == "experts" else style
+            for name, style in carried.items()
+            if get_style(style).role == "experts" or section in get_style(style).sections
+        }
+        sections |= {section: rules} if rules else {}
+    return sections
 
 
 def _fresh(spec: ModelSpec, carried: Mapping[str, str]) -> dict[str, str]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -166,66 +167,91 @@ def check_sizes(tp_size: int | None, ep_size: int | None = None, etp_size: int |
     Raises:
         LaunchError: PP701 where fewer were started, PP702 where the sizes do not fit together.
     """
-    tp, ep = world if tp_size is None else tp_size, 1 if ep_size is None else ep_size
-    etp = (tp if ep == 1 else 1) if etp_size is None else etp_size
-    for name, size in (("tp_size", tp), ("ep_size", ep), ("etp_size", etp)):
-        if size < 1:
-            raise LaunchError(Finding(code="PP702", message=f"{name} is {size}", expected="1 or more"))
-    _check_dealt({"tp_size": tp}, world)
-    _check_dealt({"ep_size": ep, "etp_size": etp}, world)
-    if tp % etp:
-        raise LaunchError(
-            Finding(
-                code="PP702",
-                message=f"etp_size={etp} does not divide tp_size={tp}",
-                expected="the ranks that split an expert share one batch: etp_size a divisor of tp_size",
-                fix=f"pass etp_size={max(size for size in range(1, etp + 1) if tp % size == 0)}, or tp_size={etp}",
-            )
-        )
-    block = ep * etp
-    if tp % block and block % tp:
-        fitting = [size for size in range(1, world // etp + 1) if world % (size * etp) == 0]
-        fitting = [size for size in fitting if tp % (size * etp) == 0 or (size * etp) % tp == 0]
-        raise LaunchError(
-            Finding(
-                code="PP702",
-                message=f"the {block} ranks that hold the experts and the {tp} of a tp group lie across each other",
-                expected=f"ep_size * etp_size a divisor or a multiple of tp_size={tp}",
-                fix=f"pass one of ep_size={', '.join(map(str, fitting))}",
-            )
-        )
-    return Views(world=world, tp=tp, ep=ep, etp=etp)
+    return _Asked(world=world, tp_size=tp_size, ep_size=ep_size, etp_size=etp_size).checked()
 
 
-def _check_dealt(asked: Mapping[str, int], world: int) -> None:
-    """Raises unless all ranks can be dealt into groups of what the sizes multiply to."""
-    size, told = 1, " * ".join(f"{name}={size}" for name, size in asked.items() if size > 1 or len(asked) == 1)
-    for each in asked.values():
-        size *= each
-    if size > world:
-        were = "1 was" if world == 1 else f"{world} were"
-        name = next(iter(asked))
-        raise LaunchError(
-            Finding(
-                code="PP701",
-                message=f"{told} asks for {size} ranks, {were} started",
-                expected=f"at least {size} ranks",
-                fix=f"start with `torchrun --nproc-per-node {size} ...`"
-                + (f", or pass {name}={world}" if len(asked) == 1 else ", or ask for fewer"),
+@dataclass(frozen=True, kw_only=True)
+class _Asked:
+    """The sizes that somebody asks for, None where they follow from the others."""
+
+    world: int
+    tp_size: int | None
+    ep_size: int | None
+    etp_size: int | None
+
+    @property
+    def views(self) -> Views:
+        """What is asked for, whether it fits or not."""
+        tp = self.world if self.tp_size is None else self.tp_size
+        ep = 1 if self.ep_size is None else self.ep_size
+        etp = (tp if ep == 1 else 1) if self.etp_size is None else self.etp_size
+        return Views(world=self.world, tp=tp, ep=ep, etp=etp)
+
+    def checked(self) -> Views:
+        """The views; raises where they cannot be."""
+        views = self.views
+        for name, size in (("tp_size", views.tp), ("ep_size", views.ep), ("etp_size", views.etp)):
+            if size < 1:
+                message = f"{name} is {size}"
+                raise LaunchError(Finding(code="PP702", message=message, expected="1 or more", fix=f"pass {name}=1"))
+        self._check_dealt(("tp_size",), views.tp)
+        self._check_dealt(("ep_size", "etp_size"), views.block)
+        if views.tp % views.etp:
+            raise self._refusal(
+                f"etp_size={views.etp} does not divide tp_size={views.tp}",
+                expected="etp_size a divisor of tp_size: the ranks that split an expert share one batch",
+                names=("etp_size", "tp_size"),
             )
-        )
-    if world % size:
-        fitting = [each for each in range(1, world + 1) if world % each == 0]
-        subject = told if len(asked) == 1 else f"{size} ({told})"
-        raise LaunchError(
-            Finding(
-                code="PP702",
-                message=f"{world} ranks cannot be dealt into groups of {subject}",
-                expected=f"{next(iter(asked)) if len(asked) == 1 else 'their product'} a divisor of {world}: "
-                + ", ".join(map(str, fitting)),
-                fix=f"pass one of them, or start a multiple of {size} ranks",
+        if not views.is_nested:
+            raise self._refusal(
+                f"the {views.block} ranks that hold the experts and the {views.tp} of a tp group lie across each other",
+                expected=f"ep_size * etp_size a divisor or a multiple of tp_size={views.tp}",
+                names=("ep_size", "tp_size"),
             )
-        )
+        return views
+
+    def _check_dealt(self, names: tuple[str, ...], size: int) -> None:
+        """Raises unless all ranks can be dealt into groups of `size`, which is what the sizes of these names make."""
+        sizes = {"tp_size": self.views.tp, "ep_size": self.views.ep, "etp_size": self.views.etp}
+        factors = [f"{name}={sizes[name]}" for name in names if sizes[name] > 1]
+        told = " * ".join(factors)
+        if size > self.world:
+            were = "1 was" if self.world == 1 else f"{self.world} were"
+            message = f"{told} asks for {size} ranks, {were} started"
+            raise self._refusal(message, expected=f"at least {size} ranks", names=names, code="PP701")
+        if self.world % size:
+            divisors = ", ".join(str(each) for each in range(1, self.world + 1) if self.world % each == 0)
+            groups = told if len(factors) == 1 else f"{size} ({told})"
+            message = f"{self.world} ranks cannot be dealt into groups of {groups}"
+            expected = f"{' * '.join(names)} a divisor of {self.world}: {divisors}"
+            raise self._refusal(message, expected=expected, names=names)
+
+    def _refusal(self, message: str, *, expected: str, names: tuple[str, ...], code: str = "PP702") -> LaunchError:
+        """The error, with what would do, all else as it is asked for: other values of these sizes, or more ranks."""
+        fitting = {name: self._fitting(name) for name in names}
+        passing = ", or ".join(f"{name}={_either(sizes)}" for name, sizes in fitting.items() if sizes)
+        more = self._more_ranks()
+        ways = [f"pass {passing}"] if passing else []
+        ways += [f"start with `torchrun --nproc-per-node {more} ...`"] if more else []
+        ways = ways[::-1] if code == "PP701" else ways
+        fix = ", or ".join(ways) or f"pass sizes that divide {self.world}, and of which one divides the other"
+        return LaunchError(Finding(code=code, message=message, expected=expected, fix=fix))
+
+    def _fitting(self, name: str) -> list[int]:
+        """The values of one size that fit with the others."""
+        asked: dict[str, Any] = vars(self)
+        return [size for size in range(1, self.world + 1) if _Asked(**{**asked, name: size}).views.fits]
+
+    def _more_ranks(self) -> int | None:
+        """The next larger number of ranks on which all that is asked for fits; None where there is none."""
+        step = math.lcm(self.views.block, 1 if self.tp_size is None else self.views.tp)
+        more = replace(self, world=step * (self.world // step + 1))
+        return more.world if more.views.fits else None
+
+
+def _either(numbers: Sequence[int]) -> str:
+    *others, last = map(str, numbers)
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def local_device() -> torch.device:

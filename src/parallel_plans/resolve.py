@@ -7,7 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from parallel_plans.accounting import Report, foreign, one_per_form, report_tied, report_unruled, report_uses
+from parallel_plans.accounting import (
+    Report,
+    foreign,
+    one_per_form,
+    report_misplaced,
+    report_tied,
+    report_unruled,
+    report_uses,
+)
 from parallel_plans.errors import PlanError
 from parallel_plans.expert_rules import ExpertRules, report_incomplete
 from parallel_plans.geometry import CannotSplit, Geometry
@@ -61,6 +69,7 @@ class _Resolver:
         return Geometry(self.spec.fields_at(name), axis, self.views.sizes[axis])
 
     def table(self) -> Table:
+        report_misplaced(self.report)
         dense, experts = self._assigned("tp_plan"), self._assigned(self.section)
         parameters: dict[str, ParameterEntry] = {}
         modules: dict[str, tuple[ModuleEntry, ...]] = {}
@@ -72,12 +81,14 @@ class _Resolver:
                 if rules[0] is not None and (entry := self._parameter(info, rules)) is not None:
                     parameters[name] = entry
             report_tied(self.report, self.spec, parameters)
-            if self.section is not None:
-                report_incomplete(self.report, self.spec, self.experts)
             for name, module in self.spec.modules.items():
                 rules = (dense.modules[name], experts.modules[name])
                 if acting := self._module(module, rules, parameters):
                     modules[name] = acting
+            if self.section is not None:
+                report_incomplete(self.report, self.spec, self.experts)
+                if self.views.ep > 1 and not (self.experts.weights or self.report.findings):
+                    self.report.idle(self.section, self.views.sizes)
         sizes = self.views.sizes
         return Table(plan=self.plan, spec=self.spec, sizes=sizes, parameters=parameters, modules=modules)
 
@@ -85,7 +96,7 @@ class _Resolver:
         """The rules of a section on the model's names, all None for no section; None where the plan lacks it."""
         rules = () if section is None else self.plan.rules(section)
         if section is not None and not rules:
-            self.report.missing(section)
+            self.report.missing(section, self.views.sizes)
             return None
         assignment = assign(rules, list(self.spec.parameters), list(self.spec.modules))
         report_uses(self.report, self.spec, assignment)
@@ -123,11 +134,13 @@ class _Resolver:
         on_module = not _names(rule, info.name)
         problem = fix = None
         if rule.section not in style.sections:
-            problem = f"{rule.style} cannot stand in {rule.section}"
-            fix = f"move it to {' or '.join(style.sections)}, or use a style that acts here"
-        elif on_module and style.serves and owner.kind not in style.serves:
+            return False  # that is reported of the rule
+        if on_module and style.serves and owner.kind not in style.serves:
             kinds = " or ".join(style.serves)
             problem = f"{rule.style} stands on modules of kind {kinds}, and {owner.name} is a {owner.type}"
+            fix = "use `replicate`, or the style that fits such a module"
+        elif style.stacked and owner.kind != "other":
+            problem = f"{rule.style} stands on weights that stack experts, and {owner.name} is a {owner.type}"
             fix = "use `replicate`, or the style that fits such a module"
         elif not on_module and style.module_only:
             problem = f"{rule.style} stands on a module, and {info.name} is a parameter"
@@ -156,15 +169,9 @@ class _Resolver:
     ) -> ModuleEntry | None:
         style = get_style(rule.style)
         acts = style.acts_on_forward or "counts" in {**style.defaults, **rule.options}
-        if not acts or (style.serves and info.kind not in style.serves):
-            return None  # the second was reported on the module's parameters
-        if rule.section not in style.sections:
-            if not info.parameters:  # else it was reported on them
-                problem = f"{rule.style} cannot stand in {rule.section}"
-                self.report.add("PP105", problem, rule, name=info.name, fix=f"move it to {' or '.join(style.sections)}")
-            return None
-        if not all(name in parameters for name in info.parameters):
-            return None  # that was reported too
+        is_misplaced = rule.section not in style.sections or (style.serves and info.kind not in style.serves)
+        if not acts or is_misplaced or not all(name in parameters for name in info.parameters):
+            return None  # all but the first were reported, of the rule or of the module's parameters
         own = [parameters[name] for name in info.parameters]
         try:
             if style.shards and not self._suits(own, style, rule, axis):

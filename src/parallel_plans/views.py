@@ -51,6 +51,18 @@ class Views:
         """Whether the ranks that hold the experts lie within one tp group, and so share one batch."""
         return self.tp % self.block == 0
 
+    @property
+    def is_nested(self) -> bool:
+        """Whether the ranks that hold the experts lie within one tp group, or are whole tp groups."""
+        return self.tp % self.block == 0 or self.block % self.tp == 0
+
+    @property
+    def fits(self) -> bool:
+        """Whether all ranks can be dealt out like this, in both views."""
+        if min(self.tp, self.ep, self.etp) < 1 or self.world % self.tp or self.world % self.block:
+            return False
+        return self.tp % self.etp == 0 and self.is_nested
+
     @cached_property
     def spans(self) -> dict[str, tuple[int, int]]:
         """Axis -> (start, stop): a rank's coordinate on it is `rank % stop // start`."""
