@@ -6,7 +6,7 @@ import pytest
 
 from parallel_plans.expressions import MAX_CHARACTERS, MAX_NESTING, ExpressionError, evaluate_size, parse
 
-FIELDS = {"heads": 9, "kv_heads": 3, "head_dim": 64, "zero": 0}
+FIELDS = {"heads": 9, "kv_heads": 3, "head_dim": 64, "zero": 0, "ffn_config.experts": 8}
 
 
 @pytest.mark.parametrize(
@@ -23,6 +23,7 @@ FIELDS = {"heads": 9, "kv_heads": 3, "head_dim": 64, "zero": 0}
         ("7 // 2", 3),
         ("7//2*2", 6),
         ("\t head_dim  ", 64),
+        ("heads * ffn_config.experts", 72),
         ("1 - 2 + 3", 2),
         ("999999999999", 999_999_999_999),
     ],
@@ -33,6 +34,7 @@ def test_value_follows_the_usual_precedence(text: str, value: int) -> None:
 
 def test_names_are_the_fields_it_needs() -> None:
     assert parse("heads * head_dim / kv_heads + 2 * heads").names == {"heads", "head_dim", "kv_heads"}
+    assert parse("config.heads / config.inner.size").names == {"config.heads", "config.inner.size"}
     assert parse("2 * 3").names == frozenset()
 
 
@@ -52,7 +54,11 @@ def test_names_are_the_fields_it_needs() -> None:
         ("heads ** 2", "`\\*` stands where a number"),
         ("heads % 2", "'%' is no part"),
         ("1.5", "'.' is no part"),
-        ("config.heads", "'.' is no part"),
+        ("config.", "'.' is no part"),
+        (".heads", "'.' is no part"),
+        ("config..heads", "'.' is no part"),
+        ("config. heads", "'.' is no part"),
+        ("config.2", "'.' is no part"),
         ("heads\n", r"'\\n' is no part"),
         ("t\u00eate", r"'\\xea' is no part"),
         ("\u0663", r"'\\u0663' is no part"),

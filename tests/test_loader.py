@@ -1,6 +1,7 @@
 """Plan files: what is read, what is refused, and how that is said. Run from the root of the repository."""
 
 import os
+import re
 import time
 from pathlib import Path
 
@@ -246,7 +247,13 @@ def test_a_mapping_is_a_plan_or_the_rules_of_its_tp_plan() -> None:
         ({"lm_head": {"style": "colwise", "optional": "true"}}, "PP015"),
         ({"lm_head": {"style": "colwise", "unit": "4 - 4"}}, "PP017"),
         ({"lm_head": {"style": "colwise", "unit": []}}, "PP015"),
-        ({"lm_head": {"style": "packed_colwise", "parts": 1}}, "PP015"),
+        ({"lm_head": {"style": "packed_colwise", "parts": 0}}, "PP015"),
+        ({"lm_head": {"style": "packed_colwise", "parts": True}}, "PP015"),
+        ({"lm_head": {"style": "packed_colwise", "parts": "2 +"}}, "PP017"),
+        ({"lm_head": {"style": "moe_tp_gate_up_colwise", "interleaved": "yes"}}, "PP015"),
+        ({"lm_head": {"style": "moe_tp_gate_up_colwise", "interleaved": 1}}, "PP015"),
+        ({"experts": {"style": "ep_dispatch", "align_size": 0}}, "PP015"),
+        ({"experts": {"style": "moe_experts_allreduce", "counts": {"__class__": 1}}}, "PP015"),
         ({"attn": {"style": "local_counts", "counts": {"a.__b": 1}}}, "PP015"),
         ({"attn": {"style": "local_counts", "counts": {1: 1}}}, "PP012"),
         ({"version": True, "tp_plan": {}}, "PP011"),
@@ -255,6 +262,13 @@ def test_a_mapping_is_a_plan_or_the_rules_of_its_tp_plan() -> None:
 )
 def test_values_of_a_mapping_are_checked_like_those_of_a_file(source: dict[object, object], code: str) -> None:
     assert codes(source) == [code]
+
+
+@pytest.mark.parametrize("parts", [1, 2, "ffn_config.moe_num_experts", (8, "head_dim")])
+def test_parts_are_a_number_an_expression_or_sizes(parts: object) -> None:
+    given = list(parts) if isinstance(parts, tuple) else parts
+    plan = load_plan({"tp_plan": {"lm_head": {"style": "packed_colwise", "parts": given}}})
+    assert plan.rules("tp_plan")[0].options["parts"] == parts
 
 
 @pytest.mark.parametrize("number", ["010", "0x10", "1_0", "+1", "1:30", "1e3", "9999999999999"])
@@ -275,6 +289,20 @@ def test_every_option_of_every_style_has_a_row_in_the_format() -> None:
     for style, _ in styles():
         for option, kind in style.options.items():
             assert f"\n| `{option}` | {kind} |" in SPEC, (style.name, option)
+
+
+def test_the_format_says_in_which_sections_a_style_can_stand() -> None:
+    rows = {
+        row.split("|")[1].strip(): row.split("|")[2] for row in SPEC.splitlines() if re.match(r"\| `\w+_plan`", row)
+    }
+    for section in ("ep_plan", "dispatch_plan"):
+        assert set(re.findall(r"`(\w+)`", rows[f"`{section}`"])) == {
+            s.name for s, _ in styles() if section in s.sections
+        }
+    both = [
+        {style.name for style, _ in styles() if section not in style.sections} for section in ("tp_plan", "sp_plan")
+    ]
+    assert both == [set(re.findall(r"`(\w+)`", rows["`tp_plan`, `sp_plan`"]))] * 2
 
 
 @pytest.mark.parametrize("path", sorted(Path("plans").glob("*.yaml")), ids=lambda path: path.stem)

@@ -6,6 +6,7 @@ are bounded.
     sum     := product (("+" | "-") product)*
     product := atom (("*" | "/" | "//") atom)*
     atom    := number | name | "(" sum ")"
+    name    := word ("." word)*
 """
 
 from __future__ import annotations
