@@ -15,6 +15,7 @@ from parallel_plans.cli.target import read_target
 from parallel_plans.loader import load_plan
 from parallel_plans.lookup import bundled_folder, bundled_types
 from parallel_plans.resolve import resolve
+from parallel_plans.table import Table
 
 PUBLISHED = {  # parameters of the published checkpoints
     "deepseek-v2-lite": 15_706_484_224,
@@ -45,6 +46,55 @@ def test_show_gives_every_parameter_its_shape_style_and_bytes() -> None:
     assert "a rank holds 4,016,062,464 bytes at most, 12.5% of the whole" in rows
 
 
+def test_show_says_how_experts_are_dealt_and_by_which_rules() -> None:
+    config = next(path for path in CONFIGS if path.stem == "mixtral-8x7b")
+    done = CliRunner().invoke(app, ["show", str(config), "--tp", "4", "--ep", "2", "--etp", "2"])
+    assert done.exit_code == 0, done.output
+    rows = [" ".join(line.split()) for line in done.stdout.splitlines()]
+    assert "ranks 4 hold it once: tp = 4, ep = 2, etp = 2" in rows
+    assert (
+        "model.layers.*.mlp.experts.gate_up_proj 32 [8@ep, 28672@etp, 4096] moe_tp_gate_up_colwise and grouped_gemm"
+        " 30,064,771,072 line 12 and 21" in rows
+    )
+    assert "a rank holds 46,706,737,152 bytes at most, 25.0% of the whole" in rows
+
+
+def test_show_takes_the_section_that_fits_the_sizes() -> None:
+    config = next(path for path in CONFIGS if path.stem == "mixtral-8x7b")
+    lines = {}
+    for sizes in (("--tp", "8", "--ep", "8"), ("--tp", "1", "--ep", "8")):
+        done = CliRunner().invoke(app, ["show", str(config), *sizes])
+        assert done.exit_code == 0, done.output
+        (row,) = (" ".join(line.split()) for line in done.stdout.splitlines() if "gate_up_proj" in line)
+        name, times, *_, held, _, lines[sizes] = row.split(" ")
+        assert (name, times, held) == ("model.layers.*.mlp.experts.gate_up_proj", "32", "15,032,385,536")
+        assert "[8@ep, 28672, 4096] grouped_gemm" in row
+    rules = (bundled_folder() / "mixtral.yaml").read_text().splitlines()
+    sections = [next(line for line in rules[: int(line)][::-1] if not line.startswith(" ")) for line in lines.values()]
+    assert sections == ["ep_plan:", "dispatch_plan:"]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        (("--tp", "4", "--ep", "3"), "lie across each other [PP702]"),
+        (("--tp", "3", "--ep", "4"), "lie across each other [PP702]"),
+        (("--tp", "4", "--etp", "3"), "etp_size=3 does not divide tp_size=4 [PP702]"),
+    ],
+)
+def test_show_ends_with_2_where_the_sizes_do_not_fit_together(sizes: tuple[str, ...], words: str) -> None:
+    done = CliRunner().invoke(app, ["show", "mixtral", *sizes])
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert words in done.stderr
+    assert "  fix       pass " in done.stderr
+
+
+def test_show_ends_with_1_where_the_plan_deals_no_experts() -> None:
+    done = CliRunner().invoke(app, ["show", "llama", "--tp", "2", "--ep", "2"])
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert "an ep_plan is asked for [PP108]" in done.stderr
+
+
 def test_show_ends_with_1_where_the_plan_does_not_fit_and_says_why() -> None:
     config = next(path for path in CONFIGS if path.stem == "gemma-3-1b")
     done = CliRunner().invoke(app, ["show", str(config), "--tp", "2"])
@@ -65,18 +115,36 @@ def test_show_ends_with_2_and_one_line_where_there_is_nothing_to_ask_about(
     assert "Traceback" not in done.output
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_a_bundled_plan_splits_published_sizes_on_as_many_ranks_as_there_are_key_value_heads(path: Path) -> None:
+def heads_to_deal(path: Path) -> int:
+    """Key/value heads of a published config."""
     fields = json.loads(path.read_text())
-    ranks = fields.get("num_key_value_heads", fields["num_attention_heads"])
-    assert AutoConfig.from_pretrained(path).model_type == fields["model_type"]
-    target = read_target(str(path))
-    table = resolve(load_plan(bundled_folder() / f"{fields['model_type']}.yaml"), target.spec, {"tp": ranks})
-    left = [info.bytes for name, info in target.spec.parameters.items() if is_left_whole(fields["model_type"], name)]
-    assert table.sharded_bytes / (target.spec.bytes - sum(left)) > 0.999
+    return int(fields.get("num_key_value_heads", fields["num_attention_heads"]))
+
+
+def bundled_table(path: Path, **sizes: int) -> Table:
+    """The table of a published config under the plan that ships for it."""
+    model_type = json.loads(path.read_text())["model_type"]
+    assert AutoConfig.from_pretrained(path).model_type == model_type
+    return resolve(load_plan(bundled_folder() / f"{model_type}.yaml"), read_target(str(path)).spec, sizes)
+
+
+@pytest.mark.parametrize("path", [path for path in CONFIGS if heads_to_deal(path) > 1], ids=lambda path: path.stem)
+def test_a_bundled_plan_splits_published_sizes_on_as_many_ranks_as_there_are_key_value_heads(path: Path) -> None:
+    ranks = heads_to_deal(path)
+    table = bundled_table(path, tp=ranks)
+    whole, kind = table.spec.bytes, table.spec.model_type
+    left = [info.bytes for name, info in table.spec.parameters.items() if is_left_whole(str(kind), name)]
+    assert table.sharded_bytes / (whole - sum(left)) > 0.999
     held = [table.rank_bytes({"tp": rank}) for rank in range(ranks)]
-    assert sum(held) >= target.spec.bytes
-    assert max(held) <= 1.01 * target.spec.bytes / ranks + (target.spec.bytes - table.sharded_bytes)
+    assert sum(held) >= whole
+    assert max(held) <= 1.01 * whole / ranks + (whole - table.sharded_bytes)
+
+
+@pytest.mark.parametrize("path", [path for path in CONFIGS if heads_to_deal(path) == 1], ids=lambda path: path.stem)
+def test_a_model_with_one_key_value_head_lies_whole_on_its_only_rank(path: Path) -> None:
+    table = bundled_table(path, tp=1)
+    assert table.sharded_bytes == 0
+    assert table.rank_bytes({"tp": 0}) == table.spec.bytes
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

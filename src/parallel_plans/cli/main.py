@@ -5,6 +5,7 @@ Exit status: 0 the plan fits, 1 the plan is wrong for the model and the ranks, 2
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import Annotated
 
@@ -49,7 +50,8 @@ def show(
     try:
         subject = read_target(target)
         sizes = {"tp": tp, "ep": ep} | ({} if etp is None else {"etp": etp})
-        views = check_sizes(tp, ep, etp, world=views_of(sizes).world)
+        asked = views_of(sizes)
+        views = check_sizes(tp, ep, etp, world=math.lcm(asked.tp, asked.block))
         found = find_plan(plan, subject.spec, subject.carried, subject.plan_beside)
         table = resolve(found, subject.spec, views.sizes)
     except (TargetError, LaunchError) as error:
@@ -63,7 +65,9 @@ def show(
 
 def _print_table(table: Table, subject: Target, views: Views) -> None:
     console.print(f"model  {subject.name}, {subject.spec.model_type}", markup=False)
-    console.print(f"plan   {table.plan.source}\n", markup=False)
+    console.print(f"plan   {table.plan.source}", markup=False)
+    told = (f"{axis} = {size}" for axis, size in (("tp", views.tp), ("ep", views.ep), ("etp", views.etp)))
+    console.print(f"ranks  {views.holders} hold it once: {', '.join(told)}\n", markup=False)
     places = [views.coordinates(rank) for rank in range(views.holders)]
     rows = Rows(box=None)
     for title in ("parameter", "times", "shape", "style", "bytes on a rank", "rule"):
@@ -71,10 +75,11 @@ def _print_table(table: Table, subject: Target, views: Views) -> None:
     for form, entries in table.by_form().items():
         entry = entries[0]
         held = max(entry.local_bytes(place) for place in places) * len(entries)
-        line = "" if entry.rule.line is None else f"line {entry.rule.line}"
-        rows.add_row(
-            form, str(len(entries)), str(entry.layout).replace("[", r"\["), entry.style.name, f"{held:,}", line
-        )
+        uses = [use for use in entry.uses if use.letter == "S"] or entry.uses[:1]
+        styles = " and ".join(use.style.name for use in uses)
+        lines = " and ".join(str(use.rule.line) for use in uses if use.rule.line is not None)
+        shape = str(entry.layout).replace("[", r"\[")
+        rows.add_row(form, str(len(entries)), shape, styles, f"{held:,}", f"line {lines}" if lines else "")
     console.print(rows)
     ranks = [table.rank_bytes(place) for place in places]
     whole = table.spec.bytes
