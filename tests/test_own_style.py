@@ -48,7 +48,7 @@ def test_a_plan_may_use_a_row_of_ones_own() -> None:
         entries = table({"0": name}).parameters
         assert entries["0.weight"].layout.region({"tp": 1}) == (((2, 4), (6, 8), (10, 12)), ((0, 4),))
         assert entries["0.bias"].layout.local_shape({"tp": 0}) == (6,)
-        acting = table({"0": name}).modules["0"]
+        (acting,) = table({"0": name}).modules["0"]
         assert acting.style is THIRDS
     assert {"by_thirds", "thirds"} <= set(style_names())
     assert (THIRDS, ("thirds",)) in list(styles())

@@ -41,9 +41,9 @@ def table() -> Table:
 
 def test_every_parameter_and_acting_module_of_deepseek_v3_has_its_entry() -> None:
     assert table().parameters.keys() == table().spec.parameters.keys()
-    experts = [name for name, entry in table().modules.items() if entry.style.name == "moe_experts_allreduce"]
+    experts = [name for name, entry in table().acting() if entry.style.name == "moe_experts_allreduce"]
     assert experts == [f"model.layers.{layer}.mlp.experts" for layer in range(3, 61)]
-    rope = {entry.options["rope"] for entry in table().modules.values() if entry.style.name == "mla_kv_a_proj"}
+    rope = {entry.options["rope"] for _, entry in table().acting() if entry.style.name == "mla_kv_a_proj"}
     assert rope == {64}
 
 

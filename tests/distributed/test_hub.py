@@ -29,6 +29,7 @@ from parallel_plans import (
 from parallel_plans.lookup import bundled_folder
 
 PLAN = bundled_folder() / "llama.yaml"
+MLP = "model.layers.*.mlp"
 
 
 @pytest.fixture
@@ -318,8 +319,9 @@ def test_a_model_with_code_of_its_own_loads_with_the_plan_beside_it(llama: Path)
     [
         ({"device_map": "auto"}, "device_map='auto' cannot be combined with a plan"),
         ({"use_safetensors": False}, "use_safetensors=False cannot be combined with a plan"),
-        ({"ep_size": 2}, "ep_size asks for a kind of parallelism that this version does not have yet"),
-        ({"ep_plan": "auto"}, "ep_plan asks for a kind of parallelism that this version does not have yet"),
+        ({"sp_plan": "auto"}, "sp_plan asks for a kind of parallelism that this version does not have yet"),
+        ({"ep_size": 2}, "ep_size=2 asks for 2 ranks, 1 was started"),
+        ({"ep_plan": "auto", "etp_size": 2}, "etp_size=2 asks for 2 ranks, 1 was started"),
         ({"tp_size": 2}, "tp_size=2 asks for 2 ranks, 1 was started"),
     ],
 )
@@ -328,6 +330,50 @@ def test_what_cannot_be_combined_is_refused_before_anything_is_read(arguments: d
         AutoModelForCausalLM.from_pretrained("/nowhere", tp_plan="auto", **arguments)
     assert str(raised.value).startswith(words)
     assert raised.value.findings[0].fix
+
+
+def expert_layouts(folder: str, on_mesh: bool, arguments: dict[str, Any]) -> tuple[str, str, dict[str, int]]:
+    if on_mesh:
+        arguments["mesh"] = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    model = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto", **arguments)
+    parallel = parallel_of(model)
+    assert parallel is not None
+    experts = "model.layers.0.mlp.experts"
+    (*_, entry) = parallel.table.modules[experts]
+    layout = str(parallel.layout(f"{experts}.gate_up_proj"))
+    return entry.style.name, layout, dict(parallel.table.sizes)
+
+
+WITH_OWN = {"ep_plan": {f"{MLP}.experts.{name}": "grouped_gemm" for name in ("gate_up_proj", "down_proj")}}
+WITH_OWN["ep_plan"][f"{MLP}.experts"] = "moe_experts_allreduce"
+SENT = {"dispatch_plan": {**WITH_OWN["ep_plan"], f"{MLP}.experts": "ep_dispatch"}}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "style", "layout", "sizes"),
+    [
+        ({}, "moe_experts_allreduce", "[8, 64@tp, 48]", (4, 1, 4)),
+        ({"ep_plan": "auto"}, "moe_experts_allreduce", "[8@ep, 64, 48]", (4, 4, 1)),
+        ({"ep_plan": "auto", "etp_size": 2}, "moe_experts_allreduce", "[8@ep, 64@etp, 48]", (4, 2, 2)),
+        ({"ep_size": 2}, "moe_experts_allreduce", "[8@ep, 64, 48]", (4, 2, 1)),
+        ({"ep_plan": "dispatch"}, "ep_dispatch", "[8@ep, 64, 48]", (4, 4, 1)),
+        ({"ep_plan": "auto", "tp_size": 2}, "ep_dispatch", "[8@ep, 64, 48]", (2, 4, 1)),
+        ({"ep_plan": "auto", "tp_size": 1}, "ep_dispatch", "[8@ep, 64, 48]", (1, 4, 1)),
+        ({"ep_plan": "auto", "mesh": True}, "ep_dispatch", "[8@ep, 64, 48]", (2, 4, 1)),
+        ({"ep_size": 2, "mesh": True}, "moe_experts_allreduce", "[8@ep, 64, 48]", (2, 2, 1)),
+        (WITH_OWN, "moe_experts_allreduce", "[8@ep, 64, 48]", (4, 4, 1)),
+        ({"ep_plan": SENT, "tp_size": 1}, "ep_dispatch", "[8@ep, 64, 48]", (1, 4, 1)),
+    ],
+    ids=str,
+)
+def test_arguments_say_how_experts_are_dealt(
+    mixtures: Callable[..., Any], arguments: dict[str, Any], style: str, layout: str, sizes: tuple[int, int, int]
+) -> None:
+    folder, _ = mixtures("mixtral")
+    given = {name: value for name, value in arguments.items() if name != "mesh"}
+    for found in run_on_ranks(expert_layouts, 4, str(folder), "mesh" in arguments, given):
+        assert found[:2] == (style, layout)
+        assert tuple(found[2][axis] for axis in ("tp", "ep", "etp")) == sizes
 
 
 def test_a_folder_with_a_tied_head_that_was_saved_twice_stays_tied(
