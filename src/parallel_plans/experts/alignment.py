@@ -30,6 +30,10 @@ def allow_any_width() -> None:
 
     @functools.wraps(asked)
     def can_use(input: Tensor, weight: Tensor, offs: Tensor, *args: Any, **kwargs: Any) -> bool:
-        return bool(asked(input, weight, offs, *args, **kwargs)) and fits_grouped_mm(weight) and fits_grouped_mm(input)
+        wide_in, wide_out = (width * weight.element_size() % ALIGNMENT == 0 for width in weight.shape[-2:])
+        fits = wide_in and fits_grouped_mm(weight) and fits_grouped_mm(input)  # the input is cast to the weight's dtype
+        if torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad):
+            fits = fits and wide_out  # the gradient's rows are as wide as the output's
+        return fits and bool(asked(input, weight, offs, *args, **kwargs))
 
     moe._can_use_grouped_mm = can_use
