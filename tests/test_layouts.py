@@ -3,14 +3,20 @@
 import itertools
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 
-from parallel_plans.layouts import Layout, Range, Split, blocks, deal, merged, split_dim
+from parallel_plans.layouts import Layout, Range, Split, blocks, deal, merged, nested, split_dim
 
 DEALS = [(count, ranks) for count in range(25) for ranks in range(1, 9)]
 SPLITS = 60  # how many random ones every law is tried on
+HOLDING_NOTHING: tuple[tuple[tuple[Range, ...], ...], ...] = (
+    (((0, 2),), ((2, 3),), ((3, 4),), ()),
+    ((), ((0, 4),)),
+    (((0, 1), (2, 3)), (), ((1, 2), (3, 4))),
+)
 
 
 def random_split(seed: int, *, dim: int = 0) -> Split:
@@ -36,11 +42,13 @@ def held(split: Split, rank: int) -> list[int]:
 
 
 def random_splits(dim: int = 0) -> Iterator[Split]:
-    """Random ones, and regular ones, which some laws single out."""
+    """Random ones, regular ones, which some laws single out, and ones with ranks that hold nothing."""
     yield from (random_split(seed, dim=dim) for seed in range(SPLITS))
     for ranks in (1, 2, 3, 5):
         yield split_dim(dim=dim, size=24, axis="tp", ranks=ranks)
         yield split_dim(dim=dim, size=24, axis="tp", ranks=ranks, parts=[12, 12])
+    for ranges in HOLDING_NOTHING:
+        yield Split(dim=dim, size=4, axis="tp", ranges=ranges)
 
 
 def test_the_splits_that_laws_are_tried_on_are_of_every_kind() -> None:
@@ -49,6 +57,7 @@ def test_the_splits_that_laws_are_tried_on_are_of_every_kind() -> None:
     assert any(len(set(split.local_sizes)) > 1 for split in splits)
     assert {split.is_disjoint for split in splits} == {True, False}
     assert {split.is_chunk for split in splits} == {True, False}
+    assert {0 in split.local_sizes for split in splits} == {True, False}
 
 
 @pytest.mark.parametrize(("count", "ranks"), DEALS)
@@ -158,7 +167,7 @@ def test_take_gives_the_indices_of_the_ranges_in_their_order() -> None:
             for rank in range(split.ranks):
                 local = split.take(whole, rank, dim)
                 assert local.shape[dim] == split.local_sizes[rank] == len(held(split, rank))
-                assert torch.equal(local, whole.index_select(dim, torch.tensor(held(split, rank))))
+                assert torch.equal(local, whole.index_select(dim, torch.tensor(held(split, rank), dtype=torch.long)))
 
 
 def test_put_is_the_inverse_of_take() -> None:
@@ -175,6 +184,23 @@ def test_take_of_one_range_is_a_view() -> None:
     whole = torch.zeros(4, 8)
     split_dim(dim=1, size=8, axis="tp", ranks=2).take(whole, 1).fill_(1)
     assert torch.equal(whole, torch.tensor([[0.0] * 4 + [1.0] * 4] * 4))
+
+
+def test_a_rank_may_hold_nothing() -> None:
+    for ranges in HOLDING_NOTHING:
+        split = Split(dim=1, size=4, axis="slice", ranges=ranges)
+        rank = ranges.index(())
+        assert split.local_sizes[rank] == 0
+        assert split.is_cover
+        assert not split.is_chunk
+        assert split.strided_parts is None
+        whole = torch.randn(3, 4)
+        local = split.take(whole, rank)
+        assert tuple(local.shape) == (3, 0)
+        before = whole.clone()
+        split.put(whole, local, rank)
+        assert torch.equal(whole, before)
+        assert Layout((3, 4), (split,)).local_shape({"slice": rank}) == (3, 0)
 
 
 def test_local_sizes_add_up_exactly_where_nothing_is_held_twice() -> None:
@@ -215,6 +241,50 @@ def test_strided_parts_is_none_where_the_order_is_another() -> None:
 def test_at_moves_a_split_to_another_dim() -> None:
     split = random_split(1)
     assert (split.at(2).dim, split.at(2).ranges, split.at(0)) == (2, split.ranges, split)
+
+
+def test_nested_counts_the_ranks_of_the_inner_split_first() -> None:
+    experts = split_dim(dim=0, size=8, axis="ep", ranks=2)
+    rows = split_dim(dim=0, size=8, axis="etp", ranks=2, parts=[2] * 4)  # of each of the four experts
+    both = nested(experts, rows, "ep_etp")
+    assert both.ranges == (((0, 1), (2, 3)), ((1, 2), (3, 4)), ((4, 5), (6, 7)), ((5, 6), (7, 8)))
+    assert (both.dim, both.size, both.axis, both.ranks, both.local_sizes) == (0, 8, "ep_etp", 4, (2, 2, 2, 2))
+
+
+def test_nested_is_what_both_splits_give_a_rank_in_the_order_of_the_outer() -> None:
+    splits = [random_split(seed, dim=1) for seed in range(SPLITS)]
+    pairs = [(a, replace(b, axis="etp")) for a in splits for b in splits if a.size == b.size]
+    assert len(pairs) > 2 * SPLITS
+    for outer, inner in pairs:
+        both = nested(outer, inner, "ep_etp")
+        assert (both.dim, both.size, both.ranks) == (1, outer.size, outer.ranks * inner.ranks)
+        for rank in range(both.ranks):
+            mine = held(outer, rank // inner.ranks)
+            theirs = held(inner, rank % inner.ranks)
+            assert set(held(both, rank)) == set(mine) & set(theirs)
+        if all(split.is_in_order for split in (outer, inner)):
+            assert all(held(both, rank) == sorted(held(both, rank)) for rank in range(both.ranks))
+
+
+def test_nested_deals_experts_that_do_not_divide_and_may_leave_a_rank_without_any() -> None:
+    experts = split_dim(dim=0, size=12, axis="ep", ranks=2, units=[4])  # three experts of four rows
+    rows = split_dim(dim=0, size=12, axis="etp", ranks=2, parts=[4] * 3)
+    assert nested(experts, rows, "ep_etp").local_sizes == (4, 4, 2, 2)
+    halves = split_dim(dim=0, size=12, axis="etp", ranks=2)
+    both = nested(halves, halves, "ep_etp")
+    assert both.ranges == (((0, 6),), (), (), ((6, 12),))
+
+
+def test_nested_takes_what_one_split_after_the_other_would_take() -> None:
+    whole = torch.arange(24).view(12, 2)
+    experts = split_dim(dim=0, size=12, axis="ep", ranks=3)
+    rows = split_dim(dim=0, size=12, axis="etp", ranks=2, parts=[2] * 6)
+    both = nested(experts, rows, "ep_etp")
+    for ep in range(3):
+        own = experts.take(whole, ep)  # two experts of two rows
+        for etp in range(2):
+            of_each = torch.cat([expert.chunk(2)[etp] for expert in own.chunk(2)])
+            assert torch.equal(both.take(whole, 2 * ep + etp), of_each)
 
 
 def two_axis_layout() -> Layout:

@@ -114,7 +114,7 @@ _BRINGING = {"ep_plan": "moe_experts_allreduce", "dispatch_plan": "ep_dispatch"}
 
 def _dealing(carried: Mapping[str, str]) -> dict[str, dict[str, str]]:
     """Both sections for experts out of the one that a class carries, in whichever of the two ways it brings tokens."""
-    sections = {}
+    sections: dict[str, dict[str, str]] = {}
     for section, bringing in _BRINGING.items():
         rules = {
             name: bringing if get_style(style).role == "experts" else style
