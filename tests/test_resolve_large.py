@@ -9,9 +9,11 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from parallel_plans import load_plan
-from parallel_plans.model_spec import describe
+from parallel_plans.lookup import bundled_folder
+from parallel_plans.model_spec import ModelSpec, describe
 from parallel_plans.resolve import resolve
 from parallel_plans.table import Table
+from parallel_plans.views import views_of
 
 TP = 16
 LAYER = "model.layers.*"
@@ -33,10 +35,14 @@ PLAN: dict[str, Any] = {
 
 
 @cache
-def table() -> Table:
+def spec() -> ModelSpec:
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING["deepseek_v3"]())
-    return resolve(load_plan(PLAN), describe(model), {"tp": TP})
+        return describe(AutoModelForCausalLM.from_config(CONFIG_MAPPING["deepseek_v3"]()))
+
+
+@cache
+def table() -> Table:
+    return resolve(load_plan(PLAN), spec(), {"tp": TP})
 
 
 def test_every_parameter_and_acting_module_of_deepseek_v3_has_its_entry() -> None:
@@ -73,3 +79,18 @@ def test_ranks_hold_an_even_share_of_deepseek_v3() -> None:
     assert held == {table().sharded_bytes // TP + whole}
     assert table().sharded_bytes > 0.99 * table().spec.bytes
     assert table().spec.bytes // 4 == 671_026_404_352  # as published, without the layer that predicts a second token
+
+
+def test_experts_of_deepseek_v3_are_dealt_over_more_ranks_than_share_a_batch() -> None:
+    dealt = resolve(load_plan(bundled_folder() / "deepseek_v3.yaml"), spec(), {"tp": 8, "ep": 64})
+    experts = dealt.parameters["model.layers.3.mlp.experts.gate_up_proj"]
+    assert (str(experts.layout), experts.layout.local_shape({"ep": 63})) == ("[256@ep, 4096, 7168]", (4, 4096, 7168))
+    shared = dealt.parameters["model.layers.3.mlp.shared_experts.gate_proj.weight"]
+    assert (str(shared.layout), shared.layout.local_shape({"tp": 7})) == ("[2048@tp, 7168]", (256, 7168))
+    (entry,) = dealt.modules["model.layers.3.mlp.experts"]
+    assert (entry.style.name, entry.axis, entry.over) == ("ep_dispatch", "ep", "ep")
+    views = views_of({"tp": 8, "ep": 64})
+    held = {dealt.rank_bytes(views.coordinates(rank)) for rank in range(views.holders)}
+    of_experts = sum(entry.info.bytes for name, entry in dealt.parameters.items() if ".experts." in name)
+    assert of_experts > 0.95 * spec().bytes
+    assert max(held) < of_experts / 64 + (spec().bytes - of_experts) / 4
