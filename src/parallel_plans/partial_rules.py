@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from parallel_plans import partial_moves as moves
-from parallel_plans.collectives import replicate
+from parallel_plans.forks import replicate_once
 from parallel_plans.partial_moves import Args, Kwargs, copied, is_live, live_or_whole, new_sum, share_axis
 from parallel_plans.partial_tensor import Kept, Partial, Rule, delayed, whole
 
@@ -91,14 +91,12 @@ def _factors(args: Args, kwargs: Kwargs) -> tuple[Any, Any] | None:
 
 def _for_part(factor: Any, x: Partial) -> Any:
     """I -> R: with a part, a factor is used differently on every rank."""
-    return replicate(factor, x.axis) if isinstance(factor, Tensor) else factor
+    return replicate_once(factor, x.axis) if isinstance(factor, Tensor) else factor
 
 
 def _scaled_by(x: Partial, factor: Any, operation: Callable[[Any, Any], Any]) -> Any:
     """The sum whose value is `operation(value of x, factor)`."""
     part = operation(x.part, _for_part(factor, x))
-    if part.nbytes > x.state.bytes:
-        return NotImplemented
     if isinstance(factor, Tensor) and factor.requires_grad and torch.is_grad_enabled():
         # asked for on its own, the factor comes after the reduction, and its gradient needs none
         kept = Kept(factor)
@@ -121,7 +119,7 @@ def _divided(func: Any, args: Args, kwargs: Kwargs) -> Any:
 
 
 def _brings_gradient(x: Partial, other: Any) -> bool:
-    """Whether `x` would come to need a gradient, which it has told torch that it does not."""
+    """Whether `x` would come to need a gradient in place, which a detached view would forget again."""
     brings = other.needs_gradient if isinstance(other, Partial) else isinstance(other, Tensor) and other.requires_grad
     return brings and torch.is_grad_enabled() and not x.needs_gradient
 

@@ -129,14 +129,18 @@ class Delayed:
             self.tensor, self.is_lent = self.tensor.clone(), False
 
 
-def _refuse_gradient(gradient: Tensor) -> Tensor | None:
-    raise TypeError(
-        "a gradient reached a partial sum that was given to torch.autograd.Function.apply, which it would end in; "
-        "give it `parallel_plans.partial.whole(value)`"
-    )
+def _lost_gradient(state: Delayed) -> Callable[[Tensor], Tensor | None]:
+    """What is called with a gradient that would end in a `Partial` instead of what it holds."""
 
+    def hook(gradient: Tensor) -> Tensor | None:
+        if not state.requires_grad:
+            return None
+        raise TypeError(
+            "a gradient ended in a partial sum that was given to torch.autograd.Function.apply; "
+            "give it `parallel_plans.partial.whole(value)`"
+        )
 
-_HOOKS: dict[int, Callable[[Tensor], Tensor | None]] = {0: _refuse_gradient}
+    return hook
 
 
 class Partial(Tensor):
@@ -162,9 +166,9 @@ class Partial(Tensor):
         made = Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype, device=held.device)
         made.state, made._parent, made._step, made._graded = state, parent, step, graded
         made._seen_of, made._seen = state.tensor, held
-        if made.needs_gradient:
+        if graded and held.is_floating_point() and (made.needs_gradient or not state.requires_grad):
             with torch._C.DisableTorchFunctionSubclass():
-                made.requires_grad, made._backward_hooks = True, _HOOKS
+                made.requires_grad, made._backward_hooks = True, {0: _lost_gradient(state)}
         return made
 
     @property
