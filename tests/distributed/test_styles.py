@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from mixture_cases import CASES as MIXTURES  # held to the same laws in test_mixture_styles.py
 from ranks import RankFailed, run_on_ranks
 from style_cases import CASES, Case
 from tiny import randomized
@@ -198,6 +199,7 @@ def each_case(test: Callable[..., None]) -> Callable[..., None]:
 
 def test_every_style_that_acts_has_a_case() -> None:
     rules = [rule for case in CASES.values() for rule in case.plan.values()]
+    rules += [rule for case in MIXTURES.values() for section in case.plan.values() for rule in section.values()]
     used = {get_style(rule if isinstance(rule, str) else rule["style"]).name for rule in rules}
     assert used == {style.name for style, _ in styles()}
 
