@@ -61,8 +61,10 @@ class ExpertsBoundary(Boundary):
         output = self._run(forward, call)
         return change_output(lambda value: self._delivered(value, call, axis), output)
 
-    @staticmethod
-    def _used(call: ExpertsCall, axis: Axis) -> ExpertsCall:
+    def _used(self, call: ExpertsCall, axis: Axis) -> ExpertsCall:
+        if self.owned is not None and self.site.options["is_routed"]:
+            # the router has made its weights R, which a layer that is computed again in backward no longer remembers
+            return call.replaced(replicate_once(call.hidden, axis))
         if call.weights is None:
             return call.mapped(lambda value: replicate_once(value, axis))
         hidden, weights = replicate_pair(call.hidden, call.weights, axis)
