@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from parallel_plans.attach import attach_forwards
 from parallel_plans.checkpoint.load import Loaded
+from parallel_plans.generation import attach_generate
 from parallel_plans.loader import load_plan
 from parallel_plans.lookup import PlanSource, with_experts
 from parallel_plans.mesh import Place, place_on
@@ -76,4 +77,5 @@ def apply_table(
     shard_parameters(model, table, place, storage, sharded)
     attach_forwards(model, table, place)
     remember(model, Parallel(table=table, place=place, storage=storage, loaded=loaded))
+    attach_generate(model, place, table)
     return model

@@ -23,7 +23,6 @@ from parallel_plans.agreement import Agreement
 from parallel_plans.apply import apply_table
 from parallel_plans.checkpoint.save import attach_save
 from parallel_plans.errors import Finding, LaunchError, ParallelPlansError
-from parallel_plans.generation import attach_generate
 from parallel_plans.loading import Loading
 from parallel_plans.lookup import PlanSource
 from parallel_plans.mesh import Place, check_sizes, place_on, start_place, started_ranks, this_rank
@@ -143,7 +142,6 @@ def _load(
         raise
     finally:
         loading.close()
-    attach_generate(model, place, loading.table)
     attach_save(model)
     return (model, info) if wants_info else model
 
