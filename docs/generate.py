@@ -45,20 +45,34 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Change:
-    """A value that changes its letter at a boundary: which value, before, after."""
+    """A value that changes its letter at a boundary: which value, before, after.
+
+    `runs` is what that runs forward and backward, where no transition between two letters says so.
+    """
 
     of: str
-    before: str
-    after: str
+    before: str = ""
+    after: str = ""
+    runs: tuple[str, str] | None = None
 
 
-# A boundary of its own may do what the letters of its row cannot say. This table is total over such boundaries.
-OWN_CHANGES: dict[str, tuple[Change, ...]] = {
+SENT = ("all-to-all", "all-to-all")
+# A boundary of its own may do what the letters of its row cannot say. This table is total over such boundaries; None
+# stands for those whose letters say it all.
+OWN_CHANGES: dict[str, tuple[Change, ...] | None] = {
     "VocabularyBoundary": (Change("output", "P", "I"),),
     "RopePartBoundary": (Change("rope part of the output", "I", "R"),),
     "IdentityExpertBoundary": (),
+    "BlockBoundary": None,
+    "RouterBoundary": (Change("routing weights", "I", "R"),),
     "ExpertsBoundary": (Change("each floating-point argument", "I", "R"), Change("output", "P", "I")),
-    "LocalCountsBoundary": (),
+    "DispatchBoundary": (
+        Change("numbers of rows", runs=("all-to-all", "nothing")),
+        Change("rows there", runs=SENT),
+        Change("rows back", runs=SENT),
+        Change("inputs that ranks share", "I", "S(0)"),
+        Change("output that ranks share", "S(0)", "I"),
+    ),
     "ShardedNormBoundary": (Change("each mean", "P", "R"),),
 }
 
@@ -76,6 +90,14 @@ def transitions() -> dict[tuple[str, str], tuple[str, str]]:
             f"collectives.py documents {sorted(table)}, TRANSITIONS has {sorted(collectives.TRANSITIONS)}"
         )
     return table
+
+
+def exchanged() -> tuple[str, str]:
+    """What `exchange` runs forward and backward, from the same docstring."""
+    row = re.search(r"^    exchange {2,}(\S.*?) {2,}(\S.*?)(?:,.*)?$", collectives.__doc__ or "", re.MULTILINE)
+    if row is None or row.groups() != SENT:
+        raise CannotWrite(f"collectives.py says that exchange runs {row and row.groups()}, not {SENT}")
+    return SENT
 
 
 def own_styles() -> list[tuple[Style, tuple[str, ...]]]:
@@ -97,8 +119,9 @@ def code(text: str) -> str:
 
 def splits(style: Style) -> str:
     """What the style splits, in the notation of the letters."""
+    once = {"R": "gradients summed", "P": "added by one rank alone"}.get(style.whole_as)
     if not style.shards:
-        return "nothing; gradients summed" if style.whole_as == "R" else "nothing"
+        return f"nothing; {once}" if once else "nothing"
     if style.matrix == style.vector:
         text = f"parameters S({style.matrix})"
     else:
@@ -106,16 +129,21 @@ def splits(style: Style) -> str:
         text = f"{name} S({style.matrix})"
         text += "" if style.vector is None else f", bias S({style.vector})"
     text += f"; {' and '.join(style.after)} whole, added last" if style.after else ""
+    text += f"; bias whole, {once}" if once else ""
     parts = style.defaults.get("parts")
     return text if parts is None else f"{text}; {parts} parts, each on its own"
 
 
 def stands_on(style: Style) -> str:
     if style.parameter_only:
-        return f"parameters of {style.ndim} dims" if style.ndim else "parameters"
+        return f"parameters of {' or '.join(map(str, style.ndims))} dims" if style.ndims else "parameters"
     if style.serves:
         return " or ".join(style.serves)
     return "modules" if style.module_only else "anything"
+
+
+def sections(style: Style) -> str:
+    return ", ".join(section.removesuffix("_plan") for section in style.sections)
 
 
 def move(before: str, after: str) -> str:
@@ -129,10 +157,13 @@ def options(style: Style) -> str:
 def changes(style: Style) -> list[Change]:
     """Every value that changes its letter where the style stands."""
     found: list[Change] = []
+    own: tuple[Change, ...] | None = None
     if style.boundary is not None and not style.parameter_only:
         if style.boundary.__name__ not in OWN_CHANGES:
             raise CannotWrite(f"docs/generate.py does not say what {style.boundary.__name__} runs")
-        found += OWN_CHANGES[style.boundary.__name__]
+        own = OWN_CHANGES[style.boundary.__name__]
+    if own is not None:
+        found += own
     elif style.acts_on_forward:
         found += [
             Change(of, before, after)
@@ -152,8 +183,8 @@ def costs(style: Style) -> tuple[str, str, str]:
     known = transitions()
     told, forward, backward = [], [], []
     for change in changes(style):
-        told.append(f"{change.of}: {move(change.before, change.after)}")
-        ahead, back = known[change.before[0], change.after[0]]
+        told.append(change.of if change.runs else f"{change.of}: {move(change.before, change.after)}")
+        ahead, back = change.runs or known[change.before[0], change.after[0]]
         forward += [f"{ahead} ({change.of})"] if ahead != "nothing" else []
         backward += [f"{back} ({change.of})"] if back != "nothing" else []
     return tuple(", ".join(cell) or "-" for cell in (told, forward, backward))  # type: ignore[return-value]
@@ -174,15 +205,28 @@ def styles_page() -> str:
     lines += [*table_of(("letter", "how a value lies on the axis", "its gradient"), LETTERS), ""]
     lines += paragraph(
         """S(-2) are the rows of a linear weight `[out, in]`, S(-1) its columns, or the features of an activation.
-        "Parts" are projections fused into one weight. [concepts.md](concepts.md) draws all this with numbers."""
+        "Parts" are projections fused into one weight. In weights that stack experts, dim 0 counts these, and the
+        letters mean the dims behind it. "In" are the sections of a plan where a style can stand.
+        [concepts.md](concepts.md) draws all this with numbers, [mixtures.md](mixtures.md) for experts."""
     )
-    header = ("style", "aliases", "stands on", "splits", "arrives -> needs", "leaves -> delivers", "options", "summary")
+    header = (
+        "style",
+        "aliases",
+        "in",
+        "stands on",
+        "splits",
+        "arrives -> needs",
+        "leaves -> delivers",
+        "options",
+        "summary",
+    )
     lines += table_of(
         header,
         (
             (
                 code(style.name),
                 ", ".join(map(code, aliases)) or "-",
+                sections(style),
                 stands_on(style),
                 splits(style),
                 "-" if style.parameter_only else move(style.arrives, style.needs),
@@ -199,7 +243,9 @@ def styles_page() -> str:
     lines += paragraph(
         """Collectives of one forward and one backward of a module, on the style's axis. An all-reduce of an input's or
         a parameter's gradient runs only where that gradient is asked for. Taking one's own
-        slice sends nothing. Styles that are not listed run none."""
+        slice sends nothing. Styles that are not listed run none. Modules that take the same value share what its
+        gradient costs, a router shares with its experts, and sums of a mixture may be reduced together:
+        [mixtures.md](mixtures.md#what-is-reduced-when)."""
     )
     priced = [(code(style.name), *costs(style)) for style, _ in rows if changes(style)]
     lines += table_of(("style", "what changes its letter", "forward", "backward"), priced)
@@ -272,7 +318,8 @@ def file_map() -> str:
 def transitions_table() -> str:
     """Every transition with its backward."""
     with_dim = {"I": "I", "R": "R", "P": "P", "S": "S(d)"}
-    rows = ((f"{with_dim[before]} -> {with_dim[after]}", *runs) for (before, after), runs in transitions().items())
+    rows = [(f"{with_dim[before]} -> {with_dim[after]}", *runs) for (before, after), runs in transitions().items()]
+    rows.append(("S(0) -> S(0), rows to other ranks", *exchanged()))
     return "\n".join(table_of(("transition", "forward", "backward"), rows))
 
 

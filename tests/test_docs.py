@@ -6,6 +6,7 @@ Comments on the lines before a block say what is done with it:
     <!-- torchrun 2 -->     python: runs as a file of its own on so many ranks
     <!-- file NAME -->      any: lies beside what runs, under this name
     <!-- plan -->           yaml: a plan that loads
+    <!-- command -->        one command of `parallel-plans`: runs in the root of the repository
     <!-- output -->         text: what the last block that ran has printed
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -28,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 WRITTEN = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 MARKED = re.compile(r"((?:^<!-- [^\n]* -->\n)+)^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-MARK = re.compile(r"^<!-- (run|torchrun|file|plan|output)(?: (\S+))? -->$", re.MULTILINE)
+MARK = re.compile(r"^<!-- (run|torchrun|file|plan|command|output)(?: (\S+))? -->$", re.MULTILINE)
 MESSAGES = re.compile(r"^```text\n.*?^```$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
 END_OF_BLOCK = "=== end of block ==="
@@ -80,6 +82,11 @@ def outputs(of_page: list[Block], folder: Path) -> Iterator[str | None]:
             (folder / name).write_text(block.text + ENDING, encoding="utf-8")
             launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", block.argument]
             yield ran([*launcher, name], folder)
+        elif block.mark == "command":
+            program, *words = shlex.split(block.text)
+            assert program == "parallel-plans"
+            printed_lines = ran(["-m", "parallel_plans.cli.main", *words], ROOT).splitlines()
+            yield "".join(f"{line.rstrip()}\n" for line in printed_lines)  # cells of a table are filled with spaces
         else:
             yield None
 

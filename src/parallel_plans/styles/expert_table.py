@@ -98,7 +98,7 @@ register_style(
 register_style(
     Style(
         name="moe_router",
-        summary="a router whose weights are applied outside of the experts, in a block under `replicate_input`",
+        summary="a router whose weights are applied outside of the experts, in a block that has a rule of its own",
         boundary=RouterBoundary,
         module_only=True,
         sections=("tp_plan", "sp_plan"),
