@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from torch import nn
 
 from parallel_plans import PlanError, Style, load_plan, register_style
@@ -62,6 +63,52 @@ def test_options_of_ones_own_row_are_checked_like_all_others() -> None:
         with pytest.raises(PlanError) as caught:
             table({"0": {"style": "by_thirds", **option}})  # type: ignore[dict-item]
         assert {finding.code for finding in caught.value.findings} == {code}
+
+
+class Stack(nn.Module):
+    """Four experts in one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(4, 6, 2))
+
+
+DEALS_EXPERTS = Style(
+    name="deal_in_pairs",
+    summary="experts dealt over the ranks two by two",
+    matrix=0,
+    vector=0,
+    options={"unit": "units"},
+    parameter_only=True,
+    sections=("ep_plan",),
+    role="weight",
+)
+
+
+@pytest.mark.usefixtures("registry")
+def test_a_row_of_ones_own_may_deal_experts() -> None:
+    register_style(DEALS_EXPERTS)
+    plan = {
+        "tp_plan": {"**": "replicate"},
+        "ep_plan": {"0.weight": "deal_in_pairs", "0": "moe_experts_allreduce"},
+    }
+    dealt = resolve(load_plan(plan), describe(nn.Sequential(Stack())), {"tp": 2, "ep": 2})
+    assert str(dealt.parameters["0.weight"].layout) == "[4@ep, 6, 2]"
+    (acting,) = dealt.modules["0"]
+    assert acting.split is not None
+    assert acting.split.local_sizes == (2, 2)
+
+
+@pytest.mark.usefixtures("registry")
+def test_a_row_of_ones_own_stands_in_its_sections_only() -> None:
+    register_style(DEALS_EXPERTS)
+    register_style(THIRDS)
+    for section, style in (("tp_plan", "deal_in_pairs"), ("ep_plan", "by_thirds")):
+        plan = {"tp_plan": {"**": "replicate"}, section: {"0.weight": style, "**": "replicate"}}
+        with pytest.raises(PlanError) as caught:
+            resolve(load_plan(plan), describe(nn.Sequential(Stack())), {"tp": 2})
+        assert [finding.code for finding in caught.value.findings] == ["PP105"]
+        assert f"{style} cannot stand in {section}" in str(caught.value)
 
 
 def test_a_style_that_nobody_registered_is_unknown() -> None:
