@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from ranks import run_on_ranks
-from rows import MORE_ROWS, ROWS, Row, check_row
+from rows import ROWS, Row, check_row
 from tiny import MOE_TYPES, Truth
 
 Mixtures = Callable[..., tuple[Path, list[Truth]]]
