@@ -44,16 +44,16 @@ def checks(mixtures: Mixtures, tmp_path_factory: pytest.TempPathFactory) -> Chec
 
 # ---- widths
 
-WIDTHS = (36, 35)  # 18 and 9 on 2 and 4 ranks: 72 and 36 bytes; 35 is no multiple of 16 bytes either
+# 36 float32 are a multiple of 16 bytes, as `grouped_mm` wants; halves of them are not. 35 are none, 18 and 17 neither.
+WIDTHS: dict[int, tuple[str, ...]] = {36: ("grouped_mm",), 35: IMPLEMENTATIONS}
 WIDTH_ROWS = (TP2, TP2_EP2, TP4_EP2_ETP2, EP4)
 
 
-@pytest.mark.parametrize("how", IMPLEMENTATIONS)
 @pytest.mark.parametrize("row", WIDTH_ROWS, ids=str)
-@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize(("width", "how"), [(width, how) for width, ways in WIDTHS.items() for how in ways])
 @pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss"])
-def test_experts_may_have_any_width(checks: Checks, model_type: str, width: int, row: Row, how: str) -> None:
-    checks(model_type, {"intermediate_size": width}, WIDTH_ROWS, IMPLEMENTATIONS)[f"{row} {how}"]
+def test_experts_may_have_any_width(checks: Checks, model_type: str, width: int, how: str, row: Row) -> None:
+    checks(model_type, {"intermediate_size": width}, WIDTH_ROWS, WIDTHS[width])[f"{row} {how}"]
 
 
 # ---- rows
