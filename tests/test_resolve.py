@@ -34,6 +34,7 @@ MODELS = {
     **dict.fromkeys((*SHARED_BATCH, *OWN_BATCHES, "grouped_gemm_in_tp_plan", "more_ranks_than_experts"), "qwen3_moe"),
     **dict.fromkeys(DBRX, "dbrx"),
     "experts_of_a_block_dealt_in_part": "jetmoe",
+    "sections_that_differ_about_experts": "qwen3_moe",
 }
 SIZES = {
     "more_ranks_than_heads": {"tp": 5},
@@ -42,6 +43,7 @@ SIZES = {
     **{name: {"tp": 1, "ep": 2} for name in (*OWN_BATCHES, *DBRX)},
     "experts_of_a_block_dealt_in_part": {"tp": 2, "ep": 4},
     "more_ranks_than_experts": {"tp": 1, "ep": 16},
+    "sections_that_differ_about_experts": {"tp": 4, "ep": 2, "etp": 2},
 }
 
 DEALT = """\
@@ -97,6 +99,9 @@ MENDS = {
     "rule_matches_nothing": [("q_porj", "q_proj")],
     "rule_never_applies": [("mlp.*", "mlp.up_proj")],
     "rule_on_modules_without_parameters": [("mlp", "mlp.**")],
+    "sections_that_differ_about_experts": [
+        ("mlp: {style: moe_block_allreduce", "mlp.experts: {style: moe_experts_allreduce")
+    ],
     "sharded_norm_on_parameter": [(".weight", "")],
     "size_of_unknown_field": [("n_heads", "num_attention_heads")],
     "size_that_does_not_divide": [("7", "8")],

@@ -39,6 +39,7 @@ CODES: dict[str, str] = {
     "PP108": "the plan has no section for an axis that is asked for",
     "PP109": "a section of the plan is not built yet",
     "PP110": "experts are dealt over ranks in part only",
+    "PP111": "two sections bring tokens to the same experts in different ways",
     # Shapes (PP2xx)
     "PP201": "a dim cannot be split this way",
     "PP202": "there are fewer units than ranks",

@@ -44,6 +44,11 @@ class ExpertRules:
         is_blocks_own = name in self.spec.parameters and owner in self._dense_around and bool(self._below(owner))
         return is_blocks_own or any(prefix in self._owners for prefix in _prefixes(name))
 
+    def dense_blocks(self) -> dict[str, Rule]:
+        """The rules of `tp_plan` on modules that bring tokens to dealt experts."""
+        blocks = {**_with_role(self.dense.modules, "experts"), **self._dense_around}
+        return {name: rule for name, rule in blocks.items() if self._below(name)}
+
     def surrounds(self, name: str, role: str | None) -> bool:
         """Whether a router or a block stands around experts that a rule deals."""
         if role not in ("router", "block"):
@@ -210,4 +215,25 @@ def report_incomplete(report: Report, spec: ModelSpec, experts: ExpertRules) -> 
             found=str(Layout(spec.parameters[name].shape)),
             expected="every rank the same experts in all of their weights",
             fix="give `unit`, the rows of one expert, as for the others",
+        )
+
+
+def report_differing(report: Report, experts: ExpertRules) -> None:
+    """Reports modules around dealt experts that `tp_plan` and `ep_plan` rule differently.
+
+    Where each expert is split too, both rules act at once, and only the same style reduces over both axes together.
+    """
+    dealing = {**experts.blocks, **experts.around}
+    for name, rule in experts.dense_blocks().items():
+        other = dealing.get(name)
+        if other is not None and get_style(other.style) is get_style(rule.style):
+            continue
+        said = "says nothing of it" if other is None else f"says {other.style} at {other.place}"
+        report.add(
+            "PP111",
+            f"{rule.style} brings tokens to experts that are dealt and split at once, and ep_plan {said}",
+            rule,
+            name=name,
+            expected="the same style on the same module in tp_plan and ep_plan, where ep and etp are both above 1",
+            fix=f"write the same style for `{rule.pattern}` in both sections, or use etp = 1",
         )

@@ -17,7 +17,7 @@ from parallel_plans.accounting import (
     report_uses,
 )
 from parallel_plans.errors import PlanError
-from parallel_plans.expert_rules import ExpertRules, report_incomplete
+from parallel_plans.expert_rules import ExpertRules, report_differing, report_incomplete
 from parallel_plans.geometry import CannotSplit, Geometry
 from parallel_plans.layouts import Layout, Split, nested
 from parallel_plans.matching import Assignment, Pattern, assign
@@ -89,6 +89,8 @@ class _Resolver:
                 report_incomplete(self.report, self.spec, self.experts)
                 if self.views.ep > 1 and not (self.experts.weights or self.report.findings):
                     self.report.idle(self.section, self.views.sizes)
+            if self.section == "ep_plan" and min(self.views.ep, self.views.etp) > 1:
+                report_differing(self.report, self.experts)
         sizes = self.views.sizes
         return Table(plan=self.plan, spec=self.spec, sizes=sizes, parameters=parameters, modules=modules)
 

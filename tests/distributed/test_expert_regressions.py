@@ -216,7 +216,7 @@ def differing_plans() -> dict[str, dict[str, Any]]:
 
 @cache
 def differing_runs() -> Starts:
-    rows, plans = (TP2, TP2_EP2, TP4_EP2_ETP2), differing_plans().items()
+    rows, plans = (TP2, TP2_EP2), differing_plans().items()
     return starts(
         {f"{name} {row}": Run(model=mixture("mixtral"), row=row, plan=p) for name, p in plans for row in rows}
     )
@@ -229,16 +229,11 @@ def test_each_section_may_bring_tokens_to_experts_in_its_own_way(name: str, row:
         assert one.gradient <= GRADIENTS, one.gradients
 
 
-@pytest.mark.xfail(strict=True, reason="weights and hidden states that are R over ep go back to I for etp, or for ep")
 @pytest.mark.parametrize("name", differing_plans())
-def test_sections_that_differ_are_refused_or_right_where_both_act(name: str) -> None:
+def test_sections_that_differ_are_refused_where_both_act(name: str) -> None:
     sizes = views_of(TP4_EP2_ETP2).sizes
-    try:
+    with pytest.raises(PlanError, match="PP111"):
         resolve.resolve(load_plan(differing_plans()[name]), spec("mixtral"), sizes)
-    except PlanError:
-        return
-    for one in differing_runs()[f"{name} {TP4_EP2_ETP2}"]:
-        assert one.gradient <= GRADIENTS, one.gradients
 
 
 # ---- a style that degrades to replicated without a word
