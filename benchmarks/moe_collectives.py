@@ -267,7 +267,7 @@ class Case:
 
     model: str
     setup: str
-    library: str
+    side: str
     seen: dict[int, dict[str, Seen]]
     error: str | None = None
 
@@ -289,7 +289,7 @@ def _case(folder: Path, model: str, setup: str, library: str) -> Case:
         if library == "parallel_plans":
             raise
         error = f"{type(problem).__name__}: {problem}".splitlines()[0]
-    return Case(model=model, setup=setup, library=library, seen=found, error=error)
+    return Case(model=model, setup=setup, side=library, seen=found, error=error)
 
 
 def tokens(batch: int) -> Tensor:
@@ -338,7 +338,7 @@ def results_of(ranks: list[list[Case]], whole: dict[tuple[str, str], int]) -> li
         first = cases[0]
         for part in PARTS:
             counts = _counts(cases, part, whole[first.model, part]) if first.error is None else {}
-            head = {"model": first.model, "ranks": first.setup, "part": part, "library": first.library}
+            head = {"model": first.model, "ranks": first.setup, "part": part, "library": first.side}
             found.append({**head, "error": first.error, **counts})
     for mine, other in pairs(found):
         mine["verdict"] = _verdict(mine, other)
