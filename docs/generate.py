@@ -38,6 +38,7 @@ KINDS = {
     "PP0": ("The plan file", "`PlanError`. The plan is wrong by itself; no model is needed to see it."),
     "PP1": ("The plan against a model", "`PlanError`, except PP109: `LaunchError`."),
     "PP2": ("Shapes", "`PlanError`. The plan names what is there, and it cannot be cut that way."),
+    "PP4": ("What the model computes", "None: `verify_plan` reports them."),
     "PP6": ("Checkpoints", "`CheckpointError`."),
     "PP7": ("Launching", "`LaunchError`; for a folder that holds an adapter, PP703 is a `CheckpointError`."),
 }

@@ -19,6 +19,7 @@ from parallel_plans.loader import load_plan
 from parallel_plans.plan import Plan, Rule
 from parallel_plans.state import full_gradients, full_state_dict, parallel_of
 from parallel_plans.styles import Style, register_style
+from parallel_plans.verify.verify import verify_plan
 from parallel_plans.version import __version__
 
 __all__ = [
@@ -49,4 +50,5 @@ __all__ = [
     "parallelize",
     "register_style",
     "save_pretrained",
+    "verify_plan",
 ]

@@ -44,6 +44,14 @@ CODES: dict[str, str] = {
     "PP201": "a dim cannot be split this way",
     "PP202": "there are fewer units than ranks",
     "PP203": "a count that a module keeps cannot be made local",
+    # What the model computes (PP4xx)
+    "PP401": "the output is not that of one process",
+    "PP402": "a gradient is not that of one process",
+    "PP403": "generation does not write what one process writes",
+    "PP404": "the ranks' parts do not make up the weights that were split",
+    "PP405": "the model does not run under the plan",
+    "PP406": "the ranks wait for each other",
+    "PP407": "a level could not be run",
     # Checkpoints (PP6xx)
     "PP601": "the checkpoint is not in safetensors format",
     "PP602": "a checkpoint file is missing",

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from parallel_plans.lookup import BESIDE_CHECKPOINT, Carried, carried_by
@@ -19,9 +22,10 @@ class TargetError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """A model to ask about: its name for people, its spec, the plan its class carries, the folder of its checkpoint."""
+    """A model to ask about, on `meta`: its name for people, its spec, the plans its class carries, its folder."""
 
     name: str
+    model: Any
     spec: ModelSpec
     carried: Carried
     folder: Path | None
@@ -32,20 +36,46 @@ class Target:
         return str(path) if path is not None and path.is_file() else None
 
 
-def read_target(text: str) -> Target:
+def read_target(text: str, settings: Mapping[str, Any] | None = None) -> Target:
     """The model that `text` names, built on `meta`.
 
+    Args:
+        text: a checkpoint folder, a `config.json`, a model type, or `module:factory` for a model of one's own.
+        settings: fields of the config to change.
+
     Raises:
-        TargetError: no such folder, file or model type, or a config that no causal language model can be built from.
+        TargetError: no such folder, file, model type or factory, or a config that no causal language model can be
+            built from.
     """
     path = Path(text)
+    if ":" in text and not path.exists():
+        own = _made(text, settings or {})
+        return Target(name=text, model=own, spec=describe(own), carried=carried_by(own), folder=None)
     config, folder = _config(text, path), (path if path.is_dir() else path.parent if path.is_file() else None)
+    for key, value in (settings or {}).items():
+        if not hasattr(config, key):
+            raise TargetError(f"{text}: its config has no field {key}")
+        setattr(config, key, value)
     try:
         with torch.device("meta"):
             model: Any = AutoModelForCausalLM.from_config(config)
     except Exception as error:
         raise TargetError(f"{text}: no causal language model can be built from its config: {error}") from None
-    return Target(name=text, spec=describe(model), carried=carried_by(model), folder=folder)
+    return Target(name=text, model=model, spec=describe(model), carried=carried_by(model), folder=folder)
+
+
+def _made(text: str, settings: Mapping[str, Any]) -> Any:
+    """What `factory(**settings)` of a module gives, made on `meta`."""
+    module, _, factory = text.partition(":")
+    try:
+        make = getattr(importlib.import_module(module), factory)
+        with torch.device("meta"):
+            model = make(**settings)
+    except Exception as error:  # it is somebody else's code
+        raise TargetError(f"{text}: {type(error).__name__}: {error}") from None
+    if not isinstance(model, nn.Module):
+        raise TargetError(f"{text} gives a {type(model).__name__}, not a torch.nn.Module")
+    return model
 
 
 def _config(text: str, path: Path) -> Any:

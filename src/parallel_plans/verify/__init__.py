@@ -1,0 +1,1 @@
+"""A plan held against the model that it is for, by running both."""

@@ -1,0 +1,88 @@
+"""What a verification found: a level each, findings by name, what ranks hold, what they say to each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from parallel_plans.errors import Finding
+
+LEVELS = ("accounting", "geometry", "layouts", "numerics")
+NOT_RUN, PASSED, FAILED = "not run", "passed", "failed"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parameters:
+    """Bytes of a model's parameters: all of them, of those that are split, and what each rank holds."""
+
+    total_bytes: int = 0
+    sharded_bytes: int = 0
+    per_rank_bytes: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traffic:
+    """Collectives of one kind on one axis: how many, and the bytes that a rank hands over in all."""
+
+    op: str
+    axis: str
+    count: int
+    bytes: int
+
+
+@dataclass(kw_only=True)
+class Report:
+    """One verification.
+
+    Args:
+        target: what was asked about, for people.
+        plan: where the plan comes from.
+        mesh: axis -> ranks, as asked.
+        levels: level -> `passed`, `failed` or `not run`; a level that could not be run says why among the findings.
+        findings: what is wrong (`error`) or worth knowing (`warning`), in the order of the levels.
+        parameters: bytes, at the model's own size; zeros where the plan does not fit.
+        forward, backward: the collectives of one step of the shrunken model, of one rank.
+        strict: whether a warning makes the plan unsound too.
+    """
+
+    target: str
+    plan: str
+    mesh: Mapping[str, int]
+    levels: dict[str, str] = field(default_factory=lambda: dict.fromkeys(LEVELS, NOT_RUN))
+    findings: list[Finding] = field(default_factory=list)
+    parameters: Parameters = field(default_factory=Parameters)
+    forward: Sequence[Traffic] = ()
+    backward: Sequence[Traffic] = ()
+    strict: bool = False
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing that was looked at is wrong."""
+        return not any(finding.severity == "error" or self.strict for finding in self.findings)
+
+    def settle(self, level: str, findings: Sequence[Finding]) -> None:
+        """Takes a level's findings and says whether it passed."""
+        self.findings += findings
+        self.levels[level] = FAILED if any(each.severity == "error" for each in findings) else PASSED
+
+    def to_dict(self) -> dict[str, object]:
+        """The object that `verify_tp_plan --json` prints."""
+        return {
+            "ok": self.ok,
+            "target": self.target,
+            "plan": self.plan,
+            "mesh": dict(self.mesh),
+            "levels": dict(self.levels),
+            "findings": [finding.to_dict() for finding in self.findings],
+            "parameters": {
+                "total_bytes": self.parameters.total_bytes,
+                "sharded_bytes": self.parameters.sharded_bytes,
+                "per_rank_bytes": list(self.parameters.per_rank_bytes),
+            },
+            "communication": {
+                direction: [
+                    {"op": each.op, "axis": each.axis, "count": each.count, "bytes": each.bytes} for each in traffic
+                ]
+                for direction, traffic in (("forward", self.forward), ("backward", self.backward))
+            },
+        }

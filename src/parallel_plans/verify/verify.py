@@ -1,0 +1,146 @@
+"""`verify_plan`: the levels, one after the other, and what they found."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from parallel_plans.errors import Finding, PlanError
+from parallel_plans.lookup import PlanSource, carried_by, find_plan, with_experts
+from parallel_plans.mesh import check_sizes
+from parallel_plans.model_spec import ModelSpec, describe
+from parallel_plans.plan import Plan
+from parallel_plans.resolve import resolve
+from parallel_plans.table import Table
+from parallel_plans.verify.numerics import Trial, check_numerics
+from parallel_plans.verify.report import LEVELS, PASSED, Parameters, Report, Traffic
+from parallel_plans.verify.shrink import CannotShrink, shrunken
+from parallel_plans.verify.weights import example_batch, random_model
+from parallel_plans.views import Views, views_of
+
+
+def verify_plan(
+    target: Any,
+    plan: PlanSource = "auto",
+    *,
+    tp: int,
+    ep: int = 1,
+    etp: int | None = None,
+    ep_plan: PlanSource = "auto",
+    level: str = LEVELS[-1],
+    name: str | None = None,
+    strict: bool = False,
+) -> Report:
+    """What is right and wrong about a plan for a model on so many ranks, found without any of them.
+
+    Args:
+        target: a transformers config, or a model (on any device, `meta` included); a model of one's own is looked at up
+            to the level `geometry`.
+        plan: as `tp_plan` of `from_pretrained`; a file beside a checkpoint is not looked for.
+        tp, ep, etp: ranks by axis, as in `from_pretrained`.
+        ep_plan: as in `from_pretrained`.
+        level: the last level to run, one of `LEVELS`.
+        name: what to call the target in the report.
+        strict: whether warnings make the plan unsound.
+
+    Raises:
+        LaunchError: the sizes do not fit together (PP702), or there is no plan (PP704).
+    """
+    if level not in LEVELS:
+        raise ValueError(f"level is {level!r}; it can be {', '.join(LEVELS)}")
+    views = check_sizes(tp, ep, etp, world=views_of(_sizes(tp, ep, etp)).world)
+    model, config = _model_and_config(target)
+    spec = describe(model)
+    mesh = {"tp": views.tp, "ep": views.ep, **({"etp": views.etp} if views.ep > 1 else {})}
+    report = Report(target=name or spec.model_type or type(model).__name__, plan=str(plan), mesh=mesh, strict=strict)
+    try:
+        found = with_experts(find_plan(plan, spec, carried_by(model), lambda: None), ep_plan)
+    except PlanError as error:
+        report.settle("accounting", error.findings)
+        return report
+    report.plan = found.source
+    table = _settle_shapes(report, found, spec, views, ep_plan == "dispatch")
+    if table is not None:
+        report.parameters = _parameters(table, views)
+    if level == "numerics" and table is not None and config is not None:
+        _settle_numerics(report, found, config, views, ep_plan == "dispatch")
+    return report
+
+
+def _sizes(tp: int, ep: int, etp: int | None) -> dict[str, int]:
+    return {"tp": tp, "ep": ep} | ({} if etp is None else {"etp": etp})
+
+
+def _model_and_config(target: Any) -> tuple[nn.Module, Any]:
+    if isinstance(target, nn.Module):
+        return target, getattr(target, "config", None)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(target), target
+
+
+def _settle_shapes(report: Report, plan: Plan, spec: ModelSpec, views: Views, dispatch: bool) -> Table | None:
+    """The levels that one resolution answers; the table where the plan fits."""
+    try:
+        table = resolve(plan, spec, views.sizes, dispatch=dispatch)
+    except PlanError as error:
+        by_level: dict[str, list[Finding]] = {"accounting": [], "geometry": []}
+        for finding in error.findings:
+            by_level[finding.level].append(finding)
+        report.settle("accounting", by_level["accounting"])
+        if by_level["geometry"]:
+            report.settle("geometry", by_level["geometry"])
+        return None
+    report.levels |= {"accounting": PASSED, "geometry": PASSED}
+    return table
+
+
+def _parameters(table: Table, views: Views) -> Parameters:
+    held = [table.rank_bytes(views.coordinates(rank)) for rank in range(views.holders)]
+    return Parameters(total_bytes=table.spec.bytes, sharded_bytes=table.sharded_bytes, per_rank_bytes=tuple(held))
+
+
+def trial_views(views: Views) -> Views:
+    """The fewest ranks on which everything that these views do is done: 2 for each kind of split.
+
+    >>> trial_views(Views(world=64, tp=8, ep=64, etp=1)).sizes
+    {'tp': 2, 'ep': 4, 'etp': 1, 'ep_etp': 4}
+    """
+    tp, ep, etp = (min(size, 2) for size in (views.tp, views.ep, views.etp))
+    if views.ep == 1:
+        return Views(world=tp, tp=tp, etp=min(tp, etp))
+    if views.shares_batch:
+        tp = ep * etp  # the experts' ranks are those of the dense layers
+    elif tp > etp:
+        ep = 2 * tp // etp  # tokens leave their tp group
+    return Views(world=max(tp, ep * etp), tp=tp, ep=ep, etp=etp)
+
+
+def _settle_numerics(report: Report, plan: Plan, config: Any, views: Views, dispatch: bool) -> None:
+    small = trial_views(views)
+    try:
+        tiny = shrunken(config, small.sizes)
+    except CannotShrink as error:
+        message = f"numerics could not be run: {error}"
+        report.findings.append(Finding(code="PP407", severity="warning", level="numerics", message=message))
+        return
+    model = random_model(tiny.config, seed=0)
+    batches = [example_batch(tiny.config, seed=index) for index in range(small.world // small.tp)]
+    outcome = check_numerics(Trial(plan=plan, views=small, model=model, batches=batches, dispatch=dispatch))
+    report.settle("numerics", outcome.findings)
+    ranks = small.world
+    for backward in (False, True):
+        traffic: dict[tuple[str, str], list[int]] = {}
+        for call in outcome.calls:
+            if call.backward is backward:
+                traffic.setdefault((call.op, call.axis), []).append(call.bytes)
+        told = [
+            Traffic(op=op, axis=axis, count=len(each) // ranks, bytes=sum(each) // ranks)
+            for (op, axis), each in sorted(traffic.items())
+        ]
+        if backward:
+            report.backward = told
+        else:
+            report.forward = told

@@ -1,0 +1,111 @@
+"""Random weights in float64 for a small model, nothing in them zero or alike, and a batch for it."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers import AutoModelForCausalLM
+
+from parallel_plans.verify.shrinking.sizes import ROW
+
+ROWS = 2
+SPECIAL = 3  # tokens 0, 1 and 2 stand for nothing in a text
+
+
+def random_model(config: Any, seed: int = 0) -> Any:
+    """The causal language model of `config` in float64 and eval mode, every parameter drawn at random.
+
+    Its attention and its experts are the plain ones of transformers (`eager`). `config` and torch's own random numbers
+    are left as they are.
+    """
+    plain = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), in_float64():
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float64, **plain).eval()
+        generator = torch.Generator().manual_seed(seed)
+        for module in model.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                parameter.copy_(_drawn(module, name, parameter, generator))
+        kept = model.state_dict().keys()
+        for name, buffer in model.named_buffers():
+            if name in kept and buffer.is_floating_point():
+                noise = 0.1 * _noise(buffer, generator)
+                buffer.copy_(torch.where(buffer == 0, noise, buffer * (1 + noise)))
+    return model
+
+
+def _noise(like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(like.shape, generator=generator, dtype=torch.float64)
+
+
+def _drawn(module: nn.Module, name: str, parameter: Tensor, generator: torch.Generator) -> Tensor:
+    """Values for a parameter: around 1 for a norm, around 0 else, such that a matrix gives as much as it takes."""
+    noise = _noise(parameter, generator)
+    if name.endswith("weight") and (parameter.dim() <= 1 or "Norm" in type(module).__name__):
+        return 1 + 0.3 * noise
+    if parameter.dim() <= 1:
+        return 0.3 * noise
+    return 0.5 * noise if isinstance(module, nn.Embedding) else noise * parameter.shape[-1] ** -0.5
+
+
+def example_batch(config: Any, seed: int = 7) -> dict[str, Tensor]:
+    """Tokens and labels `[2, 11]` for a model of `config`, none of them special."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(SPECIAL, config.get_text_config().vocab_size, (ROWS, ROW), generator=generator)
+    return {"input_ids": tokens, "labels": tokens.clone()}
+
+
+class _Float64ForFloat32(TorchFunctionMode):
+    """Takes float64 wherever float32 is asked for."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is Tensor.float:
+            func = Tensor.double
+        args = tuple(torch.float64 if argument is torch.float32 else argument for argument in args)
+        named = {name: torch.float64 if value is torch.float32 else value for name, value in (kwargs or {}).items()}
+        return func(*args, **named)
+
+
+class _Default:
+    """torch's default dtype is one for all threads: the first that comes in sets it, the last to leave sets it back."""
+
+    def __init__(self) -> None:
+        self.lock, self.within, self.before = threading.Lock(), 0, torch.float32
+
+    def enter(self) -> None:
+        with self.lock:
+            if self.within == 0:
+                self.before = torch.get_default_dtype()
+                torch.set_default_dtype(torch.float64)
+            self.within += 1
+
+    def leave(self) -> None:
+        with self.lock:
+            self.within -= 1
+            if self.within == 0:
+                torch.set_default_dtype(self.before)
+
+
+_default = _Default()
+
+
+@contextmanager
+def in_float64() -> Iterator[None]:
+    """Within it nothing is rounded to float32, as norms, softmaxes, routers, ropes and losses of transformers are.
+
+    Two ways to compute the same then differ by 1e-15 of the values, not by 1e-7. It holds for the thread that enters.
+    """
+    _default.enter()
+    try:
+        with _Float64ForFloat32():
+            yield
+    finally:
+        _default.leave()
