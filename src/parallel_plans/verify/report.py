@@ -41,7 +41,8 @@ class Report:
         levels: level -> `passed`, `failed` or `not run`; a level that could not be run says why among the findings.
         findings: what is wrong (`error`) or worth knowing (`warning`), in the order of the levels.
         parameters: bytes, at the model's own size; zeros where the plan does not fit.
-        forward, backward: the collectives of one step of the shrunken model, of one rank.
+        forward, backward: the collectives of one rank in the trial of the shrunken model: a step, a continuation, and
+            the gathering of weights and gradients. Those of a step at the model's own size are not estimated yet.
         strict: whether a warning makes the plan unsound too.
     """
 
