@@ -25,6 +25,7 @@ console = Console(highlight=False, width=None if sys.stdout.isatty() else PAPER)
 complaints = Console(highlight=False, soft_wrap=True, stderr=True)
 Level = StrEnum("Level", {level: level for level in LEVELS})  # type: ignore[misc]
 LAST = Level(LEVELS[-1])
+TRIAL = "the trial of the shrunken model: a step, a continuation, the weights gathered"
 COLOURS = {PASSED: "green", FAILED: "red"}
 
 
@@ -88,7 +89,7 @@ def _print(report: Report) -> None:
         console.print(f"\nwhole model {held.total_bytes:,} bytes, {share:.1%} of them split; ", markup=False, end="")
         console.print(f"a rank holds {max(held.per_rank_bytes):,} at most", markup=False)
     if report.forward or report.backward:
-        rows = Rows("collective", "axis", "times", "bytes of a rank", title="the trial of the shrunken model: a step, a continuation, the weights gathered", box=None)
+        rows = Rows("collective", "axis", "times", "bytes of a rank", title=TRIAL, box=None)
         for direction, traffic in (("forward", report.forward), ("backward", report.backward)):
             for each in traffic:
                 rows.add_row(f"{each.op}, {direction}", each.axis, str(each.count), f"{each.bytes:,}")
