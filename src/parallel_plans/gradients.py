@@ -1,4 +1,4 @@
-"""The norm of a parallelized model's gradient, which counts every parameter once, whatever the storage."""
+"""A parallelized model's gradients: their mean over batches, and their norm, which counts every parameter once."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from parallel_plans.loader import load_plan
 from parallel_plans.matching import assign
 from parallel_plans.messages import tell, warn
 from parallel_plans.model_spec import ModelSpec
-from parallel_plans.plan import SECTIONS, Plan
+from parallel_plans.plan import EXPERT_SECTIONS, SECTIONS, Plan
 from parallel_plans.styles import get_style
 
 BESIDE_CHECKPOINT = "parallel_plan.yaml"
@@ -147,11 +147,11 @@ def with_experts(plan: Plan, source: PlanSource) -> Plan:
     if isinstance(source, Mapping) and not set(source) & {*SECTIONS, "version", "model_type"}:
         source = {"ep_plan": source}
     given = source if isinstance(source, Plan) else load_plan(source)
-    own = {section: rules for section, rules in given.sections.items() if section in ("ep_plan", "dispatch_plan")}
+    own = {section: rules for section, rules in given.sections.items() if section in EXPERT_SECTIONS}
     if not own:
         message = "the plan for experts has neither an ep_plan nor a dispatch_plan"
         raise PlanError(Finding(code="PP108", message=message, file=given.file, fix="name one of them above its rules"))
-    dense = {section: rules for section, rules in plan.sections.items() if section not in ("ep_plan", "dispatch_plan")}
+    dense = {section: rules for section, rules in plan.sections.items() if section not in EXPERT_SECTIONS}
     return replace(plan, sections={**dense, **own})
 
 

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from parallel_plans.collectives import Axis
 from parallel_plans.errors import Finding, LaunchError
-from parallel_plans.views import EXPERT_AXIS, TENSOR_AXIS, Views
+from parallel_plans.views import EXPERT_AXIS, TENSOR_AXIS, Views, views_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,6 +252,16 @@ class _Asked:
 def _either(numbers: Sequence[int]) -> str:
     *others, last = map(str, numbers)
     return f"{', '.join(others)} or {last}" if others else last
+
+
+def views_for(tp_size: int, ep_size: int = 1, etp_size: int | None = None) -> Views:
+    """The views of the fewest ranks on which both kinds of groups come out even, for questions asked without ranks.
+
+    Raises:
+        LaunchError: PP702 where the sizes do not fit together.
+    """
+    asked = views_of({"tp": tp_size, "ep": ep_size} | ({} if etp_size is None else {"etp": etp_size}))
+    return check_sizes(tp_size, ep_size, etp_size, world=math.lcm(asked.tp, asked.block))
 
 
 def local_device() -> torch.device:

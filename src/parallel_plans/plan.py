@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 SECTIONS = ("tp_plan", "ep_plan", "dispatch_plan", "sp_plan")
+EXPERT_SECTIONS = ("ep_plan", "dispatch_plan")  # those that deal experts over ranks
 
 
 @dataclass(frozen=True, kw_only=True)

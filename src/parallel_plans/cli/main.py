@@ -5,7 +5,6 @@ Exit status: 0 the plan fits, 1 the plan is wrong for the model and the ranks, 2
 
 from __future__ import annotations
 
-import math
 import sys
 from typing import Annotated
 
@@ -13,14 +12,15 @@ import typer
 from rich.console import Console
 from rich.table import Table as Rows
 
+from parallel_plans.cli.sizes import Ep, Etp, Tp
 from parallel_plans.cli.target import Target, TargetError, read_target
 from parallel_plans.errors import LaunchError, ParallelPlansError
 from parallel_plans.loader import load_plan
 from parallel_plans.lookup import bundled_folder, bundled_types, find_plan
-from parallel_plans.mesh import check_sizes
+from parallel_plans.mesh import views_for
 from parallel_plans.resolve import resolve
 from parallel_plans.table import Table
-from parallel_plans.views import Views, views_of
+from parallel_plans.views import Views
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 PAPER = 200  # columns where no terminal says how many there are
@@ -42,16 +42,14 @@ def list_plans() -> None:
 def show(
     target: Annotated[str, typer.Argument(help="a checkpoint folder, a config.json, or a model type")],
     plan: Annotated[str, typer.Option(help="auto, builtin, or a plan file")] = "auto",
-    tp: Annotated[int, typer.Option(min=1, help="ranks that split the dense layers")] = 2,
-    ep: Annotated[int, typer.Option(min=1, help="ranks over which whole experts are dealt")] = 1,
-    etp: Annotated[int | None, typer.Option(min=1, help="ranks that split each expert [tp, or 1 with ep]")] = None,
+    tp: Tp = 2,
+    ep: Ep = 1,
+    etp: Etp = None,
 ) -> None:
     """What a plan makes of a model: every rule, what it splits and how, and the bytes of each rank."""
     try:
         subject = read_target(target)
-        sizes = {"tp": tp, "ep": ep} | ({} if etp is None else {"etp": etp})
-        asked = views_of(sizes)
-        views = check_sizes(tp, ep, etp, world=math.lcm(asked.tp, asked.block))
+        views = views_for(tp, ep, etp)
         found = find_plan(plan, subject.spec, subject.carried, subject.plan_beside)
         table = resolve(found, subject.spec, views.sizes)
     except (TargetError, LaunchError) as error:

@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table as Rows
 
+from parallel_plans.cli.sizes import Ep, Etp, Tp
 from parallel_plans.cli.target import TargetError, read_target
 from parallel_plans.errors import LaunchError
 from parallel_plans.verify.report import FAILED, LEVELS, PASSED, Report
@@ -33,9 +34,9 @@ COLOURS = {PASSED: "green", FAILED: "red"}
 def verify(
     target: Annotated[str, typer.Argument(help="a checkpoint folder, a config.json, a model type, or module:factory")],
     plan: Annotated[str, typer.Option(help="auto, builtin, or a plan file")] = "auto",
-    tp: Annotated[int, typer.Option(min=1, help="ranks that split the dense layers")] = 2,
-    ep: Annotated[int, typer.Option(min=1, help="ranks over which whole experts are dealt")] = 1,
-    etp: Annotated[int | None, typer.Option(min=1, help="ranks that split each expert [tp, or 1 with ep]")] = None,
+    tp: Tp = 2,
+    ep: Ep = 1,
+    etp: Etp = None,
     sp: Annotated[bool, typer.Option("--sp", help="sequence parallelism; not built yet")] = False,
     settings: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="a config field")] = None,
     level: Annotated[Level, typer.Option(help="the last level to run")] = LAST,

@@ -7,9 +7,10 @@ from types import MappingProxyType
 from parallel_plans.experts.allreduce import BlockBoundary, ExpertsBoundary
 from parallel_plans.experts.dispatch import DispatchBoundary
 from parallel_plans.experts.routing import RouterBoundary
+from parallel_plans.plan import EXPERT_SECTIONS
 from parallel_plans.styles.base import Style, register_style
 from parallel_plans.styles.special import IdentityExpertBoundary
-from parallel_plans.styles.table import ANYWHERE, COUNTS, DEALS, PACKED, SPLIT, TWO_PARTS
+from parallel_plans.styles.table import ANYWHERE, COUNTS, PACKED, SPLIT, TWO_PARTS
 
 _WITH_DENSE = ("tp_plan", "sp_plan", "ep_plan")  # where the ranks share a batch
 
@@ -32,7 +33,7 @@ register_style(
         vector=0,
         options=MappingProxyType({"unit": "units", "parts": "parts"}),
         parameter_only=True,
-        sections=DEALS,
+        sections=EXPERT_SECTIONS,
         role="weight",
         local_count="num_experts",
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import MappingProxyType
 
+from parallel_plans.plan import EXPERT_SECTIONS
 from parallel_plans.styles.base import Style, register_style
 from parallel_plans.styles.special import (
     RopePartBoundary,
@@ -15,8 +16,7 @@ SPLIT = MappingProxyType({"dim": "dim", "unit": "units"})
 TWO_PARTS = MappingProxyType({"parts": 2})
 PACKED = MappingProxyType({"dim": "dim", "parts": "parts", "unit": "units"})
 COUNTS = MappingProxyType({"counts": "counts"})
-DEALS = ("ep_plan", "dispatch_plan")  # the sections that deal experts over ranks
-ANYWHERE = ("tp_plan", "sp_plan", *DEALS)
+ANYWHERE = ("tp_plan", "sp_plan", *EXPERT_SECTIONS)
 
 register_style(
     Style(

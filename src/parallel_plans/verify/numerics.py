@@ -45,10 +45,9 @@ class Trial:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a trial gave: findings, the resolved plan, rank 0's collectives of one step."""
+    """What a trial gave: findings, and the collectives of all its ranks."""
 
     findings: list[Finding]
-    table: Table | None
     calls: list[Call]
 
 
@@ -60,13 +59,13 @@ def check_numerics(trial: Trial) -> Outcome:
         with record_collectives() as calls:
             seen = run_on_threads(lambda rank: _on_rank(trial, rank, tables), trial.views.world, SECONDS)
     except PlanError as error:
-        return Outcome(findings=list(error.findings), table=None, calls=[])
+        return Outcome(findings=list(error.findings), calls=[])
     except RankHung as error:
-        return Outcome(findings=[_hung(trial, error)], table=None, calls=[])
+        return Outcome(findings=[_hung(trial, error)], calls=[])
     except StepFailed as error:
-        return Outcome(findings=[_crashed(trial, error)], table=None, calls=[])
+        return Outcome(findings=[_crashed(trial, error)], calls=[])
     found = list(_differences(trial, tables[0], truths, seen))
-    return Outcome(findings=found, table=tables[0], calls=calls)
+    return Outcome(findings=found, calls=calls)
 
 
 def _truth(model: Any, batch: Mapping[str, Tensor]) -> Observed:

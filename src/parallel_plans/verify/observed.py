@@ -21,8 +21,6 @@ class Observed:
 
     Args:
         outputs: module -> the tensor it gave, in the order in which modules ended; of several calls the last.
-        sums: the modules whose output was a sum that still waited.
-        inputs: module -> the first tensor it took.
         loss, logits: of the step.
         gradients: parameter -> its whole gradient.
         input_gradient: that of the embeddings' output.
@@ -31,8 +29,6 @@ class Observed:
     """
 
     outputs: dict[str, Tensor] = field(default_factory=dict)
-    sums: set[str] = field(default_factory=set)
-    inputs: dict[str, Tensor] = field(default_factory=dict)
     logits: Tensor | None = None
     loss: Tensor | None = None
     gradients: dict[str, Tensor] = field(default_factory=dict)
@@ -69,15 +65,11 @@ def watched(model: nn.Module, observed: Observed) -> Iterator[None]:
     """Inside the block, every call of a module of `model` is noted."""
 
     def note(name: str) -> Any:
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            given, taken = first_tensor(output), first_tensor((args, kwargs))
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            given = first_tensor(output)
             if given is not None and given.is_floating_point():
                 observed.outputs.pop(name, None)  # so that the order is that of the last calls
                 observed.outputs[name] = _held(given).clone()
-                if isinstance(given, Partial):
-                    observed.sums.add(name)
-            if taken is not None and taken.is_floating_point():
-                observed.inputs[name] = _held(taken).clone()
 
         return hook
 
@@ -93,7 +85,7 @@ def watched(model: nn.Module, observed: Observed) -> Iterator[None]:
     for name, module in model.named_modules():
         handles += [module.register_forward_pre_hook(enter(name)), module.register_forward_hook(leave)]
         if name:
-            handles.append(module.register_forward_hook(note(name), with_kwargs=True))
+            handles.append(module.register_forward_hook(note(name)))
     try:
         yield
     except Exception as error:

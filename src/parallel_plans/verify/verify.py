@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from parallel_plans.errors import Finding, PlanError
 from parallel_plans.lookup import PlanSource, carried_by, find_plan, with_experts
-from parallel_plans.mesh import check_sizes
+from parallel_plans.mesh import views_for
 from parallel_plans.model_spec import ModelSpec, describe
 from parallel_plans.plan import Plan
 from parallel_plans.resolve import resolve
@@ -19,7 +19,7 @@ from parallel_plans.verify.numerics import Trial, check_numerics
 from parallel_plans.verify.report import LEVELS, PASSED, Parameters, Report, Traffic
 from parallel_plans.verify.shrink import CannotShrink, shrunken
 from parallel_plans.verify.weights import example_batch, random_model
-from parallel_plans.views import Views, views_of
+from parallel_plans.views import Views
 
 
 def verify_plan(
@@ -51,7 +51,7 @@ def verify_plan(
     """
     if level not in LEVELS:
         raise ValueError(f"level is {level!r}; it can be {', '.join(LEVELS)}")
-    views = check_sizes(tp, ep, etp, world=views_of(_sizes(tp, ep, etp)).world)
+    views = views_for(tp, ep, etp)
     model, config = _model_and_config(target)
     spec = describe(model)
     mesh = {"tp": views.tp, "ep": views.ep, **({"etp": views.etp} if views.ep > 1 else {})}
@@ -68,10 +68,6 @@ def verify_plan(
     if level == "numerics" and table is not None and config is not None:
         _settle_numerics(report, found, config, views, ep_plan == "dispatch")
     return report
-
-
-def _sizes(tp: int, ep: int, etp: int | None) -> dict[str, int]:
-    return {"tp": tp, "ep": ep} | ({} if etp is None else {"etp": etp})
 
 
 def _model_and_config(target: Any) -> tuple[nn.Module, Any]:

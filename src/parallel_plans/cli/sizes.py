@@ -1,0 +1,11 @@
+"""The options by which the commands take the ranks of a plan."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+Tp = Annotated[int, typer.Option("--tp", min=1, help="ranks that split the dense layers")]
+Ep = Annotated[int, typer.Option("--ep", min=1, help="ranks over which whole experts are dealt")]
+Etp = Annotated[int | None, typer.Option("--etp", min=1, help="ranks that split each expert [tp, or 1 with ep]")]
