@@ -126,7 +126,7 @@ def report_uses(report: Report, spec: ModelSpec, assignment: Assignment) -> None
         rule = use.rule
         # a catch-all may find nothing left to catch, but must have had something to look at
         is_spare = "**" in rule.pattern and not use.matches_nothing
-        if _reaches(use) or is_spare or (rule.optional and use.matches_nothing):
+        if reaches(use) or is_spare or (rule.optional and use.matches_nothing):
             continue
         if use.matches_nothing:
             report.add("PP101", "the rule matches nothing in the model", rule, fix=_nearest(rule.pattern, names))
@@ -139,7 +139,7 @@ def report_uses(report: Report, spec: ModelSpec, assignment: Assignment) -> None
             report.add("PP101", message, rule, fix=fix)
 
 
-def _reaches(use: RuleUse) -> bool:
+def reaches(use: RuleUse) -> bool:
     """Whether the rule does something: it rules a parameter, or stands on a module for its boundary's sake."""
     style = get_style(use.rule.style)
     return bool(use.parameters) or (use.modules > 0 and (style.acts_on_forward or style.module_only))

@@ -62,12 +62,22 @@ def verify_plan(
         report.settle("accounting", error.findings)
         return report
     report.plan = found.source
+    report.findings += _dropped(found)
     table = _settle_shapes(report, found, spec, views, ep_plan == "dispatch")
     if table is not None:
         report.parameters = _parameters(table, views)
     if level == "numerics" and table is not None and config is not None:
         _settle_numerics(report, found, config, views, ep_plan == "dispatch")
     return report
+
+
+def _dropped(plan: Plan) -> list[Finding]:
+    """The warning that a class carries rules which do nothing in this model: for other configs, or out of date."""
+    if not plan.dropped:
+        return []
+    told = ", ".join(dict.fromkeys(rule.pattern for rule in plan.dropped))
+    message = f"the model's class has rules that do nothing in this model, dropped: {told}"
+    return [Finding(code="PP101", severity="warning", message=message, rule=plan.dropped[0].pattern)]
 
 
 def _model_and_config(target: Any) -> tuple[nn.Module, Any]:

@@ -1,0 +1,210 @@
+"""What transformers' own parallelism makes of a plan: on two real ranks, against one process, without this project.
+
+The only thing that is taken from here is a config. Weights are random, norms, biases, routers and buffers too.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
+
+from carried.children import asked, in_one_line
+
+RANKS = 2
+SECONDS = 60.0  # for all that a rank does
+PATIENCE = 15.0  # seconds that a rank waits for the other after a phase
+PLAIN = {"attn_implementation": "eager", "experts_implementation": "eager"}
+TOLERANCE = {torch.float64: 1e-5, torch.float32: 2e-3}  # of a tensor's largest value
+ZERO = 1e-6  # a gradient below this is zero but for rounding
+RIGHT = "right"
+PHASES = ("alone", "load", "outputs", "loss", "gradients", "tokens", "checkpoint")
+
+
+def run(config: Any, sizes: Mapping[str, int], folder: str) -> dict[str, str]:
+    """For every phase `right`, or what is wrong in one line; a phase that was not reached is left out.
+
+    Args:
+        config: of a model that runs in milliseconds.
+        sizes: `tp_size`, and with experts dealt over the ranks `ep_size`, as `DistributedConfig` takes them.
+        folder: an empty one, for checkpoints.
+    """
+    port = _free_port()
+    calls = [(rank, port, config, sizes, folder) for rank in range(RANKS)]
+    first, *others = asked(_rank, calls, RANKS, SECONDS)
+    found: dict[str, str] = dict(first.value or {})
+    for answer in others:
+        for phase, told in (answer.value or {}).items():
+            if found.get(phase, RIGHT) == RIGHT:
+                found[phase] = told
+    problem = next((answer.problem for answer in (first, *others) if answer.problem is not None), None)
+    if problem is not None:
+        last = next((phase for phase in PHASES if phase not in found), PHASES[-1])
+        found[last] = f"hangs: {problem}"
+    return found
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _rank(rank: int, port: int, config: Any, sizes: Mapping[str, int], folder: str) -> dict[str, str]:
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "LOCAL_WORLD_SIZE": RANKS, "MASTER_PORT": port}
+    os.environ.update({"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in place.items()}})
+    dist.init_process_group("gloo", timeout=timedelta(seconds=PATIENCE))
+    one = _Run(config, sizes, Path(folder))
+    found: dict[str, str] = {}
+    for phase in PHASES:
+        if phase == "gradients" and one.split_loss is None:
+            continue
+        try:
+            found[phase] = getattr(one, phase)()
+        except Exception as error:
+            found[phase] = f"raises {in_one_line(error)}"
+        if not _all_go_on(phase) or (phase in ("alone", "load") and found[phase] != RIGHT):
+            break
+    return found
+
+
+def _all_go_on(phase: str) -> bool:
+    """Whether the other rank ends this phase too."""
+    store: Any = dist.distributed_c10d._get_default_store()
+    store.set(f"{phase}/{dist.get_rank()}", "done")
+    try:
+        store.wait([f"{phase}/{rank}" for rank in range(RANKS)], timedelta(seconds=PATIENCE))
+    except RuntimeError:
+        return False
+    return True
+
+
+class _Run:
+    """One model on this rank: whole, and split by transformers. Each method is a phase."""
+
+    def __init__(self, config: Any, sizes: Mapping[str, int], folder: Path) -> None:
+        self.config, self.sizes, self.folder = config, sizes, folder
+        self.split_loss: Tensor | None = None  # None where the forward has raised
+        generator = torch.Generator().manual_seed(7)
+        tokens = torch.randint(3, config.get_text_config().vocab_size, (2, 11), generator=generator)
+        self.batch = {"input_ids": tokens, "labels": tokens.clone(), "use_cache": False}
+
+    def alone(self) -> str:
+        given = AutoModelForCausalLM.from_config(self.config, **PLAIN)
+        self.kind = type(given)
+        if dist.get_rank() == 0:
+            _random(given).save_pretrained(self.folder / "given")
+        dist.barrier()
+        try:
+            self.dtype = torch.float64
+            self.whole = self._loaded("given")
+            self._step(self.whole)
+        except RuntimeError:  # it is written for float32
+            self.dtype = torch.float32
+            self.whole = self._loaded("given")
+            self._step(self.whole)
+        return RIGHT
+
+    def load(self) -> str:
+        self.model = self._loaded("given", distributed_config=DistributedConfig(tp_plan="auto", **self.sizes))
+        return RIGHT
+
+    def _loaded(self, name: str, **more: Any) -> Any:
+        return self.kind.from_pretrained(self.folder / name, dtype=self.dtype, **PLAIN, **more).eval()
+
+    def _step(self, model: Any) -> Any:
+        output = model(**self.batch)
+        output.loss.backward()
+        return output
+
+    def outputs(self) -> str:
+        with torch.no_grad():
+            return self._compared("the logits", self.model(**self.batch).logits, self.whole(**self.batch).logits)
+
+    def loss(self) -> str:
+        self.whole.zero_grad()
+        wanted, found = self._step(self.whole), self.model(**self.batch)
+        self.split_loss = found.loss
+        told = self._compared("the logits in training", found.logits, wanted.logits)
+        return told if told != RIGHT else self._compared("the loss", found.loss, wanted.loss)
+
+    def gradients(self) -> str:
+        assert self.split_loss is not None
+        self.split_loss.backward()
+        split = dict(self.model.named_parameters())
+        told = {name: self._gradient(split[name].grad, p.grad) for name, p in self.whole.named_parameters()}
+        wrong = [f"that of {name} {each}" for name, each in told.items() if each != RIGHT]
+        return f"{len(wrong)} of {len(told)}, among them {wrong[-1]}" if wrong else RIGHT
+
+    def _gradient(self, found: Tensor | None, wanted: Tensor | None) -> str:
+        if found is not None and wanted is not None:
+            return self._compared("", found, wanted).strip()
+        is_zero = [each is None or not _whole(each).any() for each in (found, wanted)]
+        if all(is_zero):
+            return RIGHT
+        return "is missing" if found is None else "is there, and one process has none"
+
+    def tokens(self) -> str:
+        tokens = self.batch["input_ids"]
+        try:
+            wanted = _written(self.whole, tokens)
+        except Exception:  # it cannot write alone either
+            return RIGHT
+        return RIGHT if wanted is None or _written(self.model, tokens).equal(wanted) else "other tokens"
+
+    def checkpoint(self) -> str:
+        self.model.save_pretrained(self.folder / "saved")
+        dist.barrier()
+        if dist.get_rank():
+            return RIGHT
+        state, wanted = self._loaded("saved").state_dict(), self.whole.state_dict()
+        wrong = [name for name, value in wanted.items() if name not in state or not state[name].equal(value)]
+        return f"{len(wrong)} of {len(wanted)} weights differ, among them {wrong[0]}" if wrong else RIGHT
+
+    def _compared(self, what: str, found: Tensor, wanted: Tensor) -> str:
+        found, wanted = _whole(found).double(), _whole(wanted).double()
+        if found.shape != wanted.shape:
+            return f"{what} has shape {list(found.shape)}, not {list(wanted.shape)}"
+        error, scale = float((found - wanted).abs().max()), float(wanted.abs().max())
+        if error <= TOLERANCE[self.dtype] * scale or max(error, scale) < ZERO:
+            return RIGHT
+        return f"{what} is off by {error / max(scale, ZERO):.0%} of the largest value"
+
+
+def _random(model: Any) -> Any:
+    """The model with every weight and every buffer that is saved drawn at random."""
+    generator = torch.Generator().manual_seed(11)
+    saved = model.state_dict().keys()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            is_scale = parameter.dim() < 2 and name.endswith("weight")
+            size = 0.3 if parameter.dim() < 2 else max(0.1, parameter.shape[-1] ** -0.5)
+            parameter.copy_(noise * size + is_scale)
+        for name, buffer in model.named_buffers():
+            if name in saved and buffer.is_floating_point():
+                buffer.add_(0.1 * torch.randn(buffer.shape, generator=generator))
+    return model
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+def _written(model: Any, tokens: Tensor) -> Tensor | None:
+    """What a model writes after these tokens; None for one that does not write."""
+    if not model.can_generate():
+        return None
+    lengths: dict[str, Any] = {"min_new_tokens": 4, "max_new_tokens": 4, "do_sample": False}
+    generate: Callable[..., Tensor] = model.generate
+    return generate(tokens, attention_mask=torch.ones_like(tokens), **lengths)

@@ -1,0 +1,69 @@
+"""What the verifier says of a carried plan: `verify_plan(..., "builtin")`, in the words of a table."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from parallel_plans import PlanError, verify_plan
+from parallel_plans.lookup import carried_by, find_plan
+from parallel_plans.mesh import views_for
+from parallel_plans.model_spec import describe
+from parallel_plans.resolve import resolve
+
+SOUND, WRONG, UNJUDGED = "sound", "wrong", "not judged"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What was found.
+
+    Args:
+        outcome: `SOUND`, `WRONG` or `UNJUDGED`.
+        findings: of the report, as `Report.to_dict` has them; the reason where it was not judged.
+        share: of the bytes of the layers' parameters, those that are split; None where the plan does not fit.
+        level: the level that failed.
+        seconds: that it took; they are no part of what was found.
+    """
+
+    outcome: str
+    findings: tuple[Mapping[str, Any], ...] = ()
+    share: float | None = None
+    level: str | None = None
+    seconds: float = field(default=0.0, compare=False)
+
+    @property
+    def first(self) -> Mapping[str, Any] | None:
+        """The finding that decides."""
+        return next((each for each in self.findings if each["severity"] == "error"), next(iter(self.findings), None))
+
+
+def verdict(model: Any, sizes: Mapping[str, int]) -> Verdict:
+    """The verdict on the plan that the class of a model carries, on so many ranks."""
+    started = time.monotonic()
+    report = verify_plan(model, "builtin", **sizes)
+    seconds = time.monotonic() - started
+    found = report.to_dict()
+    findings: Any = found["findings"]
+    failed = next((level for level, state in report.levels.items() if state == "failed"), None)
+    # a level that was due and was not run has said why among the findings
+    was_run = report.levels["numerics"] != "not run"
+    outcome = WRONG if failed is not None else SOUND if was_run else UNJUDGED
+    share = _share(model, sizes)
+    return Verdict(outcome=outcome, findings=tuple(findings), share=share, level=failed, seconds=seconds)
+
+
+def _share(model: Any, sizes: Mapping[str, int]) -> float | None:
+    """The share of the layers' bytes that the plan splits."""
+    spec = describe(model)
+    views = views_for(sizes["tp"], sizes.get("ep", 1), None)
+    try:
+        table = resolve(find_plan("builtin", spec, carried_by(model), lambda: None), spec, views.sizes)
+    except PlanError:
+        return None
+    # what stands in a list is named by its number there: layers, and not the embeddings, the last norm, the head
+    entries = [entry for name, entry in table.parameters.items() if any(part.isdigit() for part in name.split("."))]
+    split = sum(entry.info.bytes for entry in entries if entry.is_sharded)
+    return split / max(1, sum(entry.info.bytes for entry in entries))
