@@ -30,9 +30,17 @@ SECONDS = 1200.0  # for one type
 
 
 def gathered(
-    kinds: Sequence[str], jobs: int = 1, with_runs: bool = True, known: Mapping[str, Mapping[str, str]] | None = None
+    kinds: Sequence[str],
+    *,
+    jobs: int = 1,
+    with_runs: bool = True,
+    known: Mapping[str, Mapping[str, str]] | None = None,
+    into: Path | None = None,
 ) -> tuple[dict[str, list[Row]], dict[str, str]]:
-    """Type -> its rows, and type -> why there are none; types whose class carries no plan are in neither."""
+    """Type -> its rows, and type -> why there are none; types whose class carries no plan are in neither.
+
+    `known` are runs of before, by key; `into` is a file for all that was found, written after each type.
+    """
     found, without = dict[str, list[Row]](), dict[str, str]()
     calls = [(kind, with_runs, known or {}) for kind in kinds]
     for kind, answer in zip(kinds, asked(rows_of, calls, jobs, SECONDS), strict=True):
@@ -41,6 +49,9 @@ def gathered(
         elif answer.value is not None:
             found[kind] = answer.value
             print(" | ".join(line_of(answer.value)), file=sys.stderr, flush=True)
+        if into is not None:
+            rows = {kind: [dataclasses.asdict(row) for row in rows] for kind, rows in found.items()}
+            into.write_text(json.dumps({"rows": rows, "without": without}, indent=1), encoding="utf-8")
     return found, without
 
 
@@ -59,10 +70,13 @@ def main() -> int:
     parser.add_argument("--no-run", action="store_true", help="the verifier alone; writes no page")
     arguments = parser.parse_args()
     started = time.monotonic()
-    found, without = gathered(arguments.types or types(), arguments.jobs, not arguments.no_run, runs_in(arguments.runs))
-    if arguments.json:
-        rows = {kind: [dataclasses.asdict(row) for row in rows] for kind, rows in found.items()}
-        arguments.json.write_text(json.dumps({"rows": rows, "without": without}, indent=1), encoding="utf-8")
+    found, without = gathered(
+        arguments.types or types(),
+        jobs=arguments.jobs,
+        with_runs=not arguments.no_run,
+        known=runs_in(arguments.runs),
+        into=arguments.json,
+    )
     if arguments.types or arguments.no_run:
         print("\n".join(" | ".join(cells) for cells in (COLUMNS, *map(line_of, found.values()))))
     else:

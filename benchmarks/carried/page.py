@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
@@ -10,7 +11,7 @@ import transformers
 
 from carried.gather import DENSE, EXPERTS, Row
 from carried.run import OTHERWISE, RIGHT
-from carried.verdict import SOUND, UNJUDGED, WRONG, Verdict
+from carried.verdict import SOUND, UNFIT, UNJUDGED, WRONG, Verdict
 from carried.why import why
 from parallel_plans.table import wildcarded
 
@@ -38,18 +39,31 @@ def page(found: Found, unbuilt: Mapping[str, str]) -> str:
         unbuilt: type -> why no model can be built, for types of which nothing is known.
     """
     rows = [row for kind in sorted(found) for row in found[kind]]
-    parts = ["# The plans that transformers carries", NOTICE, _versions(), *map(_wrapped, INTRODUCTION)]
-    parts += ["## In numbers", _table(("", "tp=2", "tp=2 ep=2"), _numbers(found))]
-    parts += ["## Wrong, and why", _WRONG, _table(("type", "with", "ranks", "finding", "the run"), wrong_lines(rows))]
-    parts += ["## Sound, but nothing in the layers is split", _table(("type", "with", "ranks"), _idle(rows))]
-    parts += ["## Where the run differs from the verdict", *_differences(rows)]
-    parts += ["## Rules that do nothing", _wrapped(_USELESS), _table(("type", "rules"), _useless(found))]
-    parts += ["## Not judged", *_unjudged(rows, unbuilt)]
-    parts += ["## Every type", _wrapped(_EVERY), _table(COLUMNS, (line_of(found[kind]) for kind in sorted(found)))]
+    versions = {"transformers": transformers.__version__, "torch": torch.__version__.partition("+")[0]}
+    head = ", ".join(f"{name} {version}" for name, version in versions.items())
+    every = [line_of(found[kind]) for kind in sorted(found)]
+    case = ("type", "with", "ranks")
+    sections: list[tuple[str, str, tuple[str, ...], Iterable[Sequence[str]]]] = [
+        ("In numbers", "", ("", "tp=2", "tp=2 ep=2"), _numbers(found)),
+        ("Wrong, and why", _WRONG, (*case, "finding", "the run"), wrong_lines(rows)),
+        ("Sound, but not at the default size", _UNFIT, (*case, "finding"), _unfit(rows)),
+        ("Sound, but nothing in the layers is split", "", case, _idle(rows)),
+        ("Where the run differs from the verdict", "", (*case, "verdict", "the run", "why"), _differences(rows)),
+        ("Rules that do nothing", _USELESS, ("type", "rules"), _useless(found)),
+        ("Not judged", "", (*case, "why"), _unjudged(rows, unbuilt)),
+        ("Every type", _EVERY, COLUMNS, every),
+    ]
+    parts = ["# The plans that transformers carries", NOTICE, f"{head}.", *map(_wrapped, INTRODUCTION)]
+    for heading, text, columns, lines in sections:
+        parts += [f"## {heading}", *([_wrapped(text)] if text else []), _table(columns, lines)]
     return "\n\n".join(parts) + "\n"
 
 
 _WRONG = "The finding is the first of the verifier's; the run is what transformers' own code does with the plan."
+_UNFIT = (
+    "The plan is sound where the model has enough parts for every rank. With the type's default numbers of heads or "
+    "experts it does not."
+)
 _USELESS = (
     "A class carries one plan for all its configs, so some rules find nothing in some of them. These find nothing in "
     "any config looked at, or only modules at which their style does nothing. They do no harm but to what they were "
@@ -68,20 +82,17 @@ def line_of(rows: Sequence[Row]) -> tuple[str, ...]:
     cells = [rows[0].kind, str(len({row.case for row in rows}))]
     for sizes in (DENSE, EXPERTS):
         of_sizes = [row for row in rows if row.sizes == sizes]
-        cells += [_summary([row.verdict for row in of_sizes]), _share(of_sizes)]
+        cells += [_summary(of_sizes), _share(of_sizes)]
     ran = [row for row in rows if was_run(row)]
     agreeing = sum(agrees(row) for row in ran)
     return (*cells, f"{agreeing} of {len(ran)} agree" if ran else "none")
 
 
-def _summary(verdicts: Sequence[Verdict]) -> str:
-    if not verdicts:
-        return ""
-    told = []
-    for outcome in (SOUND, WRONG, UNJUDGED):
-        count = sum(each.outcome == outcome for each in verdicts)
-        told += [outcome if count == len(verdicts) else f"{outcome} {count}"] if count else []
-    return ", ".join(told)
+def _summary(rows: Sequence[Row]) -> str:
+    """How often each outcome is there, or the one that all have."""
+    counts = Counter(row.outcome for row in rows)
+    told = [(outcome, counts[outcome]) for outcome in (SOUND, WRONG, UNFIT, UNJUDGED) if counts[outcome]]
+    return ", ".join(outcome if len(told) == 1 else f"{outcome} {count}" for outcome, count in told)
 
 
 def _share(rows: Sequence[Row]) -> str:
@@ -104,11 +115,6 @@ def is_right(row: Row) -> bool:
     return OTHERWISE in row.run or set(row.run.values()) == {RIGHT}
 
 
-def _versions() -> str:
-    versions = {"transformers": transformers.__version__, "torch": torch.__version__.partition("+")[0]}
-    return ", ".join(f"{name} {version}" for name, version in versions.items()) + "."
-
-
 def _numbers(found: Found) -> Iterator[tuple[str, ...]]:
     """The totals, by ranks."""
     by_ranks = [
@@ -120,7 +126,7 @@ def _numbers(found: Found) -> Iterator[tuple[str, ...]]:
 
 
 def _outcomes(rows: Sequence[Row]) -> list[str]:
-    return [row.verdict.outcome for row in rows]
+    return [row.outcome for row in rows]
 
 
 def _rows_that(test: Callable[[Row], bool]) -> Callable[[Sequence[Sequence[Row]]], int]:
@@ -134,13 +140,12 @@ def _types_that(test: Callable[[Sequence[Row]], bool]) -> Callable[[Sequence[Seq
 _COUNTS: dict[str, Callable[[Sequence[Sequence[Row]]], int]] = {
     "types with a plan": len,
     "sound in every variant": _types_that(lambda rows: set(_outcomes(rows)) == {SOUND}),
-    "wrong as they are": _types_that(lambda rows: rows[0].verdict.outcome == WRONG),
-    "wrong with a switch turned only": _types_that(
-        lambda rows: rows[0].verdict.outcome != WRONG and WRONG in _outcomes(rows)
-    ),
+    "wrong as they are": _types_that(lambda rows: rows[0].outcome == WRONG),
+    "wrong with a switch turned only": _types_that(lambda rows: rows[0].outcome != WRONG and WRONG in _outcomes(rows)),
     "with nothing in the layers split": _types_that(lambda rows: rows[0].verdict.share == 0),
+    "sound, but not at the default size": _types_that(lambda rows: UNFIT in _outcomes(rows)),
     "variants": _rows_that(lambda row: True),
-    "found wrong": _rows_that(lambda row: row.verdict.outcome == WRONG),
+    "found wrong": _rows_that(lambda row: row.outcome == WRONG),
     "run by transformers": _rows_that(was_run),
     "found wrong, and wrong in the run": _rows_that(lambda row: _both(row, WRONG, False)),
     "found sound, and right in the run": _rows_that(lambda row: _both(row, SOUND, True)),
@@ -200,14 +205,20 @@ def _run(row: Row) -> str:
 
 
 def wrong_lines(rows: Sequence[Row]) -> Iterator[tuple[str, ...]]:
-    wrong = [row for row in rows if row.verdict.outcome == WRONG]
+    wrong = [row for row in rows if row.outcome == WRONG]
     for group in _grouped(wrong, lambda row: (row.kind, _finding(row.verdict))):
         first = group[0]
         yield first.kind, _variants(group), _ranks(group), _finding(first.verdict), _run(first)
 
 
+def _unfit(rows: Sequence[Row]) -> Iterator[tuple[str, ...]]:
+    unfit = [row for row in rows if row.outcome == UNFIT]
+    for group in _grouped(unfit, lambda row: (row.kind, _finding(row.verdict))):
+        yield group[0].kind, _variants(group), _ranks(group), _finding(group[0].verdict)
+
+
 def _idle(rows: Sequence[Row]) -> Iterator[tuple[str, ...]]:
-    idle = [row for row in rows if row.verdict.outcome == SOUND and row.verdict.share == 0]
+    idle = [row for row in rows if row.outcome == SOUND and row.verdict.share == 0]
     for group in _grouped(idle, lambda row: row.kind):
         yield group[0].kind, _variants(group), _ranks(group)
 
@@ -231,26 +242,18 @@ def differing(rows: Iterable[Row]) -> list[Row]:
     return [row for row in rows if was_run(row) and row.small.outcome != UNJUDGED and not agrees(row)]
 
 
-def _differences(rows: Sequence[Row]) -> Iterator[str]:
-    if not (found := differing(rows)):
-        yield "Nowhere."
-        return
-    groups = _grouped(found, lambda row: (row.kind, row.small.outcome, why(row)))
-    cells = [
-        (each[0].kind, _variants(each), _ranks(each), each[0].small.outcome, _run(each[0]), why(each[0]))
-        for each in groups
-    ]
-    yield _table(("type", "with", "ranks", "verdict", "the run", "why"), cells)
+def _differences(rows: Sequence[Row]) -> Iterator[tuple[str, ...]]:
+    for group in _grouped(differing(rows), lambda row: (row.kind, row.small.outcome, why(row))):
+        first = group[0]
+        yield first.kind, _variants(group), _ranks(group), first.small.outcome, _run(first), why(first)
 
 
-def _unjudged(rows: Sequence[Row], unbuilt: Mapping[str, str]) -> Iterator[str]:
-    unjudged = [row for row in rows if row.verdict.outcome == UNJUDGED]
-    cells = [
-        (group[0].kind, _variants(group), _ranks(group), _finding(group[0].verdict))
-        for group in _grouped(unjudged, lambda row: (row.kind, _finding(row.verdict)))
-    ]
-    cells += [(kind, "", "", f"no model: {_cut(told)}") for kind, told in sorted(unbuilt.items())]
-    yield _table(("type", "with", "ranks", "why"), cells) if cells else "None."
+def _unjudged(rows: Sequence[Row], unbuilt: Mapping[str, str]) -> Iterator[tuple[str, ...]]:
+    unjudged = [row for row in rows if row.outcome == UNJUDGED]
+    for group in _grouped(unjudged, lambda row: (row.kind, _finding(row.verdict))):
+        yield group[0].kind, _variants(group), _ranks(group), _finding(group[0].verdict)
+    for kind, told in sorted(unbuilt.items()):
+        yield kind, "", "", f"no model: {_cut(told)}"
 
 
 def _wrapped(text: str) -> str:
@@ -258,5 +261,7 @@ def _wrapped(text: str) -> str:
 
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    if not (rows := list(rows)):
+        return "None."
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

@@ -13,7 +13,7 @@ from parallel_plans.mesh import views_for
 from parallel_plans.model_spec import describe
 from parallel_plans.resolve import resolve
 
-SOUND, WRONG, UNJUDGED = "sound", "wrong", "not judged"
+SOUND, WRONG, UNFIT, UNJUDGED = "sound", "wrong", "does not fit", "not judged"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class Verdict:
 def verdict(model: Any, sizes: Mapping[str, int]) -> Verdict:
     """The verdict on the plan that the class of a model carries, on so many ranks."""
     started = time.monotonic()
-    report = verify_plan(model, "builtin", **sizes)
+    report = verify_plan(model, "builtin", tp=sizes["tp"], ep=sizes.get("ep", 1))
     seconds = time.monotonic() - started
     found = report.to_dict()
     findings: Any = found["findings"]
