@@ -27,7 +27,8 @@ INTRODUCTION = (
     "away or ties parameters. Beside each verdict stands a run that shares no code with the verifier: transformers' "
     "own `from_pretrained(..., distributed_config=...)` on two gloo ranks, with a shrunken config and random weights, "
     "in float64, against one process. Held against each other are logits, loss, every gradient, a greedy "
-    "continuation, and the checkpoint that is saved.",
+    "continuation, and the checkpoint that is saved. Where something is wrong, the run is made again with another "
+    "code for experts, and with weights put in place by hand: if all is right then, the plan is, and the code is wrong.",
 )
 
 
@@ -70,9 +71,8 @@ _USELESS = (
     "written for."
 )
 _EVERY = (
-    "`split` is the share of the bytes of the layers' parameters that is split over the ranks. `run` says in how many "
-    "of all rows of a type, by variant and ranks, the independent run and the verdict on the same small config are of "
-    "one mind."
+    "`split` is the share of the bytes of the layers' parameters that is split over the ranks. `run` says for how many "
+    "of a type's variants and ranks the independent run and the verdict are of one mind."
 )
 COLUMNS = ("type", "variants", "tp=2", "split", "tp=2 ep=2", "split", "run")
 
