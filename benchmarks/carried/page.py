@@ -28,7 +28,7 @@ INTRODUCTION = (
     "own `from_pretrained(..., distributed_config=...)` on two gloo ranks, with a shrunken config and random weights, "
     "in float64, against one process. Held against each other are logits, loss, every gradient, a greedy "
     "continuation, and the checkpoint that is saved. Where something is wrong, the run is made again with another "
-    "code for experts, and with weights put in place by hand: if all is right then, the plan is, and the code is wrong.",
+    "code for experts, and with weights put in place by hand: if all is right then, the plan is right.",
 )
 
 
