@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -98,28 +99,41 @@ def _rank(rank: int, port: int, way: Way, config: Any, sizes: Mapping[str, int],
     one = _Run(way, config, sizes, Path(folder))
     found: dict[str, str] = {}
     for phase in PHASES:
-        if phase in way.skips:
-            continue
-        if phase == "gradients" and one.split_loss is None:
+        if phase in way.skips or (phase == "gradients" and one.split_loss is None):
             continue
         try:
             found[phase] = getattr(one, phase)()
         except Exception as error:
             found[phase] = f"raises {in_one_line(error)}"
-        if not _all_go_on(phase) or (phase in ("alone", "load") and found[phase] != RIGHT):
+        is_over = phase in ("alone", "load") and found[phase] != RIGHT
+        if not _all_come_to(phase) or is_over:
             break
+    _leave()
     return found
 
 
-def _all_go_on(phase: str) -> bool:
-    """Whether the other rank ends this phase too."""
-    store: Any = dist.distributed_c10d._get_default_store()
-    store.set(f"{phase}/{dist.get_rank()}", "done")
+def _store() -> Any:
+    return dist.distributed_c10d._get_default_store()
+
+
+def _all_come_to(end: str) -> bool:
+    """Whether the other ranks end this phase too."""
+    store = _store()
+    store.set(f"{end}/{dist.get_rank()}", "here")
     try:
-        store.wait([f"{phase}/{rank}" for rank in range(RANKS)], timedelta(seconds=PATIENCE))
+        store.wait([f"{end}/{rank}" for rank in range(RANKS)], timedelta(seconds=PATIENCE))
     except RuntimeError:
         return False
     return True
+
+
+def _leave() -> None:
+    """Rank 0 leaves last: with it goes the store that the others wait at."""
+    if dist.get_rank():
+        _store().set(f"left/{dist.get_rank()}", "gone")
+    else:
+        with suppress(RuntimeError):
+            _store().wait([f"left/{rank}" for rank in range(1, RANKS)], timedelta(seconds=PATIENCE))
 
 
 class _Run:
