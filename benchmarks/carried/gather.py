@@ -6,7 +6,7 @@ import hashlib
 import logging
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -63,12 +63,11 @@ def rows_of(kind: str, with_runs: bool, known: Mapping[str, Mapping[str, str]]) 
         for case, model in cases_of(kind):
             if not model.tp_plan and not model.ep_plan:
                 return None
-            # that a plan for experts is right does not hang on a bias elsewhere
-            for sizes in (DENSE, EXPERTS) if not case.changes and _deals_experts(model) else (DENSE,):
+            for sizes in _sizes(case, model):
                 rows.append(_row(case, model, sizes, with_runs, known))
     except Exception as error:  # the code of a model raises any kind
         return in_one_line(error)
-    return rows
+    return rows or None
 
 
 def _quiet() -> None:
@@ -79,10 +78,14 @@ def _quiet() -> None:
     logging.getLogger("parallel_plans").setLevel(logging.ERROR)
 
 
-def _deals_experts(model: Any) -> bool:
-    """Whether the class carries a plan for experts, and this model has any."""
+def _sizes(case: Case, model: Any) -> Iterator[Mapping[str, int]]:
+    """The ranks on which there is something to judge: for experts where the class has a plan for the model's."""
+    if model.tp_plan:
+        yield DENSE
     last = {rule.rpartition(".")[2] for rule in model.ep_plan or {}}
-    return any(name.rpartition(".")[2] in last for name, _ in model.named_parameters())
+    # that a plan for experts is right does not hang on a bias elsewhere
+    if not case.changes and any(name.rpartition(".")[2] in last for name, _ in model.named_parameters()):
+        yield EXPERTS
 
 
 def _row(

@@ -164,7 +164,11 @@ class _Run:
         return RIGHT
 
     def load(self) -> str:
-        self.model = self._loaded("given", distributed_config=DistributedConfig(tp_plan="auto", **self.sizes))
+        plan: Any = "auto"
+        if not self.whole.tp_plan:  # transformers wants one even where experts alone are dealt
+            embedding = self.whole.get_input_embeddings()
+            plan = {name: "replicate" for name, module in self.whole.named_modules() if module is embedding}
+        self.model = self._loaded("given", distributed_config=DistributedConfig(tp_plan=plan, **self.sizes))
         if self.way.places:
             whole = dict(self.whole.named_parameters())
             with torch.no_grad():
