@@ -98,6 +98,13 @@ MENDS = {
     "parts_are_not_equal": [("parts: 3", "parts: [50, 51]")],
     "parts_do_not_add_up": [("hidden_size]", "hidden_size + 5]")],
     "rule_matches_nothing": [("q_porj", "q_proj")],
+    "style_on_modules_it_cannot_serve": [("mlp: colwise", "mlp.**: colwise")],
+    "counts_without_counts": [("local_counts", "{style: local_counts, counts: {head_dim: 1}}")],
+    "norm_style_on_linear": [
+        ("q_proj: sharded_norm", "q_proj: replicate"),
+        ("  model.layers.*.mlp.act_fn: sharded_norm\n", ""),
+        ("tokens.weight:", "tokens:"),
+    ],
     "rule_on_buffers": [("  model.rotary_emb: replicate\n", "")],
     "rule_never_applies": [("mlp.*", "mlp.up_proj")],
     "rule_on_modules_without_parameters": [("mlp", "mlp.**")],
