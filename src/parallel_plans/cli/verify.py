@@ -51,7 +51,15 @@ def verify(
         subject = read_target(target, _fields(settings or []))
         beside = subject.plan_beside() if plan == "auto" else None
         report = verify_plan(
-            subject.model, beside or plan, tp=tp, ep=ep, etp=etp, level=str(level), name=target, strict=strict
+            subject.model,
+            beside or plan,
+            tp=tp,
+            ep=ep,
+            etp=etp,
+            level=str(level),
+            name=target,
+            strict=strict,
+            inputs=subject.inputs,
         )
     except (TargetError, LaunchError) as error:
         complaints.print(str(error), markup=False)
