@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from parallel_plans.errors import Finding
+from parallel_plans.verify.cost import Cost
 
 LEVELS = ("accounting", "geometry", "layouts", "numerics")
 NOT_RUN, PASSED, FAILED = "not run", "passed", "failed"
@@ -41,8 +42,10 @@ class Report:
         levels: level -> `passed`, `failed` or `not run`; a level that could not be run says why among the findings.
         findings: what is wrong (`error`) or worth knowing (`warning`), in the order of the levels.
         parameters: bytes, at the model's own size; zeros where the plan does not fit.
-        forward, backward: the collectives of one rank in the trial of the shrunken model: a step, a continuation, and
-            the gathering of weights and gradients. Those of a step at the model's own size are not estimated yet.
+        forward, backward: the collectives of one rank in one training step, at the model's own size; empty where `cost`
+            is None.
+        cost: what the plan costs a rank.
+        no_cost: why `cost` is None, where it was asked for.
         strict: whether a warning makes the plan unsound too.
     """
 
@@ -54,6 +57,8 @@ class Report:
     parameters: Parameters = field(default_factory=Parameters)
     forward: Sequence[Traffic] = ()
     backward: Sequence[Traffic] = ()
+    cost: Cost | None = None
+    no_cost: str | None = None
     strict: bool = False
 
     @property
@@ -86,4 +91,5 @@ class Report:
                 ]
                 for direction, traffic in (("forward", self.forward), ("backward", self.backward))
             },
+            "cost": {"missing": self.no_cost} if self.cost is None else self.cost.to_dict(),
         }
