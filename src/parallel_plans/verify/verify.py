@@ -15,11 +15,15 @@ from parallel_plans.model_spec import ModelSpec, describe
 from parallel_plans.plan import Plan
 from parallel_plans.resolve import resolve
 from parallel_plans.table import Table
+from parallel_plans.verify.cost import CostQuestion
 from parallel_plans.verify.numerics import Trial, check_numerics
-from parallel_plans.verify.report import LEVELS, PASSED, Parameters, Report, Traffic
+from parallel_plans.verify.pricing import cost_of, traffic_of
+from parallel_plans.verify.report import LEVELS, PASSED, Parameters, Report
 from parallel_plans.verify.shrink import CannotShrink, shrunken
 from parallel_plans.verify.weights import example_batch, random_model
 from parallel_plans.views import Views
+
+USUAL = CostQuestion()
 
 
 def verify_plan(
@@ -33,6 +37,7 @@ def verify_plan(
     level: str = LEVELS[-1],
     name: str | None = None,
     strict: bool = False,
+    cost: CostQuestion | None = USUAL,
 ) -> Report:
     """What is right and wrong about a plan for a model on so many ranks, found without any of them.
 
@@ -45,6 +50,7 @@ def verify_plan(
         level: the last level to run, one of `LEVELS`.
         name: what to call the target in the report.
         strict: whether warnings make the plan unsound.
+        cost: what is asked about the cost, which is worked out where the geometry passes; None for nothing.
 
     Raises:
         LaunchError: the sizes do not fit together (PP702), or there is no plan (PP704).
@@ -65,6 +71,8 @@ def verify_plan(
     table = _settle_shapes(report, found, spec, views, ep_plan == "dispatch")
     if table is not None:
         report.parameters = _parameters(table, views)
+        if cost is not None and level != "accounting":
+            _add_cost(report, cost, config, table, views, ep_plan == "dispatch")
     if level == "numerics" and table is not None and config is not None:
         _settle_numerics(report, found, config, views, ep_plan == "dispatch")
     return report
@@ -98,6 +106,19 @@ def _parameters(table: Table, views: Views) -> Parameters:
     return Parameters(total_bytes=table.spec.bytes, sharded_bytes=table.sharded_bytes, per_rank_bytes=tuple(held))
 
 
+def _add_cost(report: Report, question: CostQuestion, config: Any, table: Table, views: Views, dispatch: bool) -> None:
+    """The cost, or why there is none: that a model cannot be run says nothing about its plan."""
+    if config is None:
+        report.no_cost = "a model of one's own is not run: nobody knows its inputs"
+        return
+    try:
+        report.cost = cost_of(question, config, table, views, dispatch)
+    except Exception as error:  # the code of a model raises any kind
+        report.no_cost = f"the model could not be traced: {type(error).__name__}: {error}"
+        return
+    report.forward, report.backward = (traffic_of(report.cost.passes[name]) for name in ("forward", "backward"))
+
+
 def trial_views(views: Views) -> Views:
     """The fewest ranks on which everything that these views do is done: 2 for each kind of split.
 
@@ -126,17 +147,3 @@ def _settle_numerics(report: Report, plan: Plan, config: Any, views: Views, disp
     batches = [example_batch(tiny.config, seed=index) for index in range(small.world // small.tp)]
     outcome = check_numerics(Trial(plan=plan, views=small, model=model, batches=batches, dispatch=dispatch))
     report.settle("numerics", outcome.findings)
-    ranks = small.world
-    for backward in (False, True):
-        traffic: dict[tuple[str, str], list[int]] = {}
-        for call in outcome.calls:
-            if call.backward is backward:
-                traffic.setdefault((call.op, call.axis), []).append(call.bytes)
-        told = [
-            Traffic(op=op, axis=axis, count=len(each) // ranks, bytes=sum(each) // ranks)
-            for (op, axis), each in sorted(traffic.items())
-        ]
-        if backward:
-            report.backward = told
-        else:
-            report.forward = told
