@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from parallel_plans.model_spec import config_fields
 from parallel_plans.table import Table
-from parallel_plans.verify.cost import PASSES, PURPOSES, Collective, Cost, CostQuestion, Part, Pass, Saving, summed
+from parallel_plans.verify.cost import (
+    PASSES,
+    PURPOSES,
+    Collective,
+    Cost,
+    CostQuestion,
+    Memory,
+    Part,
+    Pass,
+    Saving,
+    summed,
+)
 from parallel_plans.verify.link import Link
 from parallel_plans.verify.memory import memory_of
+from parallel_plans.verify.meshes import smallest_mesh
 from parallel_plans.verify.real_size import FewLayers, few_layers
 from parallel_plans.verify.report import Traffic
 from parallel_plans.verify.savings import mergeable, merged, told
+from parallel_plans.verify.shrinking.roles import role_of
 from parallel_plans.verify.traced import Question, Trace, trace
 from parallel_plans.verify.watch import Said
 from parallel_plans.views import Views
@@ -65,8 +79,10 @@ def cost_of(question: CostQuestion, config: Any, table: Table, views: Views, dis
         dispatch=dispatch,
     )
     seen = trace(asked)
+    wanted, *others = (memory_of(purpose, seen, few) for purpose in _purposes(question))
+    if question.memory is not None:
+        wanted = _against(wanted, question.memory, asked)
     priced = Priced(link=question.link, views=views)
-    order = (question.purpose, *(purpose for purpose in PURPOSES if purpose != question.purpose))
     return Cost(
         rank=asked.rank,
         world=views.world,
@@ -76,15 +92,34 @@ def cost_of(question: CostQuestion, config: Any, table: Table, views: Views, dis
         link=question.link,
         passes={name: _pass(name, seen, asked, priced) for name in PASSES if name in seen.said},
         savings=tuple(_savings(seen, few, priced)),
-        memory=tuple(memory_of(purpose, seen, few) for purpose in order),
+        memory=(wanted, *others),
         notes=seen.notes,
     )
 
 
+def _purposes(question: CostQuestion) -> tuple[str, ...]:
+    return (question.purpose, *(purpose for purpose in PURPOSES if purpose != question.purpose))
+
+
+def _against(need: Memory, limit: int, asked: Question) -> Memory:
+    """The same with the limit, and the smallest mesh that is within it."""
+    found = smallest_mesh(asked, need.purpose, limit)
+    if found is None:
+        return replace(need, limit=limit)
+    return replace(
+        need, limit=limit, smallest=mesh_of(found.views), smallest_bytes=found.memory.total, tried=found.tried
+    )
+
+
+def mesh_of(views: Views) -> dict[str, int]:
+    """Axis -> ranks, as one asks for them."""
+    return {"tp": views.tp, "ep": views.ep, **({"etp": views.etp} if views.ep > 1 else {})}
+
+
 def usual_sequence(config: Any) -> int:
     """The tokens of a sequence: as many as the model was made for, and not more than `LONGEST`."""
-    most = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return min(LONGEST, most) if isinstance(most, int) and most > 0 else LONGEST
+    told = [size for name, size in config_fields(config).items() if role_of((name,)) == "length" and size > 0]
+    return min(LONGEST, max(told, default=LONGEST))
 
 
 def dtype_of(name: str | None, config: Any) -> torch.dtype:

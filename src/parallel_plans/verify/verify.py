@@ -17,7 +17,7 @@ from parallel_plans.resolve import resolve
 from parallel_plans.table import Table
 from parallel_plans.verify.cost import CostQuestion
 from parallel_plans.verify.numerics import Trial, check_numerics
-from parallel_plans.verify.pricing import cost_of, traffic_of
+from parallel_plans.verify.pricing import cost_of, mesh_of, traffic_of
 from parallel_plans.verify.report import LEVELS, PASSED, Parameters, Report
 from parallel_plans.verify.shrink import CannotShrink, shrunken
 from parallel_plans.verify.weights import example_batch, random_model
@@ -60,8 +60,8 @@ def verify_plan(
     views = views_for(tp, ep, etp)
     model, config = _model_and_config(target)
     spec = describe(model)
-    mesh = {"tp": views.tp, "ep": views.ep, **({"etp": views.etp} if views.ep > 1 else {})}
-    report = Report(target=name or spec.model_type or type(model).__name__, plan=str(plan), mesh=mesh, strict=strict)
+    called = name or spec.model_type or type(model).__name__
+    report = Report(target=called, plan=str(plan), mesh=mesh_of(views), strict=strict)
     try:
         found = with_experts(find_plan(plan, spec, carried_by(model), lambda: None), ep_plan)
     except PlanError as error:
