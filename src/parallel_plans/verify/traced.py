@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from parallel_plans.forks import no_fork_scope
 from parallel_plans.plan import Plan
 from parallel_plans.sums import no_sum_scope
 from parallel_plans.verify import fused_attention
+from parallel_plans.verify.cost import PURPOSES
 from parallel_plans.verify.real_size import FewLayers, Running, Subject, causal_lm, fake_rank, tokens_of
 from parallel_plans.verify.watch import Kept, Said, Watch, gradients_dropped
 from parallel_plans.views import Views
@@ -59,8 +60,13 @@ class Trace:
     notes: tuple[str, ...]
 
 
-def trace(question: Question, *, with_apart: bool = True) -> Trace:
+def trace(question: Question, *, purposes: Collection[str] = PURPOSES, with_apart: bool = True) -> Trace:
     """What a rank says and keeps in a training step, and in writing a token after a prompt.
+
+    Args:
+        question: which rank.
+        purposes: those whose passes are run.
+        with_apart: whether a training step with nothing merged or delayed is run too.
 
     Raises:
         PlanError: the plan does not fit the model.
@@ -70,7 +76,7 @@ def trace(question: Question, *, with_apart: bool = True) -> Trace:
     inputs = tokens_of(question.batch, question.sequence)
     subject = Subject(plan=question.plan, views=question.views, make=model, inputs=inputs, dispatch=question.dispatch)
     with fake_rank(subject, question.rank) as running:
-        return _Tracer(running).trace(with_apart)
+        return _Tracer(running).trace(purposes, with_apart)
 
 
 class _Tracer:
@@ -86,10 +92,10 @@ class _Tracer:
         self.working: dict[str, int] = {}
         self.notes: list[str] = []
 
-    def trace(self, with_apart: bool) -> Trace:
+    def trace(self, purposes: Collection[str], with_apart: bool) -> Trace:
         with listening(self.watch), self.watch:
-            kept = self._train()
-            cached = self._write()
+            kept = self._train() if "training" in purposes else {}
+            cached = self._write() if "inference" in purposes else {}
             if with_apart:
                 with no_fork_scope(), no_sum_scope():
                     self.apart = self._stepped()
