@@ -17,7 +17,7 @@ from parallel_plans.sums import no_sum_scope
 from parallel_plans.verify import fused_attention
 from parallel_plans.verify.cost import PURPOSES
 from parallel_plans.verify.real_size import FewLayers, Running, Subject, causal_lm, fake_rank, tokens_of
-from parallel_plans.verify.watch import Kept, Said, Watch, gradients_dropped
+from parallel_plans.verify.watch import Said, Watch, gradients_dropped
 from parallel_plans.views import Views
 
 
@@ -44,7 +44,7 @@ class Trace:
         apart: the same where nothing is merged or delayed.
         parameters: module -> bytes of its own parameters on this rank, those of a tied one once.
         numbers: module -> how many numbers these are.
-        kept: module -> bytes that it keeps for backward.
+        kept: module -> bytes that it made and autograd keeps for backward.
         cached: layer -> bytes of its cache after prefill; None for what belongs to no layer.
         working: purpose -> the most bytes alive in a pass, beside those of parameters, gradients, `kept` and `cached`.
         notes: what could not be run, and why.
@@ -123,12 +123,12 @@ class _Tracer:
         }
 
     def _train(self) -> dict[str, int]:
-        kept = Kept(self.running.where, self.own)
         before = self.watch.live
-        with kept.counting():
+        with self.watch.counting_kept():
             self.said |= self._stepped()
-        self.working["training"] = max(0, self.watch.peak - before - sum(kept.bytes.values()))
-        return kept.bytes
+        kept = self.watch.kept
+        self.working["training"] = max(0, self.watch.peak - before - sum(kept.values()))
+        return kept
 
     def _write(self) -> dict[int | None, int]:
         """The cache of a prompt, by layer, after another token has been written behind it."""
