@@ -10,19 +10,19 @@ from typing import Any
 
 import pytest
 import torch
-from published import original
+from published import MODELS, original
 from tiny import tiny_model, tokens
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import CONFIG_MAPPING
 from typer.testing import CliRunner
 
-from parallel_plans import Plan, load_plan, parallelize, verify_plan
+from parallel_plans import load_plan, parallelize, verify_plan
 from parallel_plans.cli.verify import app
 from parallel_plans.collectives import Axis, record_collectives
 from parallel_plans.experts.exchange import _even_counts
 from parallel_plans.lookup import bundled_folder
 from parallel_plans.mesh import views_for
-from parallel_plans.verify.cost import Collective, Cost, CostQuestion, Memory, summed
+from parallel_plans.verify.cost import Collective, Cost, CostQuestion
 from parallel_plans.verify.link import Link
 from parallel_plans.verify.memory import memory_of
 from parallel_plans.verify.meshes import meshes_for
@@ -30,7 +30,6 @@ from parallel_plans.verify.real_size import FewLayers, few_layers
 from parallel_plans.verify.threads import run_on_threads
 from parallel_plans.verify.traced import Question, Trace, trace
 from parallel_plans.verify.units import UnitError, bytes_of, rate_of, seconds_of
-from parallel_plans.verify.verify import verify_plan as verified
 from parallel_plans.verify.watch import Said
 from parallel_plans.views import Views
 
@@ -42,12 +41,9 @@ GIB = 2**30
 def cost(name: str, tp: int, ep: int = 1, etp: int | None = None, **asked: Any) -> Cost:
     """The cost of a published model under its bundled plan."""
     question = CostQuestion(**asked)
-    report = verify_plan(original(name), tp=tp, ep=ep, etp=etp, level="geometry", cost=question, ep_plan=EP_PLAN)
+    report = verify_plan(original(name), tp=tp, ep=ep, etp=etp, level="geometry", cost=question)
     assert report.cost is not None, report.no_cost
     return report.cost
-
-
-EP_PLAN = "auto"
 
 
 def by_kind(collectives: tuple[Collective, ...]) -> dict[tuple[str, str], tuple[int, int]]:
@@ -235,3 +231,188 @@ def trace_of_llama(batch: int, sequence: int, tp: int) -> Trace:
     views = views_for(tp)
     asked = Question(plan=plan, views=views, few=few, rank=0, batch=batch, sequence=sequence, dtype=torch.bfloat16)
     return trace(asked, purposes=("training",), with_apart=False)
+
+
+def test_more_bandwidth_and_less_latency_never_take_longer() -> None:
+    sizes, ranks = (1, 1000, 10**6, 10**9), (2, 3, 8, 64, 512)
+    slow = Link(latency=10e-6, bandwidth=100e9, internode_latency=20e-6, internode_bandwidth=10e9)
+    for quicker in (
+        dataclasses.replace(slow, bandwidth=200e9, internode_bandwidth=20e9),
+        dataclasses.replace(slow, latency=5e-6, internode_latency=10e-6),
+    ):
+        for op, size, count, away in itertools.product(
+            ("all_reduce", "all_gather", "reduce_scatter", "all_to_all"), sizes, ranks, (False, True)
+        ):
+            before = slow.seconds(op, size, ranks=count, leaves_node=away)
+            assert 0 < quicker.seconds(op, size, ranks=count, leaves_node=away) < before
+            assert slow.seconds(op, size, ranks=1, leaves_node=away) == 0
+            assert slow.seconds(op, 2 * size, ranks=count, leaves_node=away) > before
+
+
+def test_an_all_reduce_of_8_ranks_takes_what_a_ring_and_a_tree_take() -> None:
+    link = Link(latency=1e-6, bandwidth=1e9)
+    assert link.seconds("all_reduce", 8000, ranks=8, leaves_node=False) == pytest.approx(14e-6 + 6e-6)
+    assert link.seconds("all_gather", 1000, ranks=8, leaves_node=False) == pytest.approx(7e-6 + 3e-6)
+    assert link.seconds("reduce_scatter", 8000, ranks=8, leaves_node=False) == pytest.approx(7e-6 + 3e-6)
+    assert link.seconds("all_to_all", 8000, ranks=8, leaves_node=False) == pytest.approx(7e-6 + 1e-6)
+
+
+def test_an_axis_leaves_a_node_where_its_ranks_are_on_several() -> None:
+    link = Link(node_size=8)
+    views = views_for(8, 64)
+    assert not link.leaves_node(views, "tp")
+    assert link.leaves_node(views, "ep")
+    assert link.leaves_node(views_for(16), "tp")
+    assert link.leaves_node(views_for(3), "tp")  # ranks 6 to 8 are on two nodes
+    inside = cost("llama-3.1-8b", 8, sequence=512)
+    outside = cost("llama-3.1-8b", 8, sequence=512, link=Link(node_size=4))
+    assert inside.passes["forward"].seconds < outside.passes["forward"].seconds
+
+
+def test_the_seconds_of_a_pass_are_those_of_its_collectives() -> None:
+    found = cost("llama-3.1-8b", 8, sequence=512)
+    each = found.link.seconds("all_reduce", 512 * 4096 * BF16, ranks=8, leaves_node=False)
+    (reduced,) = found.passes["backward"].collectives
+    assert reduced.seconds == pytest.approx(65 * each)
+    assert found.passes["backward"].seconds == reduced.seconds
+
+
+@pytest.mark.parametrize(
+    ("name", "memory", "purpose", "smallest", "too_small"),
+    [
+        ("llama-3.1-70b", "80GiB", "inference", {"tp": 2, "ep": 1}, (1,)),
+        ("llama-3.1-70b", "40GiB", "inference", {"tp": 4, "ep": 1}, (2,)),
+        ("llama-3.1-8b", "80GiB", "training", {"tp": 2, "ep": 1}, (1,)),
+    ],
+)
+def test_the_smallest_mesh_fits_and_the_next_smaller_does_not(
+    name: str, memory: str, purpose: str, smallest: dict[str, int], too_small: tuple[int, ...]
+) -> None:
+    limit = bytes_of(memory)
+    need = cost(name, 8, memory=limit, purpose=purpose).memory[0]
+    assert need.fits
+    assert need.smallest == smallest
+    assert need.smallest_bytes is not None
+    assert need.smallest_bytes <= limit
+    itself = cost(name, smallest["tp"], purpose=purpose).memory[0]
+    assert (itself.purpose, itself.total) == (purpose, need.smallest_bytes)
+    for tp in too_small:
+        assert cost(name, tp, purpose=purpose).memory[0].total > limit
+
+
+def test_no_mesh_is_named_where_none_fits() -> None:
+    need = cost("llama-3.1-8b", 8, memory=GIB, purpose="inference").memory[0]
+    assert need.fits is False
+    assert (need.smallest, need.smallest_bytes) == (None, None)
+    assert need.tried > 1
+
+
+def test_meshes_are_tried_in_rising_number_of_ranks() -> None:
+    meshes = list(meshes_for({"num_attention_heads": 8, "num_key_value_heads": 2, "n_routed_experts": 4}))
+    worlds = [views.world for views in meshes]
+    assert worlds == sorted(worlds)
+    assert {views.tp for views in meshes} == {1, 2, 4, 8}
+    assert {views.ep for views in meshes} == {1, 2, 4}
+    assert Views(world=16, tp=4, ep=4, etp=4) in meshes
+    assert all(views.fits for views in meshes)
+    assert len(meshes) == len(set(meshes))
+
+
+def test_merged_reductions_are_told_with_what_they_would_be_apart() -> None:
+    found = cost("llama-3.1-8b", 8, sequence=512)
+    once = 512 * 4096 * BF16
+    assert {(each.direction, each.is_done) for each in found.savings} == {("backward", True)}
+    for each in found.savings:
+        assert (each.before.count, each.before.bytes) == (5 * each.times, 5 * each.times * once)
+        assert (each.after.count, each.after.bytes) == (2 * each.times, 2 * each.times * once)
+        assert {module.rpartition(".")[2] for module in each.modules} == {
+            "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"
+        }  # fmt: skip
+        assert each.after.seconds < each.before.seconds
+    assert sum(each.times for each in found.savings) == 32
+
+
+def test_reductions_that_do_not_follow_from_each_other_could_be_one() -> None:
+    """Attention and feed-forward of a Pythia layer take the same input; those of a Llama one after the other."""
+    possible = [each for each in cost("pythia-6.9b", 4, sequence=512).savings if not each.is_done]
+    forward = [each for each in possible if each.direction == "forward"]
+    assert sum(each.times for each in forward) == 32
+    for each in forward:
+        assert (each.before.count, each.after.count) == (2 * each.times, each.times)
+        assert each.before.bytes == each.after.bytes
+        assert each.after.seconds < each.before.seconds
+    assert all(each.is_done for each in cost("llama-3.1-8b", 8, sequence=512).savings)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "axes"), [((1, 4), {"ep"}), ((4, 4), {"tp"}), ((2, 4), {"tp", "ep"}), ((4, 2, 2), {"tp"})], ids=str
+)
+def test_axes_go_by_the_names_that_plans_use(sizes: tuple[int, ...], axes: set[str]) -> None:
+    found = cost("mixtral-8x7b", *sizes, sequence=256)
+    assert {each.axis for one in found.passes.values() for each in one.collectives} == axes
+
+
+@pytest.mark.parametrize(
+    ("read", "text", "value"),
+    [(bytes_of, "80GiB", 80 * GIB), (bytes_of, "80 GB", 80 * 10**9), (bytes_of, "512B", 512), (seconds_of, "10us", 1e-5),
+     (seconds_of, "1.5ms", 1.5e-3), (rate_of, "400GB/s", 4e11), (rate_of, "400Gbit/s", 5e10), (rate_of, "1e2MB/s", 1e8)],
+)  # fmt: skip
+def test_a_quantity_is_its_number_times_its_unit(read: Any, text: str, value: float) -> None:
+    assert read(text) == pytest.approx(value)
+
+
+@pytest.mark.parametrize(
+    ("read", "text"),
+    [(bytes_of, "80"), (bytes_of, "80Gi"), (bytes_of, "0GiB"), (bytes_of, "-1GiB"), (bytes_of, ""), (rate_of, "400GB"),
+     (seconds_of, "10m"), (seconds_of, "us")],
+)  # fmt: skip
+def test_a_quantity_without_its_unit_is_an_error(read: Any, text: str) -> None:
+    with pytest.raises(UnitError, match="expected"):
+        read(text)
+
+
+def ran(*arguments: str) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, list(arguments))
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_json_has_the_cost_beside_the_fixed_keys() -> None:
+    path = str(MODELS / "llama-3.1-8b.json")
+    options = ("--tp", "4", "--sequence", "128", "--memory", "20GiB", "--latency", "5us", "--level", "geometry")
+    status, text, _ = ran(path, *options, "--json")
+    assert status == 0
+    report = json.loads(text)
+    keys = ["ok", "target", "plan", "mesh", "levels", "findings", "parameters", "communication", "cost"]
+    assert list(report) == keys
+    forward, backward = report["communication"]["forward"], report["communication"]["backward"]
+    once = 128 * 4096 * BF16
+    assert {"op": "all_reduce", "axis": "tp", "count": 65, "bytes": 65 * once} in forward
+    assert backward == [{"op": "all_reduce", "axis": "tp", "count": 65, "bytes": 65 * once}]
+    found = report["cost"]
+    assert (found["batch"], found["sequence"], found["dtype"]) == (1, 128, "bfloat16")
+    assert found["link"]["latency"] == pytest.approx(5e-6)
+    assert [each["name"] for each in found["passes"]] == ["forward", "backward", "prefill", "decode"]
+    assert found["memory"][0]["fits"] is True
+    assert found["memory"][0]["smallest"] == {"tp": 1, "ep": 1}
+    status, text, _ = ran(path, "--tp", "4", "--level", "accounting", "--json")
+    assert (status, json.loads(text)["cost"]) == (0, {"missing": None})
+
+
+@pytest.mark.parametrize(
+    "options", [("--memory", "80"), ("--bandwidth", "fast"), ("--latency", "10"), ("--for", "fun"), ("--batch", "0")]
+)
+def test_a_cost_that_cannot_be_asked_for_gives_2(options: tuple[str, str]) -> None:
+    status, text, complaint = ran("llama", *options)
+    assert (status, text) == (2, "")
+    assert options[0] in complaint
+    assert "Traceback" not in complaint
+
+
+def test_a_model_that_cannot_be_traced_has_no_cost_and_says_why() -> None:
+    own = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    report = verify_plan(own, {"tp_plan": {"**": "replicate"}}, tp=2)
+    assert report.ok
+    assert report.cost is None
+    assert report.to_dict()["cost"] == {"missing": report.no_cost}
+    assert report.no_cost is not None
+    assert "inputs" in report.no_cost

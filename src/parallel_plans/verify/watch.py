@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -48,7 +49,9 @@ class Watch(TorchDispatchMode):
         self.said: list[Said] = []
         self.kept: dict[str, int] = {}  # module -> bytes that it made and autograd keeps
         self.live = self.peak = 0
-        self._counted: set[int] = set()
+        self._held: dict[int, str] = {}  # storage that autograd keeps -> the module that made it
+        self._by_maker: Counter[str] = Counter()  # module -> bytes of those
+        self._held_bytes = self._most_held = 0
         self._where = where
         self._known = {_key(tensor) for tensor in known}
         self._alive: dict[int, str] = {}  # storage -> the module that made it
@@ -90,23 +93,28 @@ class Watch(TorchDispatchMode):
 
     def _pack(self, tensor: Tensor) -> Tensor:
         key = _key(tensor)
-        if key not in self._counted and key in self._alive:
-            self._counted.add(key)
+        if key not in self._held and key in self._alive:
             # what several layers share, such as the cosines of a rope, was made around them
-            name = self._alive[key]
-            self.kept[name] = self.kept.get(name, 0) + tensor.untyped_storage().nbytes()
+            name, size = self._alive[key], tensor.untyped_storage().nbytes()
+            self._held[key] = name
+            self._by_maker[name] += size
+            self._held_bytes += size
+            if self._held_bytes > self._most_held:
+                self._most_held, self.kept = self._held_bytes, dict(self._by_maker)
         return tensor
 
     @contextmanager
     def counting_kept(self) -> Iterator[None]:
-        """Inside the block the bytes of what autograd keeps for backward are added to `kept`; each storage once."""
-        self._counted.clear()
+        """Inside the block `kept` becomes what autograd keeps for backward when it keeps most; each storage once."""
         with torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor):
             yield
 
     def _ended(self, key: int, size: int) -> None:
         del self._alive[key]
         self._follows.pop(key, None)
+        if key in self._held:
+            self._by_maker[self._held.pop(key)] -= size
+            self._held_bytes -= size
         self.live -= size
 
     def before(self, op: str, axis: Axis, value: Tensor) -> None:
