@@ -14,9 +14,25 @@ import typer
 from rich.console import Console
 from rich.table import Table as Rows
 
+from parallel_plans.cli.costs import (
+    LINK,
+    Bandwidth,
+    Batch,
+    Dtype,
+    For,
+    InternodeBandwidth,
+    InternodeLatency,
+    Latency,
+    Memory,
+    NodeSize,
+    Purpose,
+    Sequence,
+)
 from parallel_plans.cli.sizes import Ep, Etp, Tp
 from parallel_plans.cli.target import TargetError, read_target
 from parallel_plans.errors import LaunchError
+from parallel_plans.verify.cost import CostQuestion
+from parallel_plans.verify.link import Link
 from parallel_plans.verify.report import FAILED, LEVELS, PASSED, Report
 from parallel_plans.verify.verify import verify_plan
 
@@ -26,7 +42,7 @@ console = Console(highlight=False, width=None if sys.stdout.isatty() else PAPER)
 complaints = Console(highlight=False, soft_wrap=True, stderr=True)
 Level = StrEnum("Level", {level: level for level in LEVELS})  # type: ignore[misc]
 LAST = Level(LEVELS[-1])
-TRIAL = "the trial of the shrunken model: a step, a continuation, the weights gathered"
+STEP = "a training step of a rank, at the model's own size"
 COLOURS = {PASSED: "green", FAILED: "red"}
 
 
@@ -42,11 +58,29 @@ def verify(
     level: Annotated[Level, typer.Option(help="the last level to run")] = LAST,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="a warning makes the plan unsound")] = False,
+    batch: Batch = 1,
+    sequence: Sequence = None,
+    dtype: Dtype = None,
+    latency: Latency = LINK.latency,
+    bandwidth: Bandwidth = LINK.bandwidth,
+    node_size: NodeSize = LINK.node_size,
+    internode_latency: InternodeLatency = LINK.internode_latency,
+    internode_bandwidth: InternodeBandwidth = LINK.internode_bandwidth,
+    memory: Memory = None,
+    purpose: For = Purpose.inference,  # type: ignore[attr-defined]
 ) -> None:
     """Whether a plan is right for a model on so many ranks."""
     if sp:
         complaints.print("--sp: sequence parallelism is not built yet", markup=False)
         raise typer.Exit(2)
+    link = Link(
+        latency=latency,
+        bandwidth=bandwidth,
+        node_size=node_size,
+        internode_latency=internode_latency,
+        internode_bandwidth=internode_bandwidth,
+    )
+    cost = CostQuestion(batch=batch, sequence=sequence, dtype=dtype, link=link, memory=memory, purpose=str(purpose))
     try:
         subject = read_target(target, _fields(settings or []))
         beside = subject.plan_beside() if plan == "auto" else None
@@ -60,6 +94,7 @@ def verify(
             name=target,
             strict=strict,
             inputs=subject.inputs,
+            cost=cost,
         )
     except (TargetError, LaunchError) as error:
         complaints.print(str(error), markup=False)
@@ -98,7 +133,7 @@ def _print(report: Report) -> None:
         console.print(f"\nwhole model {held.total_bytes:,} bytes, {share:.1%} of them split; ", markup=False, end="")
         console.print(f"a rank holds {max(held.per_rank_bytes):,} at most", markup=False)
     if report.forward or report.backward:
-        rows = Rows("collective", "axis", "times", "bytes of a rank", title=TRIAL, box=None)
+        rows = Rows("collective", "axis", "times", "bytes of a rank", title=STEP, box=None)
         for direction, traffic in (("forward", report.forward), ("backward", report.backward)):
             for each in traffic:
                 rows.add_row(f"{each.op}, {direction}", each.axis, str(each.count), f"{each.bytes:,}")

@@ -6,9 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from parallel_plans.errors import Finding
+from parallel_plans.table import Table
+from parallel_plans.verify.cost import Cost
+from parallel_plans.verify.flow import Flow
 
 LEVELS = ("accounting", "geometry", "layouts", "numerics")
-NOT_RUN, PASSED, FAILED = "not run", "passed", "failed"
+NOT_RUN, PASSED, FAILED, UNPROVEN = "not run", "passed", "failed", "unproven"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +41,16 @@ class Report:
         target: what was asked about, for people.
         plan: where the plan comes from.
         mesh: axis -> ranks, as asked.
-        levels: level -> `passed`, `failed` or `not run`; a level that could not be run says why among the findings.
+        levels: level -> `passed`, `failed`, `unproven` (nothing wrong found, but some operation has no rule) or `not
+            run`; a level that could not be run says why among the findings.
         findings: what is wrong (`error`) or worth knowing (`warning`), in the order of the levels.
         parameters: bytes, at the model's own size; zeros where the plan does not fit.
-        forward, backward: the collectives of one rank in the trial of the shrunken model: a step, a continuation, and
-            the gathering of weights and gradients. Those of a step at the model's own size are not estimated yet.
+        forward, backward: the collectives of one rank in one training step, at the model's own size; empty where `cost`
+            is None.
+        cost: what the plan costs a rank.
+        no_cost: why `cost` is None, where it was asked for.
+        table: the plan, resolved for the model; None where it does not fit.
+        flow: how values lie in a step of one rank; None where that was not looked at.
         strict: whether a warning makes the plan unsound too.
     """
 
@@ -54,6 +62,10 @@ class Report:
     parameters: Parameters = field(default_factory=Parameters)
     forward: Sequence[Traffic] = ()
     backward: Sequence[Traffic] = ()
+    cost: Cost | None = None
+    no_cost: str | None = None
+    table: Table | None = None
+    flow: Flow | None = None
     strict: bool = False
 
     @property
@@ -86,4 +98,5 @@ class Report:
                 ]
                 for direction, traffic in (("forward", self.forward), ("backward", self.backward))
             },
+            "cost": {"missing": self.no_cost} if self.cost is None else self.cost.to_dict(),
         }
