@@ -120,7 +120,10 @@ def _switches(config: Any) -> Iterator[tuple[str, bool]]:
 
 
 def _parts(config: Any) -> tuple[Any, ...]:
-    """What there is in a model: names and shapes of parameters, and which are one."""
+    """What there is in a model: names and shapes of parameters, and which are one.
+
+    Biases are left out: each stands under the rule of its weight.
+    """
     model = built(config)
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    shapes = {name: tuple(given.shape) for name, given in model.named_parameters() if not name.endswith("bias")}
     return shapes, dict(getattr(model, "all_tied_weights_keys", {}))
