@@ -93,7 +93,7 @@ def _row(
 ) -> Row:
     given, small, key = _judged(model, sizes), None, key_of(case.config(), sizes)
     # where it is wrong because of its size, the small config may be right
-    is_of_size = given.level not in (None, "numerics")
+    is_of_size = given.level == "geometry"
     if is_of_size or (with_runs and key not in known):
         with suppress(CannotShrink):
             small = shrunken(case.config(), sizes).config

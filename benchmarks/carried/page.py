@@ -24,11 +24,12 @@ INTRODUCTION = (
     "`verify_tp_plan TYPE --plan builtin --tp 2`, and with `--ep 2` where the class carries a plan for experts too, "
     "for every type that `AutoModelForCausalLM` builds.",
     "A type is looked at as its config is by default, and then with each switch of the config turned that adds, takes "
-    "away or ties parameters (biases aside: they stand under the rule of their weight). Beside each verdict stands a run that shares no code with the verifier: transformers' "
-    "own `from_pretrained(..., distributed_config=...)` on two gloo ranks, with a shrunken config and random weights, "
-    "in float64, against one process. Held against each other are logits, loss, every gradient, a greedy "
-    "continuation, and the checkpoint that is saved. Where something is wrong, the run is made again with another "
-    "code for experts, and with weights put in place by hand: if all is right then, the plan is right.",
+    "away or ties parameters; biases aside, which stand under the rules of their weights. Beside each verdict stands a "
+    "run that shares no code with the verifier: transformers' own `from_pretrained(..., distributed_config=...)` on "
+    "two gloo ranks, with a shrunken config and random weights, in float64, against one process. Held against each "
+    "other are logits, loss, every gradient, a greedy continuation, and the checkpoint that is saved. Where something "
+    "is wrong, the run is made again with another code for experts, and with weights put in place by hand: if all is "
+    "right then, the plan is right.",
 )
 
 

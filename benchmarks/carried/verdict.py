@@ -7,11 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from parallel_plans import PlanError, verify_plan
-from parallel_plans.lookup import carried_by, find_plan
-from parallel_plans.mesh import views_for
-from parallel_plans.model_spec import describe
-from parallel_plans.resolve import resolve
+from parallel_plans import verify_plan
+from parallel_plans.table import Table
 
 SOUND, WRONG, UNFIT, UNJUDGED = "sound", "wrong", "does not fit", "not judged"
 
@@ -43,26 +40,22 @@ class Verdict:
 def verdict(model: Any, sizes: Mapping[str, int]) -> Verdict:
     """The verdict on the plan that the class of a model carries, on so many ranks."""
     started = time.monotonic()
-    report = verify_plan(model, "builtin", tp=sizes["tp"], ep=sizes.get("ep", 1))
+    target = (
+        model if model.can_generate() else model.config
+    )  # of a model that writes nothing, a trial is made by config
+    report = verify_plan(target, "builtin", tp=sizes["tp"], ep=sizes.get("ep", 1))
     seconds = time.monotonic() - started
-    found = report.to_dict()
-    findings: Any = found["findings"]
+    findings: Any = report.to_dict()["findings"]
     failed = next((level for level, state in report.levels.items() if state == "failed"), None)
     # a level that was due and was not run has said why among the findings
     was_run = report.levels["numerics"] != "not run"
     outcome = WRONG if failed is not None else SOUND if was_run else UNJUDGED
-    share = _share(model, sizes)
+    share = None if report.table is None else _share(report.table)
     return Verdict(outcome=outcome, findings=tuple(findings), share=share, level=failed, seconds=seconds)
 
 
-def _share(model: Any, sizes: Mapping[str, int]) -> float | None:
+def _share(table: Table) -> float:
     """The share of the layers' bytes that the plan splits."""
-    spec = describe(model)
-    views = views_for(sizes["tp"], sizes.get("ep", 1), None)
-    try:
-        table = resolve(find_plan("builtin", spec, carried_by(model), lambda: None), spec, views.sizes)
-    except PlanError:
-        return None
     # what stands in a list is named by its number there: layers, and not the embeddings, the last norm, the head
     entries = [entry for name, entry in table.parameters.items() if any(part.isdigit() for part in name.split("."))]
     split = sum(entry.info.bytes for entry in entries if entry.is_sharded)
