@@ -1,85 +1,88 @@
-"""docs/builtin_plans.md says what the verifier says: the lines of a few types, judged anew."""
+"""docs/builtin_plans.md says what the verifier says: some of its lines, judged anew."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE = ROOT / "docs" / "builtin_plans.md"
-SOUND, WRONG, IDLE = ("llama", "qwen3", "mixtral"), ("apertus", "gemma3n_text", "phi"), ("bamba",)
+PAGE = (ROOT / "docs" / "builtin_plans.md").read_text(encoding="utf-8")
+DENSE, EXPERTS = {"tp": 2}, {"tp": 2, "ep": 2}
+TIED = {"tie_word_embeddings": True}
+WRONG, ALL = "Wrong, and why", "Every type"
 
 
-@pytest.fixture(scope="module")
-def benchmark() -> Any:
-    """The benchmark's modules; it is no part of the package."""
+@pytest.fixture(scope="module", autouse=True)
+def _benchmarks_are_importable() -> Iterator[None]:
+    """They are no part of the package."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        import builtin_plans
-        import carried.page
-
-        yield builtin_plans, carried.page
-    finally:
-        sys.path.remove(str(ROOT / "benchmarks"))
+    yield
+    sys.path.remove(str(ROOT / "benchmarks"))
 
 
-@pytest.fixture(scope="module")
-def found(benchmark: Any) -> dict[str, Any]:
-    """Type -> its rows, without runs."""
-    rows, without = benchmark[0].gathered((*SOUND, *WRONG, *IDLE), with_runs=False)
-    assert without == {}
-    return dict(rows)
+@cache
+def judged(kind: str, changed: bool, on_experts: bool, level: str) -> Any:
+    """The verdict on the plan that a type's class carries, up to a level; `changed` ties its head."""
+    from carried.cases import Case, built
+    from carried.verdict import verdict
+
+    case = Case(kind=kind, changes=TIED if changed else {})
+    return verdict(built(case.config()), EXPERTS if on_experts else DENSE, level)
 
 
 def lines(heading: str, kind: str) -> list[list[str]]:
     """The cells of a type's lines in the table under a heading of the page."""
-    part = PAGE.read_text(encoding="utf-8").partition(f"## {heading}\n")[2].partition("\n## ")[0]
+    part = PAGE.partition(f"## {heading}\n")[2].partition("\n## ")[0]
     cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in part.splitlines() if line[:1] == "|"]
     return [line for line in cells if line[0] == kind]
 
 
-@pytest.mark.parametrize("kind", [*SOUND, *WRONG, *IDLE])
-def test_the_page_says_of_a_type_what_the_verifier_says(benchmark: Any, found: dict[str, Any], kind: str) -> None:
-    page = benchmark[1]
-    (line,) = lines("Every type", kind)
-    assert line[:-1] == list(page.line_of(found[kind])[:-1])
-    wanted = [[cell.strip() for cell in cells[:-1]] for cells in page.wrong_lines(found[kind])]
-    assert [cells[:-1] for cells in lines("Wrong, and why", kind)] == wanted
+def told(kind: str, variant: str, ranks: str) -> list[str]:
+    """The findings of the page about a variant of a type that is wrong."""
+    found = lines(WRONG, kind)
+    return [cells[3] for cells in found if variant in cells[1].split("; ") and ranks in cells[2].split("; ")]
 
 
-@pytest.mark.parametrize("kind", SOUND)
-def test_a_sound_plan_is_sound_in_every_variant(found: dict[str, Any], kind: str) -> None:
-    assert {row.verdict.outcome for row in found[kind]} == {"sound"}
+@pytest.mark.parametrize(("kind", "on_experts"), [("llama", False), ("mixtral", True)])
+def test_a_plan_that_the_page_calls_sound_is_sound(kind: str, on_experts: bool) -> None:
+    assert judged(kind, False, on_experts, "numerics").outcome == "sound"
+    ((_, _, on_tp, _, on_ep, *_),) = lines(ALL, kind)
+    assert (on_tp, on_ep) == ("sound", "sound" if on_experts else "")
 
 
 @pytest.mark.parametrize(
-    ("kind", "case", "code", "words"),
+    ("kind", "changed", "level", "code", "words"),
     [
-        ("apertus", "as it is", "PP402", "mlp.act_fn.alpha_"),
-        ("gemma3n_text", "as it is", "PP401", "mlp.act_fn"),
-        ("phi", "qk_layernorm=True", "PP402", "self_attn.k_layernorm"),
-        ("bamba", "tie_word_embeddings=True", "PP103", "lm_head"),
+        ("apertus", False, "numerics", "PP402", "mlp.act_fn.alpha_"),
+        ("gemma3n_text", False, "layouts", "PP303", "mean over a dim of which each rank has a part"),
+        ("bamba", True, "numerics", "PP103", "lm_head.weight and model.embed_tokens.weight are one tensor"),
     ],
 )
-def test_a_wrong_plan_is_found_by_its_kind_and_place(
-    found: dict[str, Any], kind: str, case: str, code: str, words: str
+def test_a_wrong_plan_is_found_by_its_kind_and_the_page_says_so(
+    kind: str, changed: bool, level: str, code: str, words: str
 ) -> None:
-    (row,) = [row for row in found[kind] if row.case == case]
-    assert row.verdict.outcome == "wrong"
-    assert row.verdict.first["code"] == code
-    assert words in f"{row.verdict.first['name']} {row.verdict.first['message']}"
+    from carried.page import finding_of
+
+    found = judged(kind, changed, False, level)
+    assert found.outcome == "wrong"
+    assert found.first["code"] == code
+    assert words in found.first["message"]
+    assert told(kind, "tie_word_embeddings=True" if changed else "as it is", "tp=2") == [finding_of(found)]
 
 
-def test_a_plan_that_splits_nothing_in_the_layers_says_so(found: dict[str, Any]) -> None:
-    assert found["bamba"][0].verdict.share == 0
-    assert found["llama"][0].verdict.share > 0.99
+def test_a_plan_that_splits_nothing_in_the_layers_is_listed_as_such() -> None:
+    assert judged("bamba", False, False, "geometry").share == 0
+    assert lines("Sound, but nothing in the layers is split", "bamba")
+    assert judged("llama", False, False, "numerics").share > 0.99
+    assert not lines("Sound, but nothing in the layers is split", "llama")
 
 
 def test_every_difference_between_the_verifier_and_the_run_has_its_reason() -> None:
-    text = PAGE.read_text(encoding="utf-8")
-    part = text.partition("## Where the run differs from the verdict\n")[2].partition("\n## ")[0]
-    assert part
-    assert "| not known |" not in part
+    heading = "## Where the run differs from the verdict\n"
+    assert heading in PAGE
+    assert "| not known |" not in PAGE.partition(heading)[2].partition("\n## ")[0]

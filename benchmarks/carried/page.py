@@ -51,6 +51,7 @@ def page(found: Found, unbuilt: Mapping[str, str]) -> str:
         ("Sound, but not at the default size", _UNFIT, (*case, "finding"), _unfit(rows)),
         ("Sound, but nothing in the layers is split", "", case, _idle(rows)),
         ("Where the run differs from the verdict", "", (*case, "verdict", "the run", "why"), _differences(rows)),
+        ("Unproven", _UNPROVEN, ("what", "types"), _unproven(rows)),
         ("Rules that do nothing", _USELESS, ("type", "rules"), _useless(found)),
         ("Not judged", "", (*case, "why"), _unjudged(rows, unbuilt)),
         ("Every type", _EVERY, COLUMNS, every),
@@ -70,6 +71,10 @@ _USELESS = (
     "A class carries one plan for all its configs, so some rules find nothing in some of them. These find nothing in "
     "any config looked at, or only modules at which their style does nothing. They do no harm but to what they were "
     "written for."
+)
+_UNPROVEN = (
+    "What the level `layouts` has no rule for at the model's own widths, and leaves to the level `numerics`, where a "
+    "small model runs."
 )
 _EVERY = (
     "`split` is the share of the bytes of the layers' parameters that is split over the ranks. `run` says for how many "
@@ -175,7 +180,7 @@ def _grouped(rows: Iterable[Row], key: Callable[[Row], object]) -> list[list[Row
     return list(groups.values())
 
 
-def _finding(found: Verdict) -> str:
+def finding_of(found: Verdict) -> str:
     """The finding that decides, in one line."""
     first = found.first
     if first is None:
@@ -207,15 +212,15 @@ def _run(row: Row) -> str:
 
 def wrong_lines(rows: Sequence[Row]) -> Iterator[tuple[str, ...]]:
     wrong = [row for row in rows if row.outcome == WRONG]
-    for group in _grouped(wrong, lambda row: (row.kind, _finding(row.verdict))):
+    for group in _grouped(wrong, lambda row: (row.kind, finding_of(row.verdict))):
         first = group[0]
-        yield first.kind, _variants(group), _ranks(group), _finding(first.verdict), _run(first)
+        yield first.kind, _variants(group), _ranks(group), finding_of(first.verdict), _run(first)
 
 
 def _unfit(rows: Sequence[Row]) -> Iterator[tuple[str, ...]]:
     unfit = [row for row in rows if row.outcome == UNFIT]
-    for group in _grouped(unfit, lambda row: (row.kind, _finding(row.verdict))):
-        yield group[0].kind, _variants(group), _ranks(group), _finding(group[0].verdict)
+    for group in _grouped(unfit, lambda row: (row.kind, finding_of(row.verdict))):
+        yield group[0].kind, _variants(group), _ranks(group), finding_of(group[0].verdict)
 
 
 def _idle(rows: Sequence[Row]) -> Iterator[tuple[str, ...]]:
@@ -230,6 +235,16 @@ def _useless(found: Found) -> Iterator[tuple[str, ...]]:
         always = set.intersection(*dropped) if dropped else set()
         if always:
             yield kind, ", ".join(f"`{rule}`" for rule in _dropped(found[kind][0].verdict) if rule in always)
+
+
+def _unproven(rows: Sequence[Row]) -> Iterator[tuple[str, ...]]:
+    types: dict[str, dict[str, None]] = {}
+    for row in rows:
+        for each in row.verdict.findings:
+            if each["code"] == "PP306":
+                types.setdefault(wildcarded_words(each["message"].partition(" and in ")[0]), {})[row.kind] = None
+    for what, kinds in sorted(types.items()):
+        yield what, ", ".join(kinds)
 
 
 def _dropped(given: Verdict) -> list[str]:
@@ -251,8 +266,8 @@ def _differences(rows: Sequence[Row]) -> Iterator[tuple[str, ...]]:
 
 def _unjudged(rows: Sequence[Row], unbuilt: Mapping[str, str]) -> Iterator[tuple[str, ...]]:
     unjudged = [row for row in rows if row.outcome == UNJUDGED]
-    for group in _grouped(unjudged, lambda row: (row.kind, _finding(row.verdict))):
-        yield group[0].kind, _variants(group), _ranks(group), _finding(group[0].verdict)
+    for group in _grouped(unjudged, lambda row: (row.kind, finding_of(row.verdict))):
+        yield group[0].kind, _variants(group), _ranks(group), finding_of(group[0].verdict)
     for kind, told in sorted(unbuilt.items()):
         yield kind, "", "", f"no model: {_cut(told)}"
 

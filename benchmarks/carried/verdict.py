@@ -9,6 +9,7 @@ from typing import Any
 
 from parallel_plans import verify_plan
 from parallel_plans.table import Table
+from parallel_plans.verify.report import LEVELS
 
 SOUND, WRONG, UNFIT, UNJUDGED = "sound", "wrong", "does not fit", "not judged"
 
@@ -37,18 +38,18 @@ class Verdict:
         return next((each for each in self.findings if each["severity"] == "error"), next(iter(self.findings), None))
 
 
-def verdict(model: Any, sizes: Mapping[str, int]) -> Verdict:
-    """The verdict on the plan that the class of a model carries, on so many ranks."""
+def verdict(model: Any, sizes: Mapping[str, int], level: str = LEVELS[-1]) -> Verdict:
+    """The verdict on the plan that the class of a model carries, on so many ranks; `level` is the last to be run."""
     started = time.monotonic()
     target = (
         model if model.can_generate() else model.config
     )  # of a model that writes nothing, a trial is made by config
-    report = verify_plan(target, "builtin", tp=sizes["tp"], ep=sizes.get("ep", 1))
+    report = verify_plan(target, "builtin", tp=sizes["tp"], ep=sizes.get("ep", 1), level=level)
     seconds = time.monotonic() - started
     findings: Any = report.to_dict()["findings"]
     failed = next((level for level, state in report.levels.items() if state == "failed"), None)
     # a level that was due and was not run has said why among the findings
-    was_run = report.levels["numerics"] != "not run"
+    was_run = report.levels[level] != "not run"
     outcome = WRONG if failed is not None else SOUND if was_run else UNJUDGED
     share = None if report.table is None else _share(report.table)
     return Verdict(outcome=outcome, findings=tuple(findings), share=share, level=failed, seconds=seconds)
