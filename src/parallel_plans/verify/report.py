@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from parallel_plans.errors import Finding
+from parallel_plans.model_spec import ModelSpec
+from parallel_plans.table import Table
+from parallel_plans.verify.flow import Flow
 
 LEVELS = ("accounting", "geometry", "layouts", "numerics")
 NOT_RUN, PASSED, FAILED = "not run", "passed", "failed"
@@ -30,6 +33,18 @@ class Traffic:
     bytes: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class Simulated:
+    """What numerics ran: as many ranks by axis, these layers of the model, each number of its config that was shrunk.
+
+    `sizes` are field -> (in the model, in the shrunken one).
+    """
+
+    ranks: Mapping[str, int]
+    layers: tuple[int, ...]
+    sizes: Mapping[str, tuple[int, int]]
+
+
 @dataclass(kw_only=True)
 class Report:
     """One verification.
@@ -44,6 +59,10 @@ class Report:
         forward, backward: the collectives of one rank in the trial of the shrunken model: a step, a continuation, and
             the gathering of weights and gradients. Those of a step at the model's own size are not estimated yet.
         strict: whether a warning makes the plan unsound too.
+        spec: the model's names and shapes; None where there was no plan to hold against them.
+        table: the resolved plan, at the model's own size; None where it does not fit.
+        flow: a step at the model's real widths; None where the level `layouts` did not come that far.
+        simulated: what the level `numerics` ran; None where it did not.
     """
 
     target: str
@@ -55,6 +74,10 @@ class Report:
     forward: Sequence[Traffic] = ()
     backward: Sequence[Traffic] = ()
     strict: bool = False
+    spec: ModelSpec | None = None
+    table: Table | None = None
+    flow: Flow | None = None
+    simulated: Simulated | None = None
 
     @property
     def ok(self) -> bool:

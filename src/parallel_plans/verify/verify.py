@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,12 +12,12 @@ from transformers import AutoModelForCausalLM
 from parallel_plans.errors import Finding, PlanError
 from parallel_plans.lookup import PlanSource, carried_by, find_plan, with_experts
 from parallel_plans.mesh import views_for
-from parallel_plans.model_spec import ModelSpec, describe
+from parallel_plans.model_spec import ModelSpec, config_fields, describe
 from parallel_plans.plan import Plan
 from parallel_plans.resolve import resolve
 from parallel_plans.table import Table
 from parallel_plans.verify.numerics import Trial, check_numerics
-from parallel_plans.verify.report import LEVELS, PASSED, Parameters, Report, Traffic
+from parallel_plans.verify.report import LEVELS, PASSED, Parameters, Report, Simulated, Traffic
 from parallel_plans.verify.shrink import CannotShrink, shrunken
 from parallel_plans.verify.weights import example_batch, random_model
 from parallel_plans.views import Views
@@ -61,8 +62,8 @@ def verify_plan(
     except PlanError as error:
         report.settle("accounting", error.findings)
         return report
-    report.plan = found.source
-    table = _settle_shapes(report, found, spec, views, ep_plan == "dispatch")
+    report.plan, report.spec = found.source, spec
+    table = report.table = _settle_shapes(report, found, spec, views, ep_plan == "dispatch")
     if table is not None:
         report.parameters = _parameters(table, views)
     if level == "numerics" and table is not None and config is not None:
@@ -122,6 +123,11 @@ def _settle_numerics(report: Report, plan: Plan, config: Any, views: Views, disp
         message = f"numerics could not be run: {error}"
         report.findings.append(Finding(code="PP407", severity="warning", level="numerics", message=message))
         return
+    report.simulated = Simulated(
+        ranks={axis: size for axis, size in small.sizes.items() if axis in report.mesh},
+        layers=tiny.layers,
+        sizes=_shrunk(config_fields(config), config_fields(tiny.config)),
+    )
     model = random_model(tiny.config, seed=0)
     batches = [example_batch(tiny.config, seed=index) for index in range(small.world // small.tp)]
     outcome = check_numerics(Trial(plan=plan, views=small, model=model, batches=batches, dispatch=dispatch))
@@ -140,3 +146,8 @@ def _settle_numerics(report: Report, plan: Plan, config: Any, views: Views, disp
             report.backward = told
         else:
             report.forward = told
+
+
+def _shrunk(fields: Mapping[str, int], small: Mapping[str, int]) -> dict[str, tuple[int, int]]:
+    """Field -> its number in both configs, where these differ."""
+    return {name: (fields[name], size) for name, size in small.items() if fields.get(name, size) != size}

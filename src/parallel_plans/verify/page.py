@@ -1,0 +1,136 @@
+"""One self-contained HTML page of a report: verdict, findings, a picture of a layer, tables.
+
+Nothing is fetched, nothing is run in the reader's browser, and all that comes from a plan or a model is escaped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from parallel_plans.errors import Finding
+from parallel_plans.verify.drawing import drawing_of, middle_for
+from parallel_plans.verify.picture import layer_of, picture_of
+from parallel_plans.verify.report import Report
+from parallel_plans.verify.summary import (
+    cost_told,
+    counted,
+    in_order,
+    level_told,
+    parameter_rows,
+    ranks_told,
+    verdict,
+)
+from parallel_plans.verify.units import shown_bytes
+
+LETTERS = {  # what the legend says
+    "S": "sharded: each rank holds its part of a dim",
+    "I": "invariant: the same on every rank, and the same work done with it",
+    "R": "replicated: the same on every rank, used differently",
+    "P": "partial: the true value is the sum over ranks",
+    "V": "varying: differs from rank to rank, as a style vouches",
+    "?": "unproven",
+}
+
+
+def page_of(report: Report) -> str:
+    """The page."""
+    environment = Environment(
+        loader=PackageLoader("parallel_plans.verify", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("page.html").render(**_told(report))
+
+
+def _told(report: Report) -> dict[str, Any]:
+    """All that the template says."""
+    picture = picture_of(report)
+    middle = 0.0 if picture is None else middle_for(picture.parts)
+    drawings = [] if picture is None else [drawing_of(part, middle) for part in picture.parts]
+    used = {chip.letter for drawing in drawings for box in drawing.boxes for chip in box.chips}
+    return {
+        "report": report,
+        "verdict": verdict(report),
+        "ranks": ranks_told(report),
+        "levels": [(level, state, level_told(report, level)) for level, state in report.levels.items()],
+        "costs": cost_told(report),
+        "findings": list(enumerate(in_order(report.findings), 1)),
+        "lines": _lines,
+        "drawings": drawings,
+        "elsewhere": () if picture is None else picture.elsewhere,
+        "legend": {letter: told for letter, told in LETTERS.items() if letter in used},
+        "rows": [] if report.table is None else parameter_rows(report.table),
+        "layers_told": layers_told,
+        "shown_bytes": shown_bytes,
+    }
+
+
+def _lines(finding: Finding) -> list[tuple[str, str]]:
+    """What a finding says beside its message, by label."""
+    place = finding.file and (finding.file if finding.line is None else f"{finding.file}:{finding.line}")
+    on = finding.name and f"{finding.name} {finding.found or ''}".rstrip()
+    lines = (
+        ("at", place),
+        ("rule", finding.rule),
+        ("on", on),
+        ("found", None if finding.name else finding.found),
+        ("expected", finding.expected),
+        ("fix", finding.fix),
+    )
+    return [(label, text) for label, text in lines if text]
+
+
+def layers_told(layers: tuple[str, ...]) -> str:
+    """How many layers there are, and which.
+
+    >>> layers_told(("h.0", "h.1", "h.2", "h.5"))
+    '4 layers: 0 to 2, 5'
+    """
+    numbers = [int(layer_of(layer).rpartition(".")[2]) for layer in layers]
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][-1] + 1 == number:
+            runs[-1][1:] = [number]
+        else:
+            runs.append([number])
+    return f"{counted(len(layers), 'layer')}: " + ", ".join(" to ".join(map(str, run)) for run in runs)
+
+
+@contextlib.contextmanager
+def page_at(path: Path) -> Iterator[Any]:
+    """What takes the page and puts it at `path`, whole or not at all; the place is tried before the block is run.
+
+    Raises:
+        OSError: nothing can be written there.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder")
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    beside = Path(name)
+    os.close(handle)
+
+    def write(report: Report) -> None:
+        beside.write_text(page_of(report), encoding="utf-8")
+        beside.chmod(0o666 & ~_umask())
+        beside.replace(path)
+
+    try:
+        yield write
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    """The rights that this process withholds from the files that it makes."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
