@@ -7,15 +7,33 @@ from __future__ import annotations
 
 import json
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
+from parallel_plans.cli.costs import (
+    LINK,
+    Bandwidth,
+    Batch,
+    Dtype,
+    For,
+    InternodeBandwidth,
+    InternodeLatency,
+    Latency,
+    Memory,
+    NodeSize,
+    Purpose,
+    Sequence,
+)
 from parallel_plans.cli.screen import Screen, console_for
 from parallel_plans.cli.sizes import Ep, Etp, Tp
 from parallel_plans.cli.target import TargetError, read_target
 from parallel_plans.errors import LaunchError
+from parallel_plans.verify.cost import CostQuestion
+from parallel_plans.verify.link import Link
+from parallel_plans.verify.page import PageError, try_place, write_page
 from parallel_plans.verify.report import LEVELS
 from parallel_plans.verify.verify import verify_plan
 
@@ -37,19 +55,52 @@ def verify(
     level: Annotated[Level, typer.Option(help="the last level to run")] = LAST,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="every table in full")] = False,
+    page: Annotated[
+        Path | None, typer.Option("--report", metavar="FILE", help="an HTML page that shows it all")
+    ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="a warning makes the plan unsound")] = False,
+    batch: Batch = 1,
+    sequence: Sequence = None,
+    dtype: Dtype = None,
+    latency: Latency = LINK.latency,
+    bandwidth: Bandwidth = LINK.bandwidth,
+    node_size: NodeSize = LINK.node_size,
+    internode_latency: InternodeLatency = LINK.internode_latency,
+    internode_bandwidth: InternodeBandwidth = LINK.internode_bandwidth,
+    memory: Memory = None,
+    purpose: For = Purpose.inference,  # type: ignore[attr-defined]
 ) -> None:
     """Whether a plan is right for a model on so many ranks."""
     if sp:
         complaints.print("--sp: sequence parallelism is not built yet", markup=False)
         raise typer.Exit(2)
+    link = Link(
+        latency=latency,
+        bandwidth=bandwidth,
+        node_size=node_size,
+        internode_latency=internode_latency,
+        internode_bandwidth=internode_bandwidth,
+    )
+    cost = CostQuestion(batch=batch, sequence=sequence, dtype=dtype, link=link, memory=memory, purpose=str(purpose))
     try:
+        if page is not None:
+            try_place(page)
         subject = read_target(target, _fields(settings or []))
         beside = subject.plan_beside() if plan == "auto" else None
         report = verify_plan(
-            subject.model, beside or plan, tp=tp, ep=ep, etp=etp, level=str(level), name=target, strict=strict
+            subject.model,
+            beside or plan,
+            tp=tp,
+            ep=ep,
+            etp=etp,
+            level=str(level),
+            name=target,
+            strict=strict,
+            cost=cost,
         )
-    except (TargetError, LaunchError) as error:
+        if page is not None:
+            write_page(report, page)
+    except (TargetError, LaunchError, PageError) as error:
         complaints.print(str(error), markup=False)
         raise typer.Exit(2) from None
     if as_json:

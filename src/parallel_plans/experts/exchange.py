@@ -74,8 +74,16 @@ def exchange_of(tokens_per_expert_E: Tensor, owned: Sequence[int], axis: Axis, r
 
 
 def _even_counts(rows: int, owned: Sequence[int], axis: Axis) -> list[int]:
-    """What a rank would read of a routing as even as can be, the same on every rank."""
+    """What a rank would read of a routing as even as can be, if all ranks had as many rows.
+
+    What is left of a rank's rows when every expert has as many goes to the experts after those that the ranks before it
+    have served, so that no expert's rank gets more than its share.
+    """
     experts = sum(owned)
-    sent = [rows // experts + (expert < rows % experts) for expert in range(experts)]
+    each, left = divmod(rows, experts)
+    sent = [
+        [each + ((expert - rank * rows) % experts < left) for expert in range(experts)] for rank in range(axis.size)
+    ]
     first = sum(owned[: axis.rank])
-    return sent + sent[first : first + owned[axis.rank]] * axis.size
+    received = [count for of_rank in sent for count in of_rank[first : first + owned[axis.rank]]]
+    return sent[axis.rank] + received

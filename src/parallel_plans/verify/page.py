@@ -105,28 +105,43 @@ def layers_told(layers: tuple[str, ...]) -> str:
     return f"{counted(len(layers), 'layer')}: " + ", ".join(" to ".join(map(str, run)) for run in runs)
 
 
-@contextlib.contextmanager
-def page_at(path: Path) -> Iterator[Any]:
-    """What takes the page and puts it at `path`, whole or not at all; the place is tried before the block is run.
+class PageError(Exception):
+    """The page cannot be written where it should be."""
+
+
+def try_place(path: Path) -> None:
+    """Raises a `PageError` where no page can be put at `path`; nothing is left there."""
+    with _beside(path):
+        pass
+
+
+def write_page(report: Report, path: Path) -> None:
+    """Puts the page at `path`, whole or not at all.
 
     Raises:
-        OSError: nothing can be written there.
+        PageError: it cannot be written.
     """
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder")
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    beside = Path(name)
-    os.close(handle)
+    with _beside(path) as draft:
+        draft.write_text(page_of(report), encoding="utf-8", errors="backslashreplace")
+        draft.chmod(0o666 & ~_umask())
+        draft.replace(path.resolve())
 
-    def write(report: Report) -> None:
-        beside.write_text(page_of(report), encoding="utf-8")
-        beside.chmod(0o666 & ~_umask())
-        beside.replace(path)
 
+@contextlib.contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """A file in the folder of `path`, for the time of the block."""
+    place = path.resolve()
+    if place.exists() and not place.is_file():
+        raise PageError(f"{path}: there is something that is no file")
     try:
-        yield write
-    finally:
-        beside.unlink(missing_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{place.name[:100]}.", dir=place.parent)
+        os.close(handle)
+        try:
+            yield Path(name)
+        finally:
+            Path(name).unlink(missing_ok=True)
+    except OSError as error:
+        raise PageError(f"{path}: the page cannot be written: {error.strerror or error}") from None
 
 
 def _umask() -> int:

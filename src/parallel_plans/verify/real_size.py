@@ -92,10 +92,10 @@ class Subject:
     dispatch: bool = False
 
 
-def causal_lm(config: Any, dtype: torch.dtype = torch.bfloat16) -> Any:
-    """The causal language model of a config, with transformers' own attention, and its grouped matmul for experts."""
+def causal_lm(config: Any, dtype: torch.dtype = torch.bfloat16, attention: str = "eager") -> Any:
+    """The causal language model of a config, with the attention of this name, and its grouped matmul for experts."""
     with no_init_weights():
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
 
 
 def tokens_of(batch: int, length: int) -> dict[str, Tensor]:

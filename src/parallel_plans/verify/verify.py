@@ -16,11 +16,15 @@ from parallel_plans.model_spec import ModelSpec, config_fields, describe
 from parallel_plans.plan import Plan
 from parallel_plans.resolve import resolve
 from parallel_plans.table import Table
+from parallel_plans.verify.cost import CostQuestion
 from parallel_plans.verify.numerics import Trial, check_numerics
-from parallel_plans.verify.report import LEVELS, PASSED, Parameters, Report, Simulated, Traffic
+from parallel_plans.verify.pricing import cost_of, mesh_of, traffic_of
+from parallel_plans.verify.report import LEVELS, PASSED, Parameters, Report, Simulated
 from parallel_plans.verify.shrink import CannotShrink, shrunken
 from parallel_plans.verify.weights import example_batch, random_model
 from parallel_plans.views import Views
+
+USUAL = CostQuestion()
 
 
 def verify_plan(
@@ -34,6 +38,7 @@ def verify_plan(
     level: str = LEVELS[-1],
     name: str | None = None,
     strict: bool = False,
+    cost: CostQuestion | None = USUAL,
 ) -> Report:
     """What is right and wrong about a plan for a model on so many ranks, found without any of them.
 
@@ -46,6 +51,7 @@ def verify_plan(
         level: the last level to run, one of `LEVELS`.
         name: what to call the target in the report.
         strict: whether warnings make the plan unsound.
+        cost: what is asked about the cost, which is worked out where the geometry passes; None for nothing.
 
     Raises:
         LaunchError: the sizes do not fit together (PP702), or there is no plan (PP704).
@@ -55,17 +61,19 @@ def verify_plan(
     views = views_for(tp, ep, etp)
     model, config = _model_and_config(target)
     spec = describe(model)
-    mesh = {"tp": views.tp, "ep": views.ep, **({"etp": views.etp} if views.ep > 1 else {})}
-    report = Report(target=name or spec.model_type or type(model).__name__, plan=str(plan), mesh=mesh, strict=strict)
+    called = name or spec.model_type or type(model).__name__
+    report = Report(target=called, plan=str(plan), mesh=mesh_of(views), strict=strict, spec=spec)
     try:
         found = with_experts(find_plan(plan, spec, carried_by(model), lambda: None), ep_plan)
     except PlanError as error:
         report.settle("accounting", error.findings)
         return report
-    report.plan, report.spec = found.source, spec
+    report.plan = found.source
     table = report.table = _settle_shapes(report, found, spec, views, ep_plan == "dispatch")
     if table is not None:
         report.parameters = _parameters(table, views)
+        if cost is not None and level != "accounting":
+            _add_cost(report, cost, config, table, views, ep_plan == "dispatch")
     if level == "numerics" and table is not None and config is not None:
         _settle_numerics(report, found, config, views, ep_plan == "dispatch")
     return report
@@ -97,6 +105,19 @@ def _settle_shapes(report: Report, plan: Plan, spec: ModelSpec, views: Views, di
 def _parameters(table: Table, views: Views) -> Parameters:
     held = [table.rank_bytes(views.coordinates(rank)) for rank in range(views.holders)]
     return Parameters(total_bytes=table.spec.bytes, sharded_bytes=table.sharded_bytes, per_rank_bytes=tuple(held))
+
+
+def _add_cost(report: Report, question: CostQuestion, config: Any, table: Table, views: Views, dispatch: bool) -> None:
+    """The cost, or why there is none: that a model cannot be run says nothing about its plan."""
+    if config is None:
+        report.no_cost = "a model of one's own is not run: nobody knows its inputs"
+        return
+    try:
+        report.cost = cost_of(question, config, table, views, dispatch)
+    except Exception as error:  # the code of a model raises any kind
+        report.no_cost = f"the model could not be traced: {type(error).__name__}: {error}"
+        return
+    report.forward, report.backward = (traffic_of(report.cost.passes[name]) for name in ("forward", "backward"))
 
 
 def trial_views(views: Views) -> Views:
@@ -132,20 +153,6 @@ def _settle_numerics(report: Report, plan: Plan, config: Any, views: Views, disp
     batches = [example_batch(tiny.config, seed=index) for index in range(small.world // small.tp)]
     outcome = check_numerics(Trial(plan=plan, views=small, model=model, batches=batches, dispatch=dispatch))
     report.settle("numerics", outcome.findings)
-    ranks = small.world
-    for backward in (False, True):
-        traffic: dict[tuple[str, str], list[int]] = {}
-        for call in outcome.calls:
-            if call.backward is backward:
-                traffic.setdefault((call.op, call.axis), []).append(call.bytes)
-        told = [
-            Traffic(op=op, axis=axis, count=len(each) // ranks, bytes=sum(each) // ranks)
-            for (op, axis), each in sorted(traffic.items())
-        ]
-        if backward:
-            report.backward = told
-        else:
-            report.forward = told
 
 
 def _shrunk(fields: Mapping[str, int], small: Mapping[str, int]) -> dict[str, tuple[int, int]]:
