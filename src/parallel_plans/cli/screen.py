@@ -6,28 +6,31 @@ Colours are only for a terminal, and never the only sign; what a plan writes is 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TextIO
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions
 from rich.table import Table as Rows
 from rich.text import Text
 
 from parallel_plans.errors import Finding
-from parallel_plans.verify.flow import Flow, Mark, Value
-from parallel_plans.verify.report import FAILED, PASSED, Report
+from parallel_plans.table import Table
+from parallel_plans.verify.cost_rows import Sheet, cost_sheets, cost_told
+from parallel_plans.verify.flow import Flow, Value
+from parallel_plans.verify.report import FAILED, PASSED, Report, Simulated
 from parallel_plans.verify.summary import (
-    cost_told,
     counted,
     in_order,
     level_told,
     parameter_rows,
+    plain,
     ranks_told,
     verdict,
 )
 from parallel_plans.verify.units import shown_bytes
 
 PAPER = 160  # columns where no terminal says how many there are
+ENDLESS = 10_000  # columns, more than any table has
 MOST = 8  # findings in full on one screen
 LABEL = 12  # columns of a level's name
 COLOURS = {PASSED: "green", FAILED: "red", "error": "red", "warning": "yellow", "sound": "green", "not sound": "red"}
@@ -37,16 +40,6 @@ def console_for(stream: TextIO | None = None) -> Console:
     """The console of a stream, of stdout where none is given: as wide as its terminal, or as `PAPER`."""
     stream = stream or sys.stdout
     return Console(file=stream, highlight=False, markup=False, width=None if stream.isatty() else PAPER)
-
-
-def plain(text: str, encoding: str = "utf-8") -> str:
-    r"""The text without control characters, and without those that the encoding lacks, each spelled out.
-
-    >>> plain("a\x1b[31m")
-    'a\\x1b[31m'
-    """
-    spelled = "".join(each if each.isprintable() or each == "\n" else ascii(each)[1:-1] for each in text)
-    return spelled.encode(encoding, "backslashreplace").decode(encoding)
 
 
 class Screen:
@@ -90,7 +83,7 @@ class Screen:
             self._level(level, state, [level_told(self.report, level)])
         costs = cost_told(self.report)
         if costs:
-            self._level("cost", "", costs)
+            self._level("cost", "not run" if self.report.cost is None else "estimate", costs)
 
     def _level(self, name: str, state: str, told: Sequence[str]) -> None:
         start = Text(f"  {name:<{LABEL}}").append(state, style=COLOURS.get(state, "dim"))
@@ -126,48 +119,63 @@ class Screen:
 
     def _tables(self) -> None:
         report = self.report
-        if report.table is not None:
-            self._table(
-                "accounting and geometry: every form of parameter",
-                ("parameter", "times", "shape", "letters", "style", "rule", "bytes on a rank"),
-                (
-                    (row.form, str(row.times), row.shape, " ".join(f"{letter}@{axis}" for letter, axis in row.letters),
-                     row.styles, row.lines and f"line {row.lines}", f"{row.bytes:,}")
-                    for row in parameter_rows(report.table)
-                ),
-            )  # fmt: skip
-        if report.flow is not None:
-            self._table(
-                "layouts: a step of one rank, forward and then backward",
-                ("module", "value or collective", "letters", "bytes"),
-                _steps(report.flow),
-            )
-        if report.simulated is not None:
-            sizes = report.simulated.sizes.items()
-            self._table(
-                "numerics: the shrunken model",
-                ("config", "model", "shrunken"),
-                ((name, f"{whole:,}", f"{small:,}") for name, (whole, small) in sizes),
-            )
+        sheets = [] if report.table is None else [_parameters(report.table)]
+        sheets += [] if report.flow is None else [_steps(report.flow)]
+        sheets += [] if report.simulated is None else [_sizes(report.simulated)]
+        sheets += [] if report.cost is None else cost_sheets(report.cost)
+        for sheet in sheets:
+            self._line()
+            self._line(Text(sheet.title, style="bold"))
+            self._sheet(sheet)
 
-    def _table(self, title: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-        """A table at its natural width, whose numbers stand on the right."""
-        table = Rows(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
-        for head in heads:
-            is_number = head.startswith(("times", "bytes", "model", "shrunken"))
-            table.add_column(head, justify="right" if is_number else "left", no_wrap=not self.console.is_terminal)
-        for row in rows:
-            table.add_row(*(Text(plain(cell, self.console.encoding)) for cell in row))
-        self.console.print()
-        self.console.print(table, width=None if self.console.is_terminal else 10_000, soft_wrap=False)
+    def _sheet(self, sheet: Sheet) -> None:
+        """A table, at its natural width in a pipe."""
+        is_terminal = self.console.is_terminal
+        rows = Rows(box=None, pad_edge=False)
+        for number, head in enumerate(sheet.heads):
+            is_number = number in sheet.numbers
+            rows.add_column(head, justify="right" if is_number else "left", no_wrap=is_number, overflow="fold")
+        for row in sheet.rows:
+            rows.add_row(*(Text(plain(cell, self.console.encoding)) for cell in row))
+        width = None if is_terminal else max(PAPER, self.console.measure(rows, options=_endless(self.console)).maximum)
+        self.console.print(rows, width=width, crop=is_terminal)
 
 
-def _steps(flow: Flow) -> Iterable[tuple[str, str, str, str]]:
+def _endless(console: Console) -> ConsoleOptions:
+    return console.options.update(width=ENDLESS)
+
+
+def _parameters(table: Table) -> Sheet:
+    rows = [
+        (
+            row.form,
+            f"{row.times:,}",
+            row.shape,
+            " ".join(f"{letter}@{axis}" for letter, axis in row.letters),
+            row.styles,
+            row.lines and f"line {row.lines}",
+            f"{row.bytes:,}",
+        )
+        for row in parameter_rows(table)
+    ]
+    heads = ("parameter", "times", "shape", "letters", "style", "rule", "bytes on a rank")
+    return Sheet(title="accounting and geometry: every form of parameter", heads=heads, rows=rows, numbers=(1, 6))
+
+
+def _steps(flow: Flow) -> Sheet:
+    rows = []
     for step in flow.steps:
         if isinstance(step, Value):
             letters = " ".join(f"{letter}@{axis}" for axis, letter in step.letters.items())
-            yield step.module, step.marked, letters, ""
+            rows.append((step.module, step.marked, letters, ""))
         else:
-            assert isinstance(step, Mark)
             way = "backward" if step.backward else "forward"
-            yield step.module, f"{step.op} over {step.axis}, {way}", "", shown_bytes(step.bytes)
+            rows.append((step.module, f"{step.op} over {step.axis}, {way}", "", shown_bytes(step.bytes)))
+    heads = ("module", "value or collective", "letters", "bytes")
+    return Sheet(title="layouts: a step of one rank, forward and then backward", heads=heads, rows=rows, numbers=(3,))
+
+
+def _sizes(simulated: Simulated) -> Sheet:
+    rows = [(name, f"{whole:,}", f"{small:,}") for name, (whole, small) in simulated.sizes.items()]
+    heads = ("config", "model", "shrunken")
+    return Sheet(title="numerics: the shrunken model", heads=heads, rows=rows, numbers=(1, 2))

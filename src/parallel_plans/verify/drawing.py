@@ -11,7 +11,7 @@ All lengths are in pixels of the picture; a character of its text is `WIDE` of t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from parallel_plans.verify.picture import Box, Part, Passed, Shown
@@ -20,7 +20,8 @@ from parallel_plans.verify.units import shown_bytes
 WIDE = 7.25  # of a character of 12 pixels
 SMALL = 6.65  # of a character of 11 pixels
 LINE, TITLE, PAD, GAP, INSET, FOOT = 19, 26, 7, 8, 12, 22
-LEFT, RIGHT, MIDDLE = 206, 300, (340, 520)  # widths of the lanes; of the boxes between, least and most
+LEFT, RIGHT, MARGIN = 206, 300, 8  # widths of the lanes, and of one in which nothing is
+MIDDLE = (340, 520)  # widths of the boxes between, least and most
 ARROW = 46
 CHIP = 8  # beside the text of a chip, in all
 NARROWEST = 12  # characters of a text that has to be cut
@@ -116,20 +117,40 @@ def colour_of(letters: Mapping[str, str] | Iterator[str] | tuple[str, ...]) -> s
     return next((letter for letter in "?PSVRI" if letter in found), "")
 
 
-def drawing_of(part: Part, middle: float) -> Drawing:
-    """A part with everything on its place, between lanes that are `middle` apart."""
+@dataclass(frozen=True, kw_only=True)
+class Frame:
+    """How wide the lanes are, and the boxes between."""
+
+    left: float
+    middle: float
+    right: float
+
+
+def drawings_of(parts: Sequence[Part]) -> list[Drawing]:
+    """All parts, with everything on its place, in one frame."""
+    boxes = [box for part in parts for box in part.boxes]
+    wanted = max((_wanted(box) for box in boxes), default=0)
+    is_followed = any(_says(box) for box in boxes)
+    frame = Frame(
+        left=LEFT if is_followed else MARGIN,
+        middle=min(max(wanted, MIDDLE[0]), MIDDLE[1]),
+        right=RIGHT if is_followed else MARGIN,
+    )
+    return [_drawing(part, frame) for part in parts]
+
+
+def _says(box: Box) -> bool:
+    """Whether something stands in a lane beside a box."""
+    return bool(box.value or box.forward or box.backward) or any(_says(inner) for inner in box.inner)
+
+
+def _drawing(part: Part, frame: Frame) -> Drawing:
     placed: list[Placed] = []
     y: float = GAP
     for box in part.boxes:
-        y = _place(placed, box, y, middle, 0) + GAP
-    width = LEFT + middle + RIGHT
+        y = _place(placed, box, y, frame, 0) + GAP
+    width = frame.left + frame.middle + frame.right
     return Drawing(title=part.title, layers=part.layers, width=width, height=y, boxes=tuple(placed))
-
-
-def middle_for(parts: tuple[Part, ...]) -> float:
-    """How wide boxes must be for all that is written in them, within bounds."""
-    wanted = max((_wanted(box) for part in parts for box in part.boxes), default=0)
-    return min(max(wanted, MIDDLE[0]), MIDDLE[1])
 
 
 def _wanted(box: Box) -> float:
@@ -142,8 +163,9 @@ def _chips_width(letters: tuple[tuple[str, str], ...]) -> float:
     return sum(SMALL * len(f"{letter} {axis}") + CHIP + 4 for letter, axis in letters) + 4
 
 
-def _title(box: Box) -> str:
-    return box.name.rpartition(".")[2] if box.name else box.kind
+def _title(box: Box, depth: int = 0) -> str:
+    """Its name from the box on in which it stands; its class where it is the layer."""
+    return (box.name.rpartition(".")[2] if depth else box.name) or box.kind
 
 
 def _styles(box: Box) -> str:
@@ -152,13 +174,13 @@ def _styles(box: Box) -> str:
     return told or (box.kind if box.name else "")
 
 
-def _place(placed: list[Placed], box: Box, top: float, middle: float, depth: int) -> float:
+def _place(placed: list[Placed], box: Box, top: float, frame: Frame, depth: int) -> float:
     """Puts a box and all within on their places, from `top` down; where it ends."""
     at = len(placed)
-    x, width = LEFT + depth * INSET, middle - 2 * depth * INSET
+    x, width = frame.left + depth * INSET, frame.middle - 2 * depth * INSET
     y = top + TITLE + LINE * len(box.parameters) + (2 if box.parameters else 0)
     for inner in box.inner:
-        y = _place(placed, inner, y + (0 if inner is box.inner[0] else GAP), middle, depth + 1)
+        y = _place(placed, inner, y + (0 if inner is box.inner[0] else GAP), frame, depth + 1)
     lane = LINE * max(len(box.forward) + (box.value is not None), len(box.backward))
     if box.inner:
         y, lane_top = y + PAD + (max(lane, FOOT - PAD) if lane else 0), y + PAD
@@ -172,7 +194,7 @@ def _place(placed: list[Placed], box: Box, top: float, middle: float, depth: int
 def _placed(box: Box, frame: tuple[float, float, float, float], depth: int, lane_top: float) -> Placed:
     x, y, width, height = frame
     chips: list[Chip] = []
-    words = _head(box, x, y, width)
+    words = _head(box, x, y, width, depth)
     for number, parameter in enumerate(box.parameters):
         _parameter(parameter, x + PAD, y + TITLE + LINE * number, width - 2 * PAD, chips, words)
     arrows = [
@@ -193,11 +215,11 @@ def _about(box: Box) -> str:
     return f"{box.name or 'the layer'}: {box.kind}" + (f", {_styles(box)}" if box.styles else "")
 
 
-def _head(box: Box, x: float, y: float, width: float) -> list[Words]:
+def _head(box: Box, x: float, y: float, width: float, depth: int) -> list[Words]:
     """The title on the left, styles and lines on the right, beside the badges."""
     room = width - 2 * PAD - 22 * len(box.badges)
-    title = cut(_title(box), room)
-    words = [Words(x=x + PAD, y=y + 17, text=title, whole=_title(box), role="title")]
+    title = cut(_title(box, depth), room)
+    words = [Words(x=x + PAD, y=y + 17, text=title, whole=_title(box, depth), role="title")]
     left = room - WIDE * (len(title) + 1)
     styles = _styles(box)
     if styles and left > SMALL * NARROWEST:

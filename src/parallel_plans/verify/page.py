@@ -15,19 +15,19 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from parallel_plans.errors import Finding
-from parallel_plans.verify.drawing import drawing_of, middle_for
+from parallel_plans.verify.cost_rows import cost_sheets, cost_told
+from parallel_plans.verify.drawing import drawings_of
 from parallel_plans.verify.picture import layer_of, picture_of
 from parallel_plans.verify.report import Report
 from parallel_plans.verify.summary import (
-    cost_told,
     counted,
     in_order,
     level_told,
     parameter_rows,
+    plain,
     ranks_told,
     verdict,
 )
-from parallel_plans.verify.units import shown_bytes
 
 LETTERS = {  # what the legend says
     "S": "sharded: each rank holds its part of a dim",
@@ -47,6 +47,7 @@ def page_of(report: Report) -> str:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=lambda value: plain(value) if type(value) is str else value,
     )
     return environment.get_template("page.html").render(**_told(report))
 
@@ -54,15 +55,17 @@ def page_of(report: Report) -> str:
 def _told(report: Report) -> dict[str, Any]:
     """All that the template says."""
     picture = picture_of(report)
-    middle = 0.0 if picture is None else middle_for(picture.parts)
-    drawings = [] if picture is None else [drawing_of(part, middle) for part in picture.parts]
-    used = {chip.letter for drawing in drawings for box in drawing.boxes for chip in box.chips}
+    drawings = [] if picture is None else drawings_of(picture.parts)
+    boxes = [box for drawing in drawings for box in drawing.boxes]
+    used = {chip.letter for box in boxes for chip in box.chips}
+    used |= {letter for box in boxes for arrow in box.arrows for letter in (arrow.before, arrow.after)}
     return {
         "report": report,
         "verdict": verdict(report),
         "ranks": ranks_told(report),
         "levels": [(level, state, level_told(report, level)) for level, state in report.levels.items()],
         "costs": cost_told(report),
+        "sheets": [] if report.cost is None else cost_sheets(report.cost),
         "findings": list(enumerate(in_order(report.findings), 1)),
         "lines": _lines,
         "drawings": drawings,
@@ -70,7 +73,6 @@ def _told(report: Report) -> dict[str, Any]:
         "legend": {letter: told for letter, told in LETTERS.items() if letter in used},
         "rows": [] if report.table is None else parameter_rows(report.table),
         "layers_told": layers_told,
-        "shown_bytes": shown_bytes,
     }
 
 

@@ -10,7 +10,6 @@ from parallel_plans.errors import Finding
 from parallel_plans.table import ParameterEntry, Table
 from parallel_plans.verify.flow import Value
 from parallel_plans.verify.report import FAILED, LEVELS, NOT_RUN, Report
-from parallel_plans.verify.units import shown_bytes
 from parallel_plans.views import views_of
 
 UNPROVEN = "?"  # the letter of a value whose layout nothing vouches for
@@ -63,6 +62,16 @@ def parameter_rows(table: Table) -> list[ParameterRow]:
 def letters_of(entry: ParameterEntry) -> tuple[tuple[str, str], ...]:
     """(letter, axis) for each rule that says something of a parameter."""
     return tuple((use.letter, use.axis) for use in entry.uses)
+
+
+def plain(text: str, encoding: str = "utf-8") -> str:
+    r"""The text without control characters, and without those that the encoding lacks, each spelled out.
+
+    >>> plain("a\x1b[31m")
+    'a\\x1b[31m'
+    """
+    spelled = "".join(each if each.isprintable() or each == "\n" else ascii(each)[1:-1] for each in text)
+    return spelled.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def in_order(findings: Sequence[Finding]) -> list[Finding]:
@@ -166,13 +175,3 @@ _TOLD: dict[str, Callable[[Report], str]] = {
     "layouts": _layouts,
     "numerics": _numerics,
 }
-
-
-def cost_told(report: Report) -> list[str]:
-    """What a plan costs, a line each for what is said, how long it takes, what memory it needs."""
-    return [
-        f"{direction}: "
-        + ", ".join(f"{each.count} {each.op} over {each.axis}, {shown_bytes(each.bytes)}" for each in traffic)
-        for direction, traffic in (("forward", report.forward), ("backward", report.backward))
-        if traffic
-    ]
