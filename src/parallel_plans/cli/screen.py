@@ -138,7 +138,10 @@ class Screen:
         for row in sheet.rows:
             rows.add_row(*(Text(plain(cell, self.console.encoding)) for cell in row))
         width = None if is_terminal else max(PAPER, self.console.measure(rows, options=_endless(self.console)).maximum)
-        self.console.print(rows, width=width, crop=is_terminal)
+        with self.console.capture() as caught:
+            self.console.print(rows, width=width, crop=is_terminal)
+        for line in caught.get().splitlines():
+            self.console.file.write(line.rstrip() + "\n")
 
 
 def _endless(console: Console) -> ConsoleOptions:

@@ -36,8 +36,8 @@ def assumed(cost: Cost) -> str:
     link = cost.link
     return (
         f"rank {cost.rank}, {cost.batch} x {cost.sequence:,} tokens, {cost.dtype}, on "
-        f"{shown_bytes(link.bandwidth)}/s and {shown_seconds(link.latency)} in a node of {link.node_size}, "
-        f"{shown_bytes(link.internode_bandwidth)}/s and {shown_seconds(link.internode_latency)} between nodes"
+        f"{link.bandwidth / 1e9:g} GB/s and {shown_seconds(link.latency)} in a node of {link.node_size}, "
+        f"{link.internode_bandwidth / 1e9:g} GB/s and {shown_seconds(link.internode_latency)} between nodes"
     )
 
 

@@ -14,15 +14,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from parallel_plans.verify.flow import Value
 from parallel_plans.verify.picture import Box, Part, Passed, Shown
 from parallel_plans.verify.units import shown_bytes
 
 WIDE = 7.25  # of a character of 12 pixels
 SMALL = 6.65  # of a character of 11 pixels
 LINE, TITLE, PAD, GAP, INSET, FOOT = 19, 26, 7, 8, 12, 22
-LEFT, RIGHT, MARGIN = 206, 300, 8  # widths of the lanes, and of one in which nothing is
-MIDDLE = (340, 520)  # widths of the boxes between, least and most
-ARROW = 46
+LEAST, MOST = 340, 520  # widths of a box
+MARGIN = 8
+ARROW, BESIDE = 46, 8  # the length of an arrow, and what lies between it and what is written beside it
 CHIP = 8  # beside the text of a chip, in all
 NARROWEST = 12  # characters of a text that has to be cut
 
@@ -128,20 +129,33 @@ class Frame:
 
 def drawings_of(parts: Sequence[Part]) -> list[Drawing]:
     """All parts, with everything on its place, in one frame."""
-    boxes = [box for part in parts for box in part.boxes]
-    wanted = max((_wanted(box) for box in boxes), default=0)
-    is_followed = any(_says(box) for box in boxes)
-    frame = Frame(
-        left=LEFT if is_followed else MARGIN,
-        middle=min(max(wanted, MIDDLE[0]), MIDDLE[1]),
-        right=RIGHT if is_followed else MARGIN,
-    )
+    boxes = [each for part in parts for box in part.boxes for each in _all(box)]
+    wanted = max((_wanted(box) for part in parts for box in part.boxes), default=0)
+    left = max((SMALL * len(_told(each)) for box in boxes for each in box.backward), default=0)
+    right = max((width for box in boxes for width in _written_right(box)), default=0)
+    lanes = [width + ARROW + BESIDE + MARGIN if width else MARGIN for width in (left, right)]
+    frame = Frame(left=lanes[0], middle=min(max(wanted, LEAST), MOST), right=lanes[1])
     return [_drawing(part, frame) for part in parts]
 
 
-def _says(box: Box) -> bool:
-    """Whether something stands in a lane beside a box."""
-    return bool(box.value or box.forward or box.backward) or any(_says(inner) for inner in box.inner)
+def _all(box: Box) -> Iterator[Box]:
+    """A box and all within."""
+    yield box
+    for inner in box.inner:
+        yield from _all(inner)
+
+
+def _written_right(box: Box) -> Iterator[float]:
+    """The widths of what stands beside a box, on the right."""
+    if box.value is not None:
+        yield _chips_width(_lying(box.value)) + SMALL * len(box.value.marked)
+    for each in box.forward:
+        yield SMALL * len(_told(each))
+
+
+def _lying(value: Value) -> tuple[tuple[str, str], ...]:
+    """(letter, axis) of a value."""
+    return tuple((letter, axis) for axis, letter in value.letters.items())
 
 
 def _drawing(part: Part, frame: Frame) -> Drawing:
@@ -256,11 +270,11 @@ def _value_lane(
     before = box.leaves[:1] if box.leaves and box.forward else after
     length = ARROW + depth * INSET
     yield Arrow(x=edge, y=top + LINE / 2, length=length, before=before, after=after, marks=len(box.forward))
-    x = edge + length + 8
+    x = edge + length + BESIDE
     if box.value is not None:
-        start = _chips(tuple((letter, axis) for axis, letter in box.value.letters.items()), x, top, chips)
-        shape = cut(box.value.marked, edge + depth * INSET + RIGHT - start, SMALL)
-        words.append(Words(x=start, y=top + 13, text=shape, whole=box.value.marked, role="value"))
+        start = _chips(_lying(box.value), x, top, chips)
+        marked = box.value.marked
+        words.append(Words(x=start, y=top + 13, text=marked, whole=marked, role="value"))
         top += LINE
     _collectives(box.forward, x, top, "forward", words)
 
@@ -271,12 +285,16 @@ def _gradient_lane(box: Box, edge: float, top: float, depth: int, words: list[Wo
         return
     length = ARROW + depth * INSET
     yield Arrow(x=edge, y=top + LINE / 2, length=-length, before="", after="", marks=len(box.backward))
-    _collectives(box.backward, edge - length - 8, top, "backward", words)
+    _collectives(box.backward, edge - length - BESIDE, top, "backward", words)
 
 
 def _collectives(passed: tuple[Passed, ...], x: float, top: float, role: str, words: list[Words]) -> None:
     for number, each in enumerate(passed):
-        times = f"{each.count} x " if each.count > 1 else ""
-        text = f"{times}{each.op} {each.axis} {shown_bytes(each.bytes)}"
-        whole = f"{role}: {times}{each.op} over {each.axis}, {each.bytes:,} bytes"
-        words.append(Words(x=x, y=top + 13 + LINE * number, text=text, whole=whole, role=role))
+        whole = f"{role}: {each.count} {each.op} over {each.axis}, {each.bytes:,} bytes"
+        words.append(Words(x=x, y=top + 13 + LINE * number, text=_told(each), whole=whole, role=role))
+
+
+def _told(passed: Passed) -> str:
+    """What is written beside a mark."""
+    times = f"{passed.count} x " if passed.count > 1 else ""
+    return f"{times}{passed.op} {passed.axis} {shown_bytes(passed.bytes)}"
