@@ -106,6 +106,26 @@ def declare(value: Tensor, axis: Axis, letter: str) -> Tensor:
     return value
 
 
+class _Vouched(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, axis: Axis, letter: str, gradient: str) -> Tensor:
+        ctx.axis, ctx.letter = axis, gradient
+        return declare(value.clone(), axis, letter)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return declare(gradient.clone(), ctx.axis, ctx.letter), None, None, None
+
+
+def vouch(value: Tensor, axis: Axis, letter: str, gradient: str) -> Tensor:
+    """`value`, and in backward its gradient, as `declare` says of each; nothing where nobody listens."""
+    if not _listeners:
+        return value
+    if _needs_gradient(value):
+        return _Vouched.apply(value, axis, letter, gradient)
+    return declare(value.clone(), axis, letter)
+
+
 class _Recorder:
     """Writes down collectives."""
 

@@ -44,6 +44,14 @@ CODES: dict[str, str] = {
     "PP201": "a dim cannot be split this way",
     "PP202": "there are fewer units than ranks",
     "PP203": "a count that a module keeps cannot be made local",
+    # How values lie on the ranks (PP3xx)
+    "PP301": "a whole value is summed or gathered over the ranks",
+    "PP302": "a partial sum is used as if it were whole",
+    "PP303": "a part of a value is used as if it were whole",
+    "PP304": "a parameter's gradient does not lie as the parameter does",
+    "PP305": "ranks would wait for each other: their collectives differ",
+    "PP306": "an operation on values that are not whole is unproven",
+    "PP307": "an operation is given other numbers on other ranks",
     # What the model computes (PP4xx)
     "PP401": "the output is not that of one process",
     "PP402": "a gradient is not that of one process",

@@ -46,7 +46,7 @@ def partial(value: Tensor, axis: Axis) -> Tensor:
 class _Contribute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, axis: Axis) -> Tensor:
-        return declare(value.view_as(value) if axis.rank == 0 else torch.zeros_like(value), axis, "P")
+        return declare(value.clone() if axis.rank == 0 else torch.zeros_like(value), axis, "P")
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
@@ -57,4 +57,4 @@ def contribute(value: Tensor, axis: Axis) -> Tensor:
     """I -> P: the value on the axis' first rank, zeros on the others; the gradient, which all ranks have, as it is."""
     if torch.is_grad_enabled() and value.requires_grad:
         return _Contribute.apply(value, axis)
-    return declare(value.view_as(value) if axis.rank == 0 else torch.zeros_like(value), axis, "P")
+    return declare(value.clone() if axis.rank == 0 else torch.zeros_like(value), axis, "P")

@@ -87,7 +87,7 @@ class ExpertsBoundary(Boundary):
                 raise TypeError(f"{self.site.name} takes no expert ids: its router wants a rule `ep_router`")
             return forward(*call.args, **call.kwargs)
         if not self.site.options["is_routed"]:
-            ids, weights = masked_routes(ids, weights, self.owned)
+            ids, weights = masked_routes(ids, weights, self.owned, self.site.own)
         if self._has_room_for_sentinel():
             call = call.replaced(call.hidden, ids, weights)
             return forward(*call.args, **call.kwargs)
