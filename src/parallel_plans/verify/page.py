@@ -132,10 +132,10 @@ def write_page(report: Report, path: Path) -> None:
 @contextlib.contextmanager
 def _beside(path: Path) -> Iterator[Path]:
     """A file in the folder of `path`, for the time of the block."""
-    place = path.resolve()
-    if place.exists() and not place.is_file():
-        raise PageError(f"{path}: there is something that is no file")
     try:
+        place = path.resolve()
+        if place.exists() and not place.is_file():
+            raise PageError(f"{path}: there is something that is no file")
         handle, name = tempfile.mkstemp(prefix=f".{place.name[:100]}.", dir=place.parent)
         os.close(handle)
         try:

@@ -100,10 +100,18 @@ class Picture:
 
 @dataclass(kw_only=True)
 class _Kind:
-    """Layers that are drawn once: those of the model, and the one of the flow that was followed for them."""
+    """Layers that are drawn once: those of the model, and those of the flow that are like them.
+
+    The first of each is drawn.
+    """
 
     layers: list[str]
-    followed: str | None = None
+    followed: list[str] = field(default_factory=list)
+
+    @property
+    def drawn(self) -> tuple[str, str]:
+        """The layer of the model, and that of the flow."""
+        return self.layers[0], (self.followed or self.layers)[0]
 
 
 @dataclass(kw_only=True)
@@ -188,7 +196,7 @@ def picture_of(report: Report) -> Picture | None:
     for step in flow.steps:
         steps.setdefault(step.module, []).append(step)
     kinds = _kinds(spec, report.table, flow, steps)
-    badges, elsewhere = _places(in_order(report.findings), spec, kinds)
+    badges, elsewhere = _places(report, spec, kinds)
     sketch = _Sketch(spec=spec, table=report.table, steps=steps, order=_order(flow), badges=badges)
     return Picture(parts=tuple(_parts(sketch, kinds)), elsewhere=elsewhere)
 
@@ -226,7 +234,7 @@ def _parts(sketch: _Sketch, kinds: Sequence[_Kind]) -> list[Part]:
 
 def _place(sketch: _Sketch, kinds: Sequence[_Kind]) -> Callable[[str], tuple[int, int]]:
     """The key by which modules and layers stand in forward order; in the model's order where nothing was followed."""
-    followed = {kind.layers[0]: kind.followed or kind.layers[0] for kind in kinds}
+    followed = dict(kind.drawn for kind in kinds)
     index = {name: number for number, name in enumerate(sketch.spec.modules)}
     return lambda name: (sketch.order.get(followed.get(name, name), len(sketch.order)), index.get(name, 0))
 
@@ -239,7 +247,7 @@ def _is_drawn(sketch: _Sketch, name: str) -> bool:
 
 
 def _layer_part(sketch: _Sketch, kind: _Kind) -> Part:
-    layer, followed = kind.layers[0], kind.followed or kind.layers[0]
+    layer, followed = kind.drawn
     names = [name for name in sketch.spec.modules if name == layer or name.startswith(f"{layer}.")]
     names = [name for name in names if _is_told(sketch, name, _moved(name, layer, followed))]
     return Part(title=_shared_name(kind.layers), layers=tuple(kind.layers), boxes=sketch.boxes(names, layer, followed))
@@ -269,9 +277,9 @@ def _kinds(
     for layer in flow.times:
         names = {within(name, layer) for name in steps if layer_of(name) == layer}
         fitting = [kind for kind in kinds if _has(spec, kind.layers[0], layer, names)]
-        free = [kind for kind in fitting if kind.followed is None]
-        if free:  # of those that have all it did, the one with the least besides
-            min(free, key=lambda kind: _parts_within(spec, kind.layers[0])).followed = layer
+        if fitting:  # of those that have all it did one that is still free, and with the least besides
+            kind = min(fitting, key=lambda kind: (bool(kind.followed), _parts_within(spec, kind.layers[0])))
+            kind.followed.append(layer)
     return kinds
 
 
@@ -300,35 +308,60 @@ def _parts_within(spec: ModelSpec, layer: str) -> int:
     return sum(name.startswith(f"{layer}.") for name in spec.modules)
 
 
-def _places(
-    findings: Sequence[Finding], spec: ModelSpec, kinds: Sequence[_Kind]
-) -> tuple[dict[str, list[int]], tuple[int, ...]]:
+def _places(report: Report, spec: ModelSpec, kinds: Sequence[_Kind]) -> tuple[dict[str, list[int]], tuple[int, ...]]:
     """Module of a drawn layer -> the numbers of the findings about it; and of those that are about none."""
-    drawn = {layer: kind.layers[0] for kind in kinds for layer in kind.layers}
     badges: dict[str, list[int]] = {}
     elsewhere = []
-    for number, finding in enumerate(findings, 1):
-        places = {_moved(name, layer_of(name), drawn.get(layer_of(name), "")) for name in _modules_of(finding, spec)}
-        for place in places:
-            badges.setdefault(place, []).append(number)
-        if not places:
+    for number, finding in enumerate(in_order(report.findings), 1):
+        drawn = _drawn(report, kinds, finding.level)
+        modules = _modules_of(finding, spec, drawn)
+        for module in modules:
+            badges.setdefault(module, []).append(number)
+        if not modules:
             elsewhere.append(number)
     return badges, tuple(elsewhere)
 
 
-def _modules_of(finding: Finding, spec: ModelSpec) -> list[str]:
-    """The modules that a finding is about: by its name, else by its rule, else what stands around where that points."""
-    if finding.name is not None:
-        owner = finding.name.rpartition(".")[0] if finding.name in spec.parameters else finding.name
-        if owner in spec.modules:
-            return [owner]
-    rule = finding.rule
-    while rule and pattern_problem(rule) is None:
-        pattern = Pattern.of(rule)
-        if not pattern.is_open:
-            found = [name for name in spec.modules if pattern.matches(name)]
-            found += [name.rpartition(".")[0] for name in spec.parameters if pattern.matches(name)]
-            if found:
-                return found
-        rule = rule.rpartition(".")[0]
+def _drawn(report: Report, kinds: Sequence[_Kind], level: str) -> dict[str, str]:
+    """The layers that a level names -> those that are drawn for them; a level may have had a model with fewer."""
+    drawn = {layer: kind.layers[0] for kind in kinds for layer in kind.layers}
+    if level == "layouts":
+        drawn |= {layer: kind.layers[0] for kind in kinds for layer in kind.followed}
+    if level == "numerics" and report.simulated is not None:
+        kept = enumerate(report.simulated.layers)
+        stacks = {layer.rpartition(".")[0] for layer in drawn}
+        shrunken = {f"{stack}.{index}": drawn.get(f"{stack}.{layer}", "") for index, layer in kept for stack in stacks}
+        drawn |= {layer: kind for layer, kind in shrunken.items() if kind}
+    return drawn
+
+
+def _modules_of(finding: Finding, spec: ModelSpec, drawn: Mapping[str, str]) -> list[str]:
+    """The modules, as drawn, that a finding is about: by its name, else by its rule, else what stands around those."""
+    for name in (finding.name, finding.rule):
+        asked = name
+        while name and (name == asked or not _holds_layers(name, drawn)):
+            found = _moved(name, layer_of(name), drawn.get(layer_of(name), layer_of(name)))
+            modules = _named(found, spec)
+            if modules:
+                return list(
+                    dict.fromkeys(_moved(each, layer_of(each), drawn.get(layer_of(each), "")) for each in modules)
+                )
+            name = name.rpartition(".")[0]
     return []
+
+
+def _holds_layers(name: str, layers: Iterable[str]) -> bool:
+    return any(layer.startswith(f"{name}.") for layer in layers)
+
+
+def _named(name: str, spec: ModelSpec) -> list[str]:
+    """The modules that a name or a pattern means, by themselves or by their parameters."""
+    if name in spec.modules:
+        return [name]
+    if name in spec.parameters:
+        return [name.rpartition(".")[0]]
+    if pattern_problem(name) is not None or Pattern.of(name).is_open:
+        return []
+    pattern = Pattern.of(name)
+    modules = [each for each in spec.modules if pattern.matches(each)]
+    return modules + [each.rpartition(".")[0] for each in spec.parameters if pattern.matches(each)]
