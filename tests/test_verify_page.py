@@ -316,6 +316,7 @@ def test_costs_and_sizes_are_on_the_page() -> None:
 def test_layers_are_told_as_runs() -> None:
     assert layers_told(("h.4",)) == "1 layer: 4"
     assert layers_told(("h.0", "h.1", "h.3", "h.5", "h.6")) == "5 layers: 0 to 1, 3, 5 to 6"
+    assert layers_told(tuple(f"h.{index}" for index in range(0, 12, 2))) == "6 layers: 0, 2, 4, 6, ..."
 
 
 def test_a_page_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,6 +32,7 @@ from parallel_plans.verify.units import shown_bytes
 PAPER = 160  # columns where no terminal says how many there are
 ENDLESS = 10_000  # columns, more than any table has
 MOST = 8  # findings in full on one screen
+NARROW = 12  # columns into which text is still folded
 LABEL = 12  # columns of a level's name
 COLOURS = {PASSED: "green", FAILED: "red", "error": "red", "warning": "yellow", "sound": "green", "not sound": "red"}
 
@@ -66,7 +67,7 @@ class Screen:
         if not self.console.is_terminal:
             self.console.print(text, soft_wrap=True)
             return
-        lines = text.wrap(self.console, max(20, self.console.width - indent))
+        lines = text.wrap(self.console, max(NARROW, self.console.width - indent))
         for number, line in enumerate(lines):
             line.rstrip()
             self.console.print(Text(" " * (indent if number else 0)) + line, soft_wrap=True)

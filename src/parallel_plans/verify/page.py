@@ -15,9 +15,10 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from parallel_plans.errors import Finding
+from parallel_plans.verify.alike import layer_of
 from parallel_plans.verify.cost_rows import cost_sheets, cost_told
 from parallel_plans.verify.drawing import drawings_of
-from parallel_plans.verify.picture import layer_of, picture_of
+from parallel_plans.verify.picture import picture_of
 from parallel_plans.verify.report import Report
 from parallel_plans.verify.summary import (
     counted,
@@ -29,6 +30,7 @@ from parallel_plans.verify.summary import (
     verdict,
 )
 
+MOST_RUNS = 4  # of layers that follow each other, in a title
 LETTERS = {  # what the legend says
     "S": "sharded: each rank holds its part of a dim",
     "I": "invariant: the same on every rank, and the same work done with it",
@@ -92,7 +94,7 @@ def _lines(finding: Finding) -> list[tuple[str, str]]:
 
 
 def layers_told(layers: tuple[str, ...]) -> str:
-    """How many layers there are, and which.
+    """How many layers there are, and which, or the first of them.
 
     >>> layers_told(("h.0", "h.1", "h.2", "h.5"))
     '4 layers: 0 to 2, 5'
@@ -104,7 +106,8 @@ def layers_told(layers: tuple[str, ...]) -> str:
             runs[-1][1:] = [number]
         else:
             runs.append([number])
-    return f"{counted(len(layers), 'layer')}: " + ", ".join(" to ".join(map(str, run)) for run in runs)
+    told = [" to ".join(map(str, run)) for run in runs[:MOST_RUNS]] + ["..."] * (len(runs) > MOST_RUNS)
+    return f"{counted(len(layers), 'layer')}: " + ", ".join(told)
 
 
 class PageError(Exception):

@@ -6,35 +6,17 @@ and the numbers of the findings about it. Boxes stand in forward order, as far a
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from parallel_plans.errors import Finding
-from parallel_plans.matching import Pattern, pattern_problem
 from parallel_plans.model_spec import ModelSpec
 from parallel_plans.table import Table
+from parallel_plans.verify.alike import Kind, kinds_drawn, layer_of, moved, within
+from parallel_plans.verify.badges import places_of
 from parallel_plans.verify.flow import Flow, Mark, Value
 from parallel_plans.verify.report import Report
-from parallel_plans.verify.summary import in_order, letters_of
-
-_LAYER = re.compile(r"(?:[^.]+\.)*?\d+(?=\.|$)")  # a name up to its first number
-
-
-def layer_of(name: str) -> str:
-    """The layer that a name lies in, empty for one around the layers.
-
-    >>> layer_of("model.layers.3.mlp.experts.0"), layer_of("model.norm")
-    ('model.layers.3', '')
-    """
-    found = _LAYER.match(name)
-    return found[0] if found else ""
-
-
-def within(name: str, layer: str) -> str:
-    """A name without that of its layer; empty for the layer itself."""
-    return name[len(layer) :].removeprefix(".") if layer else name
+from parallel_plans.verify.summary import letters_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,22 +81,6 @@ class Picture:
 
 
 @dataclass(kw_only=True)
-class _Kind:
-    """Layers that are drawn once: those of the model, and those of the flow that are like them.
-
-    The first of each is drawn.
-    """
-
-    layers: list[str]
-    followed: list[str] = field(default_factory=list)
-
-    @property
-    def drawn(self) -> tuple[str, str]:
-        """The layer of the model, and that of the flow."""
-        return self.layers[0], (self.followed or self.layers)[0]
-
-
-@dataclass(kw_only=True)
 class _Sketch:
     """All that boxes are made from."""
 
@@ -128,7 +94,7 @@ class _Sketch:
         """The outermost of these modules, which are given in the order of the model, with all that is within."""
         roots = [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
         made = []
-        for root in sorted(roots, key=lambda name: self._since(_moved(name, layer, followed))):
+        for root in sorted(roots, key=lambda name: self._since(moved(name, layer, followed))):
             inner = [name for name in names if name.startswith(f"{root}.")]
             made.append(self._box(root, layer, followed, self.boxes(inner, layer, followed)))
         return tuple(made)
@@ -138,7 +104,7 @@ class _Sketch:
         return self.order.get(name, len(self.order))
 
     def _box(self, name: str, layer: str, followed: str, inner: tuple[Box, ...]) -> Box:
-        steps = self.steps.get(_moved(name, layer, followed), ())
+        steps = self.steps.get(moved(name, layer, followed), ())
         marks = [step for step in steps if isinstance(step, Mark)]
         entries = () if self.table is None else self.table.modules.get(name, ())
         own = self.spec.modules[name]
@@ -173,11 +139,6 @@ class _Sketch:
         return Shown(name=short, shape=str(entry.layout), letters=letters_of(entry))
 
 
-def _moved(name: str, layer: str, other: str) -> str:
-    """The name of the same place in another layer."""
-    return other + name[len(layer) :] if layer else name
-
-
 def _grouped(marks: Iterable[Mark]) -> tuple[Passed, ...]:
     counts: Counter[tuple[str, str]] = Counter()
     sizes: Counter[tuple[str, str]] = Counter()
@@ -195,8 +156,8 @@ def picture_of(report: Report) -> Picture | None:
     steps: dict[str, list[Value | Mark]] = {}
     for step in flow.steps:
         steps.setdefault(step.module, []).append(step)
-    kinds = _kinds(spec, report.table, flow, steps)
-    badges, elsewhere = _places(report, spec, kinds)
+    kinds = kinds_drawn(spec, report.table, flow, steps.keys())
+    badges, elsewhere = places_of(report, spec, kinds)
     sketch = _Sketch(spec=spec, table=report.table, steps=steps, order=_order(flow), badges=badges)
     return Picture(parts=tuple(_parts(sketch, kinds)), elsewhere=elsewhere)
 
@@ -211,7 +172,7 @@ def _order(flow: Flow) -> dict[str, int]:
     return order
 
 
-def _parts(sketch: _Sketch, kinds: Sequence[_Kind]) -> list[Part]:
+def _parts(sketch: _Sketch, kinds: Sequence[Kind]) -> list[Part]:
     """The parts in forward order."""
     heads = {kind.layers[0]: kind for kind in kinds}
     around = [name for name in sketch.spec.modules if not layer_of(name) and _is_drawn(sketch, name)]
@@ -232,7 +193,7 @@ def _parts(sketch: _Sketch, kinds: Sequence[_Kind]) -> list[Part]:
     return parts
 
 
-def _place(sketch: _Sketch, kinds: Sequence[_Kind]) -> Callable[[str], tuple[int, int]]:
+def _place(sketch: _Sketch, kinds: Sequence[Kind]) -> Callable[[str], tuple[int, int]]:
     """The key by which modules and layers stand in forward order; in the model's order where nothing was followed."""
     followed = dict(kind.drawn for kind in kinds)
     index = {name: number for number, name in enumerate(sketch.spec.modules)}
@@ -246,10 +207,10 @@ def _is_drawn(sketch: _Sketch, name: str) -> bool:
     return bool(sketch.spec.modules[name].parameters) or does or (is_leaf and name in sketch.steps)
 
 
-def _layer_part(sketch: _Sketch, kind: _Kind) -> Part:
+def _layer_part(sketch: _Sketch, kind: Kind) -> Part:
     layer, followed = kind.drawn
     names = [name for name in sketch.spec.modules if name == layer or name.startswith(f"{layer}.")]
-    names = [name for name in names if _is_told(sketch, name, _moved(name, layer, followed))]
+    names = [name for name in names if _is_told(sketch, name, moved(name, layer, followed))]
     return Part(title=_shared_name(kind.layers), layers=tuple(kind.layers), boxes=sketch.boxes(names, layer, followed))
 
 
@@ -264,104 +225,3 @@ def _is_told(sketch: _Sketch, name: str, followed: str) -> bool:
 def _shared_name(layers: Sequence[str]) -> str:
     """`model.layers.*`, or the layer's own name where it is the only one."""
     return layers[0] if len(layers) == 1 else f"{layers[0].rpartition('.')[0]}.*"
-
-
-def _kinds(
-    spec: ModelSpec, table: Table | None, flow: Flow, steps: Mapping[str, Sequence[Value | Mark]]
-) -> list[_Kind]:
-    """The layers that are drawn: one for those that have the same parts, lie alike, and do the same."""
-    made: dict[object, _Kind] = {}
-    for layer, parts in _made_of(spec, table).items():
-        made.setdefault((layer.rpartition(".")[0], parts), _Kind(layers=[])).layers.append(layer)
-    kinds = list(made.values())
-    for layer in flow.times:
-        names = {within(name, layer) for name in steps if layer_of(name) == layer}
-        fitting = [kind for kind in kinds if _has(spec, kind.layers[0], layer, names)]
-        if fitting:  # of those that have all it did one that is still free, and with the least besides
-            kind = min(fitting, key=lambda kind: (bool(kind.followed), _parts_within(spec, kind.layers[0])))
-            kind.followed.append(layer)
-    return kinds
-
-
-def _made_of(spec: ModelSpec, table: Table | None) -> dict[str, tuple[object, ...]]:
-    """Layer -> its modules and parameters, as they lie."""
-    made: dict[str, list[object]] = {}
-    for name, module in spec.modules.items():
-        layer = layer_of(name)
-        if layer:
-            lying = [
-                (each, spec.parameters[each].shape if table is None else str(table.parameters[each].layout))
-                for each in module.parameters
-            ]
-            told = tuple((within(each, layer), how) for each, how in lying)
-            made.setdefault(layer, []).append((within(name, layer), module.type, told))
-    return {layer: tuple(parts) for layer, parts in made.items()}
-
-
-def _has(spec: ModelSpec, layer: str, followed: str, names: set[str]) -> bool:
-    """Whether a layer of the model has all modules that did something in the layer that was followed."""
-    alike = layer.rpartition(".")[0] == followed.rpartition(".")[0]
-    return alike and all((f"{layer}.{name}" if name else layer) in spec.modules for name in names)
-
-
-def _parts_within(spec: ModelSpec, layer: str) -> int:
-    return sum(name.startswith(f"{layer}.") for name in spec.modules)
-
-
-def _places(report: Report, spec: ModelSpec, kinds: Sequence[_Kind]) -> tuple[dict[str, list[int]], tuple[int, ...]]:
-    """Module of a drawn layer -> the numbers of the findings about it; and of those that are about none."""
-    badges: dict[str, list[int]] = {}
-    elsewhere = []
-    for number, finding in enumerate(in_order(report.findings), 1):
-        drawn = _drawn(report, kinds, finding.level)
-        modules = _modules_of(finding, spec, drawn)
-        for module in modules:
-            badges.setdefault(module, []).append(number)
-        if not modules:
-            elsewhere.append(number)
-    return badges, tuple(elsewhere)
-
-
-def _drawn(report: Report, kinds: Sequence[_Kind], level: str) -> dict[str, str]:
-    """The layers that a level names -> those that are drawn for them; a level may have had a model with fewer."""
-    drawn = {layer: kind.layers[0] for kind in kinds for layer in kind.layers}
-    if level == "layouts":
-        drawn |= {layer: kind.layers[0] for kind in kinds for layer in kind.followed}
-    if level == "numerics" and report.simulated is not None:
-        kept = enumerate(report.simulated.layers)
-        stacks = {layer.rpartition(".")[0] for layer in drawn}
-        shrunken = {f"{stack}.{index}": drawn.get(f"{stack}.{layer}", "") for index, layer in kept for stack in stacks}
-        drawn |= {layer: kind for layer, kind in shrunken.items() if kind}
-    return drawn
-
-
-def _modules_of(finding: Finding, spec: ModelSpec, drawn: Mapping[str, str]) -> list[str]:
-    """The modules, as drawn, that a finding is about: by its name, else by its rule, else what stands around those."""
-    for name in (finding.name, finding.rule):
-        asked = name
-        while name and (name == asked or not _holds_layers(name, drawn)):
-            found = _moved(name, layer_of(name), drawn.get(layer_of(name), layer_of(name)))
-            modules = _named(found, spec)
-            if modules:
-                return list(
-                    dict.fromkeys(_moved(each, layer_of(each), drawn.get(layer_of(each), "")) for each in modules)
-                )
-            name = name.rpartition(".")[0]
-    return []
-
-
-def _holds_layers(name: str, layers: Iterable[str]) -> bool:
-    return any(layer.startswith(f"{name}.") for layer in layers)
-
-
-def _named(name: str, spec: ModelSpec) -> list[str]:
-    """The modules that a name or a pattern means, by themselves or by their parameters."""
-    if name in spec.modules:
-        return [name]
-    if name in spec.parameters:
-        return [name.rpartition(".")[0]]
-    if pattern_problem(name) is not None or Pattern.of(name).is_open:
-        return []
-    pattern = Pattern.of(name)
-    modules = [each for each in spec.modules if pattern.matches(each)]
-    return modules + [each.rpartition(".")[0] for each in spec.parameters if pattern.matches(each)]
