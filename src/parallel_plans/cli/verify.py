@@ -14,16 +14,15 @@ import typer
 from rich.console import Console
 from rich.table import Table as Rows
 
+from parallel_plans.cli.refusal import asking, refuse, refuse_unaskable
 from parallel_plans.cli.sizes import Ep, Etp, Tp
 from parallel_plans.cli.target import TargetError, read_target
-from parallel_plans.errors import LaunchError
 from parallel_plans.verify.report import FAILED, LEVELS, PASSED, Report
 from parallel_plans.verify.verify import verify_plan
 
 app = typer.Typer(help=__doc__, add_completion=False, rich_markup_mode=None)
 PAPER = 160  # columns where no terminal says how many there are
-console = Console(highlight=False, width=None if sys.stdout.isatty() else PAPER)
-complaints = Console(highlight=False, soft_wrap=True, stderr=True)
+console = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else PAPER)
 Level = StrEnum("Level", {level: level for level in LEVELS})  # type: ignore[misc]
 LAST = Level(LEVELS[-1])
 TRIAL = "the trial of the shrunken model: a step, a continuation, the weights gathered"
@@ -45,17 +44,14 @@ def verify(
 ) -> None:
     """Whether a plan is right for a model on so many ranks."""
     if sp:
-        complaints.print("--sp: sequence parallelism is not built yet", markup=False)
-        raise typer.Exit(2)
-    try:
+        refuse("--sp: sequence parallelism is not built yet")
+    with asking(target):
         subject = read_target(target, _fields(settings or []))
         beside = subject.plan_beside() if plan == "auto" else None
         report = verify_plan(
             subject.model, beside or plan, tp=tp, ep=ep, etp=etp, level=str(level), name=target, strict=strict
         )
-    except (TargetError, LaunchError) as error:
-        complaints.print(str(error), markup=False)
-        raise typer.Exit(2) from None
+        refuse_unaskable(report.findings)
     if as_json:
         print(json.dumps(report.to_dict()))
     else:
@@ -72,7 +68,7 @@ def _fields(settings: list[str]) -> dict[str, Any]:
             raise TargetError(f"--set {setting}: expected key=value")
         try:
             fields[key] = json.loads(value)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):  # no JSON, a number of thousands of digits, thousands of brackets
             fields[key] = value
     return fields
 
