@@ -84,7 +84,7 @@ class DispatchBoundary(Boundary):
         return torch.where(ids >= self.experts.size, own, ids + ranks_before)
 
     def _travelled(self, rows_SH: Tensor, permutation: Permutation, run: Rows, keeps_width: bool = True) -> Tensor:
-        exchange = exchange_of(permutation.tokens_per_expert_E, self.owned, self.site.axis)
+        exchange = exchange_of(permutation.tokens_per_expert_E, self.owned, self.site.axis, rows_SH.shape[0])
         rows_NH = exchange.there(rows_SH)
         if rows_NH.shape[0] == 0 and keeps_width:
             output_NH = taking_part(rows_NH, *weights_below(self.module))
