@@ -13,7 +13,8 @@ import sysconfig
 import threading
 import traceback
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 import torch.distributed as dist
 
@@ -67,30 +68,52 @@ def run_on_ranks(function: Callable[[int], Result], ranks: int, *, timeout: floa
     if ranks < 1:
         raise ValueError(f"ranks is {ranks}; there must be at least 1")
     _refuse_process_group("run_on_ranks simulates ranks")
-    errors: dict[int, BaseException] = {}
-    started: dict[int, int] = {}  # rank -> its thread
-    returned: set[int] = set()
-
-    def noted(rank: int) -> Result:
-        started[rank] = threading.get_ident()
-        try:
-            result = function(rank)
-        except BaseException as error:
-            errors[rank] = error
-            raise
-        returned.add(rank)
-        return result
-
+    watched = _Watched(function)
     try:
-        return run_on_threads(noted, ranks, timeout)
-    except RankHung:
-        waiting = {rank: started.get(rank) for rank in range(ranks) if rank not in returned}
-        raise RankHung(_hung(waiting, ranks, timeout)) from None
+        return run_on_threads(watched, ranks, timeout)
+    except RankHung as error:
+        raise RankHung(_hung(error, watched.stacks(ranks), ranks, timeout)) from None
     except Exception as error:
-        failed = [rank for rank, own in sorted(errors.items()) if str(own) == str(error) and type(own) is type(error)]
+        failed = watched.raised(error)
         if not failed:
             raise  # not what a rank raised
         raise RankFailed(f"{_named(failed, ranks)} raised {_told(error)}", failed[0]) from error
+
+
+class _Watched(Generic[Result]):
+    """A function of ranks, of which it is known what each rank made of it."""
+
+    def __init__(self, function: Callable[[int], Result]) -> None:
+        self.function = function
+        self.threads: dict[int, int] = {}
+        self.errors: dict[int, BaseException] = {}
+        self.returned: set[int] = set()
+
+    def __call__(self, rank: int) -> Result:
+        self.threads[rank] = threading.get_ident()
+        try:
+            result = self.function(rank)
+        except BaseException as error:
+            self.errors[rank] = error
+            raise
+        self.returned.add(rank)
+        return result
+
+    def raised(self, error: Exception) -> list[int]:
+        """The ranks that raised this, or another of its kind with the same words."""
+        same = (type(error), str(error))
+        return [rank for rank, own in sorted(self.errors.items()) if (type(own), str(own)) == same]
+
+    def stacks(self, ranks: int) -> dict[int, traceback.StackSummary]:
+        """Where the ranks stand that have not returned; one that was let go has raised where it stood."""
+        frames = sys._current_frames()
+        found = dict.fromkeys((rank for rank in range(ranks) if rank not in self.returned), traceback.StackSummary())
+        for rank in found:
+            if rank in self.errors:
+                found[rank] = traceback.extract_tb(self.errors[rank].__traceback__)
+            elif self.threads.get(rank) in frames:
+                found[rank] = traceback.extract_stack(frames[self.threads[rank]])
+        return found
 
 
 def assert_plan_sound(
@@ -145,19 +168,16 @@ def _told(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def _hung(waiting: Mapping[int, int | None], ranks: int, timeout: float) -> str:
-    frames = sys._current_frames()
-    lines = [f"{_named(list(waiting), ranks)} did not come back within {timeout:g} s (timeout={timeout:g})"]
-    for rank, thread in waiting.items():
-        if thread in frames:
-            lines.append(f"  rank {rank} stands at {_place(traceback.extract_stack(frames[thread]))}")
+def _hung(error: RankHung, stacks: Mapping[int, traceback.StackSummary], ranks: int, timeout: float) -> str:
+    lines = [f"{_named(list(stacks), ranks)} did not come back: {error} (timeout={timeout:g} s)"]
+    lines += [f"  rank {rank} stands at {_place(stack)}" for rank, stack in stacks.items() if stack]
     lines.append("  ranks wait for each other where they do not call the same collectives in the same order")
     return "\n".join(lines)
 
 
 def _place(stack: traceback.StackSummary) -> str:
-    """The deepest line that is neither Python's nor of an installed package: most likely of the test."""
-    installed = tuple(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib"))
+    """The deepest line that is neither Python's nor of a package: most likely of the test."""
+    installed = (str(Path(__file__).parent), *map(sysconfig.get_path, ("stdlib", "platstdlib", "purelib", "platlib")))
     own = [frame for frame in stack if not frame.filename.startswith(installed)] or list(stack)
     return f"{own[-1].filename}:{own[-1].lineno}: {own[-1].line}"
 
