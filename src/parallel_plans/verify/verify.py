@@ -15,8 +15,10 @@ from parallel_plans.model_spec import ModelSpec, describe
 from parallel_plans.plan import Plan
 from parallel_plans.resolve import resolve
 from parallel_plans.table import Table
+from parallel_plans.verify.accounting import check_accounting
+from parallel_plans.verify.geometry import check_geometry
 from parallel_plans.verify.own import OwnModel
-from parallel_plans.verify.report import LEVELS, PASSED, Parameters, Report, Traffic
+from parallel_plans.verify.report import FAILED, LEVELS, Parameters, Report, Traffic
 from parallel_plans.verify.trial import CannotTry, trial_views, tried
 from parallel_plans.views import Views
 
@@ -94,8 +96,9 @@ def _settle_shapes(report: Report, plan: Plan, spec: ModelSpec, views: Views, di
         if by_level["geometry"]:
             report.settle("geometry", by_level["geometry"])
         return None
-    report.levels |= {"accounting": PASSED, "geometry": PASSED}
-    return table
+    report.settle("accounting", check_accounting(table))
+    report.settle("geometry", check_geometry(table))
+    return None if FAILED in report.levels.values() else table
 
 
 def _parameters(table: Table, views: Views) -> Parameters:
