@@ -19,6 +19,7 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 from parallel_plans.lookup import BESIDE_CHECKPOINT, Carried, carried_by
 from parallel_plans.model_spec import ModelSpec, describe
 from parallel_plans.nodes import shown
+from parallel_plans.verify.own import MOST_PARAMETERS
 
 CONFIG_NAME = "config.json"
 MAX_CONFIG_BYTES = 16 * 2**20
@@ -40,13 +41,17 @@ class TargetError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """A model to ask about, on `meta`: its name for people, its spec, the plans its class carries, its folder."""
+    """A model to ask about: its name for people, its spec, the plans its class carries, its folder.
+
+    It is on `meta`, but for a small one of one's own; `inputs` are what its factory says to call it with.
+    """
 
     name: str
     model: Any
     spec: ModelSpec
     carried: Carried
     folder: Path | None
+    inputs: Any = None
 
     def plan_beside(self) -> str | None:
         """The path of the plan beside the checkpoint, or None."""
@@ -68,8 +73,9 @@ def read_target(text: str, settings: Mapping[str, Any] | None = None) -> Target:
     path = Path(text)
     is_there = _exists(path, text)
     if ":" in text and not is_there:
-        own = _made(text, settings or {})
-        return Target(name=text, model=own, spec=describe(own), carried=carried_by(own), folder=None)
+        own, inputs = _made(text, settings or {})
+        spec, carried = describe(own), carried_by(own)
+        return Target(name=text, model=own, spec=spec, carried=carried, folder=None, inputs=inputs)
     config = _read_config(text, path) if is_there else _default_config(text, path)
     _change(text, config, settings or {})
     model = _built(text, config)
@@ -84,22 +90,33 @@ def _exists(path: Path, text: str) -> bool:
         raise TargetError(f"{shown(text)}: it cannot be looked up: {error.strerror}") from None
 
 
-def _made(text: str, settings: Mapping[str, Any]) -> Any:
-    """What `factory(**settings)` of a module gives, made on `meta`; modules in the working directory are found too."""
+def _made(text: str, settings: Mapping[str, Any]) -> tuple[nn.Module, Any]:
+    """What `factory(**settings)` of a module gives: a model, and what to call it with, None where it does not say.
+
+    It is made on `meta`, and where it is small enough to be run, made again with all that it keeps. Modules in the
+    working directory are found too.
+    """
     module, _, factory = text.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
         make = attrgetter(factory)(importlib.import_module(module))
         with torch.device("meta"):
-            model = make(**settings)
+            model, inputs = _pair(make(**settings))
+        if isinstance(model, nn.Module) and sum(each.numel() for each in model.parameters()) <= MOST_PARAMETERS:
+            model, inputs = _pair(make(**settings))
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # it is somebody else's code, and may end the process too
         raise TargetError(f"{text}: {_told(error)}") from None
     if not isinstance(model, nn.Module):
         raise TargetError(f"{text} gives a {type(model).__name__}, not a torch.nn.Module")
-    return model
+    return model, inputs
+
+
+def _pair(made: Any) -> tuple[Any, Any]:
+    """A model and its inputs, of what a factory gives: one of both kinds, or the model alone."""
+    return made if isinstance(made, tuple) and len(made) == 2 else (made, None)
 
 
 def _default_config(text: str, path: Path) -> Any:

@@ -49,7 +49,15 @@ def verify(
         subject = read_target(target, _fields(settings or []))
         beside = subject.plan_beside() if plan == "auto" else None
         report = verify_plan(
-            subject.model, beside or plan, tp=tp, ep=ep, etp=etp, level=str(level), name=target, strict=strict
+            subject.model,
+            beside or plan,
+            tp=tp,
+            ep=ep,
+            etp=etp,
+            level=str(level),
+            name=target,
+            strict=strict,
+            inputs=subject.inputs,
         )
         refuse_unaskable(report.findings)
     if as_json:
