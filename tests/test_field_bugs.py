@@ -110,7 +110,6 @@ def test_the_rule_of_a_norm_on_heads_dropped(norm: str, edited: Any) -> None:
 # Multi-head latent attention: every head takes the rope part of the latent, so its gradient is summed.
 
 
-@pytest.mark.xfail(strict=True, reason="the norm below it, whose gradient is wrong by its fault, is named first")
 def test_mla_kv_a_proj_dropped(edited: Any) -> None:
     wrong = edited("deepseek_v3", r"mla_kv_a_proj(?=  #)", "replicate")
     bug = Bug(config_of("deepseek_v3"), bundled("deepseek_v3"), wrong, tp=2)
@@ -296,7 +295,6 @@ def test_a_bias_on_partial_values_of_a_block(edited: Any) -> None:
 # Heads that do not divide: features are split evenly, and a head is torn apart.
 
 
-@pytest.mark.xfail(strict=True, reason="heads torn apart are not seen where the heads of the shrunken model divide")
 def test_uneven_heads(edited: Any) -> None:
     """9 query heads and 3 of keys and values, of 64 features each: on 2 ranks a plain split tears one apart."""
     config = config_of("llama", hidden_size=576, num_attention_heads=9, num_key_value_heads=3, intermediate_size=1536)

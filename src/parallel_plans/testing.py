@@ -126,11 +126,12 @@ def assert_plan_sound(
     ep_plan: PlanSource = "auto",
     level: str = LEVELS[-1],
     strict: bool = False,
+    inputs: Any = None,
 ) -> Report:
     """The report of `verify_plan`, of a plan that is sound.
 
     Args:
-        model_or_config, plan, tp, ep, etp, ep_plan, level: as `verify_plan` takes them.
+        model_or_config, plan, tp, ep, etp, ep_plan, level, inputs: as `verify_plan` takes them.
         strict: whether a warning makes the plan unsound.
 
     Raises:
@@ -142,8 +143,8 @@ def assert_plan_sound(
     if level not in WITHOUT_RANKS:
         _refuse_process_group(f"level {level!r} simulates ranks")
     report = verify_plan(
-        model_or_config, plan, tp=tp, ep=ep, etp=etp, ep_plan=ep_plan, level=level, strict=strict
-    )  # fmt: skip
+        model_or_config, plan, tp=tp, ep=ep, etp=etp, ep_plan=ep_plan, level=level, strict=strict, inputs=inputs
+    )
     if not report.ok:
         raise PlanUnsound(_unsound(report), report)
     return report
