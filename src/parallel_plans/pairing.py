@@ -166,6 +166,7 @@ class Pairing:
                 is_fused = one.size == 2 * other.size and giver.parts == 2
                 if (one.size == other.size or is_fused) and not pairs_up(one, other):
                     self._differ(giver, taker, pairs_up)
+                    break  # what differs from one differs from the others
 
     def _differ(self, one: Piece, other: Piece, fit: Callable[[Split, Split], bool]) -> None:
         def holds(ranks: int) -> bool:

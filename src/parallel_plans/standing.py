@@ -35,10 +35,15 @@ def _names(rule: Rule, parameter: str) -> bool:
     return last == parameter.rpartition(".")[2] and Pattern.of(rule.pattern).matches(parameter)
 
 
+def _kinds(style: Style) -> str:
+    if style.serves == ("other",):
+        return "modules that are no layers"
+    return f"modules of kind {' or '.join(style.serves)}"
+
+
 def _of_module(info: ParameterInfo, rule: Rule, style: Style, owner: ModuleInfo) -> Iterator[Problem]:
     if style.serves and owner.kind not in style.serves:
-        kinds = " or ".join(style.serves)
-        problem = f"{rule.style} stands on modules of kind {kinds}, and {owner.name} is a {owner.type}"
+        problem = f"{rule.style} stands on {_kinds(style)}, and {owner.name} is a {owner.type}"
         yield problem, _OTHER.format("module")
     elif style.role == "identity":
         yield f"{rule.style} stands on an expert without weights, and {owner.name} has some", _OTHER.format("module")
@@ -50,8 +55,7 @@ def _of_parameter(info: ParameterInfo, rule: Rule, style: Style, owner: ModuleIn
         problem = f"{rule.style} stands on a module, and {info.name} is a parameter"
         yield problem, f"write it on `{rule.pattern.rpartition('.')[0]}`"
     elif style.serves and owner.kind not in style.serves and {owner.kind, *style.serves} == {"linear", "embedding"}:
-        kinds = " or ".join(style.serves)
-        problem = f"{rule.style} stands on modules of kind {kinds}, and {owner.name} is a {owner.type}"
+        problem = f"{rule.style} stands on {_kinds(style)}, and {owner.name} is a {owner.type}"
         yield problem, _OTHER.format("module")
 
 
@@ -84,6 +88,6 @@ def report_unserved(report: Report, spec: ModelSpec, assignment: Assignment) -> 
         serves = get_style(rule.style).serves
         if use.parameters or not modules or not serves or any(module.kind in serves for module in modules):
             continue
-        problem = f"{rule.style} stands on modules of kind {' or '.join(serves)}, and {modules[0].name} is a "
+        problem = f"{rule.style} stands on {_kinds(get_style(rule.style))}, and {modules[0].name} is a "
         fix = f"name the modules below it, or write `{rule.pattern}.**` for all of them"
         report.add("PP105", problem + modules[0].type, rule, name=modules[0].name, fix=fix)
