@@ -151,7 +151,15 @@ MUTATIONS = (
     ),
     ("llama4_text", TP2, "moe_router", "replicate", "PP402", "model.layers.*.feed_forward.router", "moe_router"),
     ("mixtral", TP2, r"(mlp.experts): moe_experts_allreduce", r"\1: all_reduce", "PP402", EXPERTS, "gate"),
-    ("qwen3_moe", EP2, r"(?s)(ep_plan:.*?)  model.layers.\*.mlp.experts: [^\n]*\n", r"\1", "PP4..", EXPERTS, "no rule"),
+    (
+        "qwen3_moe",
+        TP2,
+        r"  model.layers.\*.mlp.experts: moe_experts_allreduce\n",
+        "",
+        "PP401",
+        EXPERTS,
+        "no rule of its own",
+    ),
     ("jetmoe", TP2, r"(mlp.bias): added_once", WHOLE, "PP401", "model.layers.*.mlp.bias", "added_once"),
     (
         "dbrx",
@@ -162,7 +170,7 @@ MUTATIONS = (
         "transformer.blocks.*.ffn.experts",
         "",
     ),
-    ("dbrx", TP3, r"unit: \[d_model.*\]", "dim: 0", "PP4..", "transformer.blocks.*.norm_attn_norm.attn.Wqkv", ""),
+    ("dbrx", TP3, r"unit: \[d_model.*\]", "dim: 0", "PP405", "transformer.blocks.*.norm_attn_norm.attn", "Wqkv"),
 )
 
 

@@ -23,6 +23,7 @@ from parallel_plans.verify.numerics import Trial, run_trial
 
 SECONDS = 4.0  # of computing in which other rules are tried
 MORE = 0.5  # of them once one has worked
+SHARES = 20  # how finely the share of a model that is split is compared
 _CATCH_ALL = "**"
 
 
@@ -113,7 +114,8 @@ def is_right(repair: Repair) -> bool:
 
 
 def _worth(repair: Repair) -> tuple[int, int]:
-    return repair.table.sharded_bytes, -_said(repair)
+    share = repair.table.sharded_bytes / max(repair.table.spec.bytes, 1)
+    return round(share * SHARES), -_said(repair)  # a bias more or less does not count
 
 
 def _said(repair: Repair) -> int:
@@ -229,7 +231,7 @@ def _options(style: Style, suspect: Suspect, plan: Plan, spec: ModelSpec) -> Ite
 
 
 def _like(style: Style, suspect: Suspect, plan: Plan, spec: ModelSpec) -> Sequence[Mapping[str, object]]:
-    """Options of this style's kind on rules beside the suspect's: on weights of its shape first, and the short first."""
+    """Options of this style's kind on rules beside the suspect's: on weights of its shape first, then the short."""
     around = wildcarded(suspect.name).rpartition(".")[0]
     shape = _shape(suspect.name, spec)
     found: list[tuple[tuple[bool, bool, int], Mapping[str, object]]] = []

@@ -146,7 +146,7 @@ class _Watch:
 @contextmanager
 def _watched(group: Any) -> Iterator[_Watch]:
     """Inside the block it is known which rank waits in which collective, and ranks that differ in it are refused."""
-    from torch.testing._internal.distributed.multi_threaded_pg import Collective
+    from torch.testing._internal.distributed.multi_threaded_pg import Collective, ret_work
 
     watch = _Watch()
     start, join = group.__dict__["_start_coll"], Collective.join
@@ -164,6 +164,10 @@ def _watched(group: Any) -> Iterator[_Watch]:
         watch.joined[thread] = self
         try:
             return join(self, rank, data)
+        except SystemExit:
+            if not self._done:
+                raise
+            return ret_work(data)  # it was over before another rank failed: this one goes on as far as it can
         finally:
             del watch.joined[thread]
 
