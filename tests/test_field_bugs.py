@@ -185,13 +185,13 @@ def test_no_expert_rules_at_all_under_ep(edited: Any) -> None:
 def test_all_reduce_on_a_whole_value(module: str, edited: Any) -> None:
     wrong = edited("llama", rf"{re.escape(module)}: replicate", f"{module}: all_reduce")
     bug = Bug(config_of("llama", **LLAMA), bundled("llama"), wrong, tp=2)
-    bug.assert_caught("PP401|PP3..", module.rpartition(".")[2])
+    bug.assert_caught("PP113|PP3..|PP401", module.rpartition(".")[2])
 
 
 def test_all_reduce_on_a_value_that_a_row_split_layer_has_reduced(edited: Any) -> None:
     wrong = edited("llama", r"(?=^  lm_head)", "  model.layers.*.mlp: all_reduce\n")
     bug = Bug(config_of("llama", **LLAMA), bundled("llama"), wrong, tp=2)
-    bug.assert_caught("PP401|PP3..", r"layers\.[*0]\.mlp")
+    bug.assert_caught("PP113|PP3..|PP401", r"layers\.[*0]\.mlp")
 
 
 # Statistics over a sharded dim: each rank would take the mean of its own features.
@@ -213,14 +213,14 @@ def test_statistics_over_a_sharded_dim() -> None:
     split = {f"model.layers.*.mlp.{name}": style for name, style in naive.items()}
     rest = {"**": "replicate"}
     bug = Bug(config_of("gemma3n_text"), {**GEMMA3N, **rest}, {**GEMMA3N, **split, **rest}, tp=2)
-    bug.assert_caught("PP401|PP3..", r"\.mlp")
+    bug.assert_caught("PP113|PP3..|PP401", r"\.mlp")
 
 
 def test_a_norm_over_all_heads_left_to_each_rank(edited: Any) -> None:
     """olmo2 norms the queries of all heads at once."""
     wrong = edited("olmo2", r"(q_norm): .*", r"\1: replicate")
     bug = Bug(config_of("olmo2"), bundled("olmo2"), wrong, tp=2)
-    bug.assert_caught("PP401|PP405|PP3..", r"self_attn")
+    bug.assert_caught("PP1..|PP3..|PP401|PP405", r"self_attn")
 
 
 # Scalar parameters of an activation between two split layers: each rank has its features' part of their gradient.
@@ -243,7 +243,7 @@ def test_scalar_activation_parameters_in_a_sharded_region() -> None:
     scalars = {"model.layers.*.mlp.act_fn": "replicated_with_grad_allreduce"}
     rest = {"**": "replicate"}
     bug = Bug(config_of("apertus"), {**APERTUS, **scalars, **rest}, {**APERTUS, **rest}, tp=2)
-    bug.assert_caught("PP402", r"act_fn\.alpha_[pn]")
+    bug.assert_caught("PP402", r"mlp\.act_fn")
 
 
 # A head that is tied to the embedding: one tensor cannot be split and whole.
@@ -284,23 +284,42 @@ def test_one_rule_without_the_prefix_of_the_others(edited: Any) -> None:
 
 def test_a_bias_on_partial_values_of_experts(edited: Any) -> None:
     wrong = edited("gpt_oss", r"(down_proj_bias): moe_tp_down_rowwise", r"\1: replicate")
-    Bug(config_of("gpt_oss"), bundled("gpt_oss"), wrong, tp=2).assert_caught("PP401|PP3..", r"mlp\.experts")
+    Bug(config_of("gpt_oss"), bundled("gpt_oss"), wrong, tp=2).assert_caught("PP113|PP3..|PP401", r"mlp\.experts")
 
 
 def test_a_bias_on_partial_values_of_a_block(edited: Any) -> None:
     wrong = edited("jetmoe", r"(mlp.bias): added_once", r"\1: replicate")
-    Bug(config_of("jetmoe"), bundled("jetmoe"), wrong, tp=2).assert_caught("PP401|PP3..", r"mlp")
+    Bug(config_of("jetmoe"), bundled("jetmoe"), wrong, tp=2).assert_caught("PP113|PP3..|PP401", r"mlp")
 
 
 # Heads that do not divide: features are split evenly, and a head is torn apart.
 
 
-def test_uneven_heads(edited: Any) -> None:
-    """9 query heads and 3 of keys and values, of 64 features each: on 2 ranks a plain split tears one apart."""
-    config = config_of("llama", hidden_size=576, num_attention_heads=9, num_key_value_heads=3, intermediate_size=1536)
+def plain(folder: Path) -> str:
+    """The plan for llama with heads split as if they were features."""
     text = Path(bundled("llama")).read_text(encoding="utf-8")
-    plain = re.sub(r"\{style: (\w+), unit: .*\}", r"\1", text)
-    path = edited("llama", r"\A", "# heads are split as if they were features\n")
-    Path(path).write_text(plain, encoding="utf-8")
-    assert verify_plan(config, path, tp=3).ok  # a head of keys and values for each, whole
-    Bug(config, bundled("llama"), path, tp=2).assert_caught("PP2..", r"self_attn\.[qkvo]_proj")
+    path = folder / "plain.yaml"
+    path.write_text(re.sub(r"\{style: (\w+), unit: .*\}", r"\1", text), encoding="utf-8")
+    return str(path)
+
+
+UNEVEN = {"hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3, "intermediate_size": 1536}
+
+
+def test_uneven_heads(tmp_path: Path) -> None:
+    """9 query heads and 3 of keys and values, of 64 features each: on 2 ranks a plain split tears one apart."""
+    bug = Bug(config_of("llama", **UNEVEN), bundled("llama"), plain(tmp_path), tp=2)
+    bug.assert_caught("PP2..", r"self_attn\.[qkvo]_proj")
+
+
+TORN_IN_TRIAL = "the heads of the shrunken model do not divide by the ranks of the trial, as those of the model do by 3"
+
+
+@pytest.mark.parametrize(
+    ("fields", "tp"),
+    [(GQA, 8), pytest.param(UNEVEN, 3, marks=pytest.mark.xfail(strict=True, reason=TORN_IN_TRIAL))],
+    ids=["gqa-8", "uneven-3"],
+)
+def test_heads_that_divide_may_be_split_as_features(fields: dict[str, int], tp: int, tmp_path: Path) -> None:
+    report = verify_plan(config_of("llama", **fields), plain(tmp_path), tp=tp)
+    assert report.ok, "\n".join(map(str, report.findings))
