@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from parallel_plans.errors import Finding
+from parallel_plans.model_spec import ModelSpec
 from parallel_plans.table import Table
 from parallel_plans.verify.cost import Cost
 from parallel_plans.verify.flow import Flow
@@ -33,6 +34,18 @@ class Traffic:
     bytes: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class Simulated:
+    """What numerics ran: as many ranks by axis, these layers of the model, each number of its config that was shrunk.
+
+    `sizes` are field -> (in the model, in the shrunken one).
+    """
+
+    ranks: Mapping[str, int]
+    layers: tuple[int, ...]
+    sizes: Mapping[str, tuple[int, int]]
+
+
 @dataclass(kw_only=True)
 class Report:
     """One verification.
@@ -49,9 +62,11 @@ class Report:
             is None.
         cost: what the plan costs a rank.
         no_cost: why `cost` is None, where it was asked for.
-        table: the plan, resolved for the model; None where it does not fit.
-        flow: how values lie in a step of one rank; None where that was not looked at.
         strict: whether a warning makes the plan unsound too.
+        spec: the model's names and shapes; None where nobody gave them.
+        table: the resolved plan, at the model's own size; None where it does not fit.
+        flow: a step at the model's real widths; None where the level `layouts` did not come that far.
+        simulated: what the level `numerics` ran; None where it did not.
     """
 
     target: str
@@ -64,9 +79,11 @@ class Report:
     backward: Sequence[Traffic] = ()
     cost: Cost | None = None
     no_cost: str | None = None
+    strict: bool = False
+    spec: ModelSpec | None = None
     table: Table | None = None
     flow: Flow | None = None
-    strict: bool = False
+    simulated: Simulated | None = None
 
     @property
     def ok(self) -> bool:

@@ -73,17 +73,19 @@ def tried(plan: Plan, table: Table, subject: Any, views: Views, dispatch: bool) 
     """
     trials = _of_own if isinstance(subject, OwnModel) else _of_config
     calls: list[Call] | None = None
+    first: Trial | None = None
     name = table.spec.model_type or "the model"
     try:
         for trial, even in trials(plan, table, subject, views, dispatch):
             _check_fits(trial)
+            first = first or trial
             outcome = check_numerics(trial)
             calls = outcome.calls if calls is None else calls
             if outcome.findings:
-                return Outcome(findings=_weighed(outcome.findings, even, table), calls=calls)
+                return Outcome(findings=_weighed(outcome.findings, even, table), calls=calls, trial=first)
     except ModelFailed as error:
         raise CannotTry(f"{name} does not run by itself, in one process: {error}") from None
-    return Outcome(findings=[], calls=calls or [])
+    return Outcome(findings=[], calls=calls or [], trial=first)
 
 
 def _check_fits(trial: Trial) -> None:
@@ -98,10 +100,10 @@ Trials = Iterator[tuple[Trial, Trial | None]]  # each with the same in even size
 
 def _of_config(plan: Plan, table: Table, config: Any, views: Views, dispatch: bool) -> Trials:
     try:
-        tiny = shrunken(config, trial_views(views).sizes).config
+        small_one = shrunken(config, trial_views(views).sizes)
     except CannotShrink as error:
         raise CannotTry(str(error)) from None
-    small = trial_views(views)
+    tiny, small = small_one.config, trial_views(views)
     texts = [_text(example_batch(tiny, seed=index)) for index in range(small.world // small.tp)]
     usual = Trial(
         plan=plan,
@@ -109,6 +111,7 @@ def _of_config(plan: Plan, table: Table, config: Any, views: Views, dispatch: bo
         model=random_model(tiny),
         batches=texts,
         dispatch=dispatch,
+        layers=small_one.layers,
         fits=_fitting(table.spec, views, dispatch),
     )
     yield usual, None

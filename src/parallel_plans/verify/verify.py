@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from parallel_plans.errors import Finding, PlanError
 from parallel_plans.lookup import PlanSource, carried_by, find_plan, with_experts
 from parallel_plans.mesh import views_for
-from parallel_plans.model_spec import ModelSpec, describe
+from parallel_plans.model_spec import ModelSpec, config_fields, describe
 from parallel_plans.plan import Plan
 from parallel_plans.resolve import resolve
 from parallel_plans.table import Table
@@ -21,7 +22,7 @@ from parallel_plans.verify.followed import followed, not_followed
 from parallel_plans.verify.geometry import check_geometry
 from parallel_plans.verify.own import OwnModel
 from parallel_plans.verify.pricing import cost_of, mesh_of, traffic_of
-from parallel_plans.verify.report import FAILED, LEVELS, PASSED, UNPROVEN, Parameters, Report
+from parallel_plans.verify.report import FAILED, LEVELS, PASSED, UNPROVEN, Parameters, Report, Simulated
 from parallel_plans.verify.trial import CannotTry, tried
 from parallel_plans.views import Views
 
@@ -66,7 +67,7 @@ def verify_plan(
     model, subject = _model_and_subject(target, inputs)
     spec = describe(model)
     called = name or spec.model_type or type(model).__name__
-    report = Report(target=called, plan=str(plan), mesh=mesh_of(views), strict=strict)
+    report = Report(target=called, plan=str(plan), mesh=mesh_of(views), strict=strict, spec=spec)
     try:
         found = with_experts(find_plan(plan, spec, carried_by(model), lambda: None), ep_plan)
     except PlanError as error:
@@ -168,3 +169,15 @@ class _Question:
             report.findings.append(problem.finding)
             return
         report.settle("numerics", outcome.findings)
+        small = outcome.trial
+        if small is not None and not isinstance(self.subject, OwnModel):
+            report.simulated = Simulated(
+                ranks={axis: size for axis, size in small.views.sizes.items() if axis in report.mesh},
+                layers=small.layers,
+                sizes=_shrunk(config_fields(self.subject), config_fields(small.model.config)),
+            )
+
+
+def _shrunk(fields: Mapping[str, int], small: Mapping[str, int]) -> dict[str, tuple[int, int]]:
+    """Field -> its number in both configs, where these differ."""
+    return {name: (fields[name], size) for name, size in small.items() if fields.get(name, size) != size}
