@@ -242,7 +242,9 @@ def _unproven(rows: Sequence[Row]) -> Iterator[tuple[str, ...]]:
     for row in rows:
         for each in row.verdict.findings:
             if each["code"] == "PP306":
-                types.setdefault(wildcarded_words(each["message"].partition(" and in ")[0]), {})[row.kind] = None
+                types.setdefault(
+                    wildcarded_words(each["message"].removeprefix("unproven: ").partition(" and in ")[0]), {}
+                )[row.kind] = None
     for what, kinds in sorted(types.items()):
         yield what, ", ".join(kinds)
 

@@ -24,11 +24,6 @@ _IN_PLACE = Reason(
 WHY: Mapping[str, Reason] = {
     "llama4": _IN_PLACE,
     "llama4_text": _IN_PLACE,
-    "gemma4": Reason(
-        words="aten.where.self got mixed torch.Tensor and DTensor",
-        reason="the model reads the padding's row of its embedding past the module whose weight is split; what it "
-        "reads matters for images alone, and the verifier's batches are text",
-    ),
 }
 UNKNOWN = "not known"
 
