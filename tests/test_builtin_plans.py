@@ -28,11 +28,11 @@ def _benchmarks_are_importable() -> Iterator[None]:
 @cache
 def judged(kind: str, changed: bool, on_experts: bool, level: str) -> Any:
     """The verdict on the plan that a type's class carries, up to a level; `changed` ties its head."""
-    from carried.cases import Case, built
+    from carried.cases import Case
     from carried.verdict import verdict
 
     case = Case(kind=kind, changes=TIED if changed else {})
-    return verdict(built(case.config()), EXPERTS if on_experts else DENSE, level)
+    return verdict(case.config(), EXPERTS if on_experts else DENSE, level)
 
 
 def lines(heading: str, kind: str) -> list[list[str]]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import transformers
 
-from carried.cases import Case, built, cases_of
+from carried.cases import Case, cases_of
 from carried.children import Answer, asked, in_one_line
 from carried.run import run
 from carried.verdict import SOUND, UNFIT, UNJUDGED, Verdict, verdict
@@ -64,7 +64,7 @@ def rows_of(kind: str, with_runs: bool, known: Mapping[str, Mapping[str, str]]) 
             if not model.tp_plan and not model.ep_plan:
                 return None
             for sizes in _sizes(case, model):
-                rows.append(_row(case, model, sizes, with_runs, known))
+                rows.append(_row(case, sizes, with_runs, known))
     except Exception as error:  # the code of a model raises any kind
         return in_one_line(error)
     return rows or None
@@ -88,16 +88,14 @@ def _sizes(case: Case, model: Any) -> Iterator[Mapping[str, int]]:
         yield EXPERTS
 
 
-def _row(
-    case: Case, model: Any, sizes: Mapping[str, int], with_runs: bool, known: Mapping[str, Mapping[str, str]]
-) -> Row:
-    given, small, key = _judged(model, sizes), None, key_of(case.config(), sizes)
+def _row(case: Case, sizes: Mapping[str, int], with_runs: bool, known: Mapping[str, Mapping[str, str]]) -> Row:
+    given, small, key = _judged(case.config(), sizes), None, key_of(case.config(), sizes)
     # where it is wrong because of its size, the small config may be right
     is_of_size = given.level == "geometry"
     if is_of_size or (with_runs and key not in known):
         with suppress(CannotShrink):
             small = shrunken(case.config(), sizes).config
-    of_small = given if small is None or not is_of_size else _judged(built(small), sizes)
+    of_small = given if small is None or not is_of_size else _judged(small, sizes)
     found = known.get(key, {})
     if with_runs and not found and small is not None:
         found = _run(small, sizes)
@@ -110,9 +108,9 @@ def key_of(config: Any, sizes: Mapping[str, int]) -> str:
     return f"{content} {dict(sizes)} transformers {transformers.__version__} torch {torch.__version__}"
 
 
-def _judged(model: Any, sizes: Mapping[str, int]) -> Verdict:
+def _judged(config: Any, sizes: Mapping[str, int]) -> Verdict:
     """The verdict, or that the verifier failed."""
-    answer: Answer = next(asked(verdict, [(model, sizes)], 1, SECONDS))
+    answer: Answer = next(asked(verdict, [(config, sizes)], 1, SECONDS))
     if answer.problem is None:
         found: Verdict = answer.value
         return found

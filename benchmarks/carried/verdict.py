@@ -38,13 +38,10 @@ class Verdict:
         return next((each for each in self.findings if each["severity"] == "error"), next(iter(self.findings), None))
 
 
-def verdict(model: Any, sizes: Mapping[str, int], level: str = LEVELS[-1]) -> Verdict:
-    """The verdict on the plan that the class of a model carries, on so many ranks; `level` is the last to be run."""
+def verdict(config: Any, sizes: Mapping[str, int], level: str = LEVELS[-1]) -> Verdict:
+    """The verdict on the plan that the class of a config's model carries, on so many ranks; `level` is the last run."""
     started = time.monotonic()
-    target = (
-        model if model.can_generate() else model.config
-    )  # of a model that writes nothing, a trial is made by config
-    report = verify_plan(target, "builtin", tp=sizes["tp"], ep=sizes.get("ep", 1), level=level)
+    report = verify_plan(config, "builtin", tp=sizes["tp"], ep=sizes.get("ep", 1), level=level)
     seconds = time.monotonic() - started
     findings: Any = report.to_dict()["findings"]
     failed = next((level for level, state in report.levels.items() if state == "failed"), None)
