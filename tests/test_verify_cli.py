@@ -14,7 +14,7 @@ from parallel_plans import Finding, verify_plan
 from parallel_plans.cli.verify import app
 from parallel_plans.lookup import bundled_folder
 from parallel_plans.verify.report import LEVELS, Report
-from parallel_plans.verify.verify import trial_views
+from parallel_plans.verify.trial import trial_views
 from parallel_plans.views import Views, views_of
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "models"

@@ -115,7 +115,7 @@ def _fields(settings: list[str]) -> dict[str, Any]:
             raise TargetError(f"--set {setting}: expected key=value")
         try:
             fields[key] = json.loads(value)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):  # no JSON, a number of thousands of digits, thousands of brackets
             fields[key] = value
     return fields
 
