@@ -6,6 +6,7 @@ tried. The rule whose change makes all right is the one to blame, and the change
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -115,7 +116,8 @@ def is_right(repair: Repair) -> bool:
 
 def _worth(repair: Repair) -> tuple[int, int]:
     share = repair.table.sharded_bytes / max(repair.table.spec.bytes, 1)
-    return round(share * SHARES), -_said(repair)  # a bias more or less does not count
+    # a bias that is split too, or a few routing weights that are summed too, do not count
+    return round(share * SHARES), -round(math.log(max(_said(repair), 1)) * SHARES)
 
 
 def _said(repair: Repair) -> int:
