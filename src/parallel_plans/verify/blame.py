@@ -81,7 +81,7 @@ def suspects(run: Run) -> list[Suspect]:
     assert run.table is not None
     rules = Rules(run.table)
     found: dict[tuple[str, str], Suspect] = {}
-    for module in _modules(run):
+    for module in _with_uncalled(run, run.table, _modules(run)):
         for suspect in rules.of(module):
             about = suspect.name if suspect.rule is None or "**" in suspect.rule.pattern else suspect.rule.pattern
             found.setdefault((about, suspect.section), suspect)
@@ -90,6 +90,14 @@ def suspects(run: Run) -> list[Suspect]:
     ruled = [suspect for suspect in found.values() if suspect.rule is not None and suspect not in first]
     unruled = [suspect for suspect in found.values() if suspect.rule is None and suspect not in first]
     return [*first, *ruled[:MOST], *unruled[:MOST]]
+
+
+def _with_uncalled(run: Run, table: Table, modules: Iterable[str]) -> Iterator[str]:
+    """The modules, each followed by those in it that are never called: their parameters are used from outside."""
+    called = {name for name, _ in run.truths[0].values}
+    for module in modules:
+        yield module
+        yield from (name for name in table.spec.modules if _block(name) == module and name not in called)
 
 
 def _with_partial_sums(run: Run) -> list[str]:

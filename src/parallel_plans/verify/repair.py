@@ -149,6 +149,8 @@ def _usual(suspect: Suspect, table: Table) -> set[str]:
     kind = _kind(suspect.name, table.spec)
     found = {style.name for style, _ in styles() if style.module_only == (kind == "empty") and not style.options}
     found |= {style.name for style, _ in styles() if kind in style.serves and "parts" not in style.defaults}
+    if suspect.name in table.spec.parameters:
+        found |= {style.name for style, _ in styles() if style.parameter_only}
     for name, entry in table.parameters.items():
         kinds = (_kind(name, table.spec), _kind(name.rpartition(".")[0], table.spec))
         found |= {get_style(use.rule.style).name for use in entry.uses if kind in kinds}
