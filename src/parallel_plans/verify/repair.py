@@ -206,7 +206,8 @@ def _instead_of(suspect: Suspect, plan: Plan, spec: ModelSpec) -> Iterator[Rule 
     own = suspect.rule
     name = suspect.name if own is None or _CATCH_ALL in own.pattern else own.pattern
     shape = spec.parameters[suspect.name].shape if suspect.name in spec.parameters else None
-    for style, _ in styles():
+    # of styles that do the same here, one that is for a part of the sequence is not the one that is meant
+    for style, _ in sorted(styles(), key=lambda each: each[0].arrives == "S(1)"):
         is_for_modules = shape is None and (style.module_only or own is not None)
         if suspect.section in style.sections and (is_for_modules or (shape is not None and not style.module_only)):
             for options in _options(style, suspect, plan, spec):
