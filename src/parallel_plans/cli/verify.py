@@ -24,6 +24,7 @@ from parallel_plans.cli.costs import (
     InternodeLatency,
     Latency,
     Memory,
+    NoCost,
     NodeSize,
     Purpose,
     Sequence,
@@ -68,6 +69,7 @@ def verify(
     internode_bandwidth: InternodeBandwidth = LINK.internode_bandwidth,
     memory: Memory = None,
     purpose: For = Purpose.inference,  # type: ignore[attr-defined]
+    no_cost: NoCost = False,
 ) -> None:
     """Whether a plan is right for a model on so many ranks."""
     if sp:
@@ -93,7 +95,7 @@ def verify(
             level=str(level),
             name=target,
             strict=strict,
-            cost=cost,
+            cost=None if no_cost else cost,
         )
     except (TargetError, LaunchError) as error:
         complaints.print(str(error), markup=False)
