@@ -122,7 +122,7 @@ class Screen:
         report = self.report
         sheets = [] if report.table is None else [_parameters(report.table)]
         sheets += [] if report.flow is None else [_steps(report.flow)]
-        sheets += [] if report.simulated is None else [_sizes(report.simulated)]
+        sheets += [_sizes(report.simulated)] if report.simulated and report.simulated.sizes else []
         sheets += [] if report.cost is None else cost_sheets(report.cost)
         for sheet in sheets:
             self._line()

@@ -14,6 +14,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from parallel_plans.lookup import BESIDE_CHECKPOINT, Carried, carried_by
 from parallel_plans.model_spec import ModelSpec, describe
+from parallel_plans.verify.own import MOST_PARAMETERS
 
 
 class TargetError(Exception):
@@ -22,13 +23,17 @@ class TargetError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """A model to ask about, on `meta`: its name for people, its spec, the plans its class carries, its folder."""
+    """A model to ask about: its name for people, its spec, the plans its class carries, its folder.
+
+    It is on `meta`, but for a small one of one's own; `inputs` are what its factory says to call it with.
+    """
 
     name: str
     model: Any
     spec: ModelSpec
     carried: Carried
     folder: Path | None
+    inputs: Any = None
 
     def plan_beside(self) -> str | None:
         """The path of the plan beside the checkpoint, or None."""
@@ -49,8 +54,9 @@ def read_target(text: str, settings: Mapping[str, Any] | None = None) -> Target:
     """
     path = Path(text)
     if ":" in text and not path.exists():
-        own = _made(text, settings or {})
-        return Target(name=text, model=own, spec=describe(own), carried=carried_by(own), folder=None)
+        own, inputs = _made(text, settings or {})
+        spec, carried = describe(own), carried_by(own)
+        return Target(name=text, model=own, spec=spec, carried=carried, folder=None, inputs=inputs)
     config, folder = _config(text, path), (path if path.is_dir() else path.parent if path.is_file() else None)
     for key, value in (settings or {}).items():
         if not hasattr(config, key):
@@ -64,18 +70,28 @@ def read_target(text: str, settings: Mapping[str, Any] | None = None) -> Target:
     return Target(name=text, model=model, spec=describe(model), carried=carried_by(model), folder=folder)
 
 
-def _made(text: str, settings: Mapping[str, Any]) -> Any:
-    """What `factory(**settings)` of a module gives, made on `meta`."""
+def _made(text: str, settings: Mapping[str, Any]) -> tuple[nn.Module, Any]:
+    """What `factory(**settings)` of a module gives: a model, and what to call it with, None where it does not say.
+
+    It is made on `meta`, and where it is small enough to be run, made again with all that it keeps.
+    """
     module, _, factory = text.partition(":")
     try:
         make = getattr(importlib.import_module(module), factory)
         with torch.device("meta"):
-            model = make(**settings)
+            model, inputs = _pair(make(**settings))
+        if isinstance(model, nn.Module) and sum(each.numel() for each in model.parameters()) <= MOST_PARAMETERS:
+            model, inputs = _pair(make(**settings))
     except Exception as error:  # it is somebody else's code
         raise TargetError(f"{text}: {type(error).__name__}: {error}") from None
     if not isinstance(model, nn.Module):
         raise TargetError(f"{text} gives a {type(model).__name__}, not a torch.nn.Module")
-    return model
+    return model, inputs
+
+
+def _pair(made: Any) -> tuple[Any, Any]:
+    """A model and its inputs, of what a factory gives: one of both kinds, or the model alone."""
+    return made if isinstance(made, tuple) and len(made) == 2 else (made, None)
 
 
 def _config(text: str, path: Path) -> Any:

@@ -97,6 +97,7 @@ def verify(
             name=target,
             strict=strict,
             cost=cost,
+            inputs=subject.inputs,
         )
         if page is not None:
             write_page(report, page)

@@ -7,12 +7,18 @@ the rules in `parallel_plans.verify.letters`; then the two are compared.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedOperatorException,
+)
 
 from parallel_plans.collectives import listening
 from parallel_plans.errors import Finding
@@ -22,10 +28,12 @@ from parallel_plans.table import Table, wildcarded
 from parallel_plans.verify.blame import rule_at
 from parallel_plans.verify.flow import Flow, Mark, Value
 from parallel_plans.verify.letters.lay import Lay, Shard
-from parallel_plans.verify.letters.tracker import Tracker, shard_of
+from parallel_plans.verify.letters.tracker import Seen, Tracker, ViewsSeen, shard_of
 from parallel_plans.verify.observed import first_tensor
-from parallel_plans.verify.real_size import Running, Subject, fake_rank
+from parallel_plans.verify.real_size import Running, Subject, fake_rank, whole_model
 from parallel_plans.views import EXPERT_AXIS, EXPERT_TENSOR_AXIS, TENSOR_AXIS, Views
+
+LOOKS_AT_VALUES = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException)
 
 
 @dataclass(kw_only=True)
@@ -56,7 +64,8 @@ def check_layouts(subject: Subject, times: dict[str, int]) -> Layouts:
         Exception: whatever a model raises that does not run on shapes alone, before any of its layers is split.
     """
     ranks = sorted({0, subject.views.world - 1})
-    seen = [follow(subject, rank) for rank in ranks]
+    views = views_of_whole(subject)
+    seen = [follow(subject, rank, views) for rank in ranks]
     findings = [finding for each in seen[:1] for finding in _of_rank(each)]
     findings += [each for each in _of_rank(seen[-1]) if not _is_told(each, findings)] if len(seen) > 1 else []
     if not findings and len(seen) > 1:
@@ -74,12 +83,21 @@ def _is_told(finding: Finding, findings: Sequence[Finding]) -> bool:
     return any((each.code, each.name) == (finding.code, finding.name) for each in findings)
 
 
-def follow(subject: Subject, rank: int) -> Followed:
-    """A step of one rank, followed."""
+def views_of_whole(subject: Subject) -> Seen:
+    """What the views of the whole model give, as far as it runs."""
+    with whole_model(subject) as running, ViewsSeen(running.where) as views, suppress(Exception):
+        running.step()
+    return views.seen
+
+
+def follow(subject: Subject, rank: int, views: Seen | None = None) -> Followed:
+    """A step of one rank, followed; `views` are those of the whole model."""
     with fake_rank(subject, rank) as running, ExitStack() as stack:
-        tracker = Tracker(subject.views, running.where)
+        tracker = Tracker(subject.views, running.where, views)
+        assert running.table is not None
         followed = Followed(table=running.table, tracker=tracker)
-        _lay_out(running, subject.views, rank, tracker)
+        for name, parameter in running.model.named_parameters():
+            tracker.put(parameter, lay_of(running.table, name, subject.views, rank, tracker))
         for handle in _watch(running, followed, subject.views):
             stack.callback(handle.remove)
         stack.enter_context(listening(tracker))
@@ -91,7 +109,8 @@ def follow(subject: Subject, rank: int) -> Followed:
             return followed
         tracker._muted += 1
         followed.output = _about_logits(tracker, output)
-        followed.gradients = list(_about_gradients(running, subject.views, rank, tracker))
+        wanted = partial(lay_of, running.table, views=subject.views, rank=rank, tracker=tracker)
+        followed.gradients = list(_about_gradients(running, tracker, wanted))
     return followed
 
 
@@ -101,21 +120,19 @@ def lay_of(table: Table, name: str, views: Views, rank: int, tracker: Tracker) -
     shards: list[Shard | None] = [None] * len(entry.info.shape)
     for split in entry.layout.splits:
         shard = shard_of(split, tracker.dims[split.axis], coordinates[split.axis])
-        shards[split.dim] = replace(shard, unit=_unit(table, name))
+        units = _units(table, name, len(shard.blocks))
+        blocks = (replace(block, unit=unit) for block, unit in zip(shard.blocks, units, strict=True))
+        shards[split.dim] = replace(shard, blocks=tuple(blocks))
     return Lay(shards=tuple(shards))
 
 
-def _unit(table: Table, name: str) -> int:
-    """How many elements of a split dim stay together."""
+def _units(table: Table, name: str, count: int) -> list[int]:
+    """For each block of a split dim, how many elements stay together."""
     use = next(use for use in table.parameters[name].uses if use.letter == "S")
-    units = use.rule.options.get("unit", 1)
+    given = use.rule.options.get("unit", 1)
     geometry = Geometry(table.spec.fields_at(name), use.axis, table.sizes[use.axis])
-    return math.gcd(*(geometry.size(unit) for unit in (units if isinstance(units, (list, tuple)) else [units])))
-
-
-def _lay_out(running: Running, views: Views, rank: int, tracker: Tracker) -> None:
-    for name, parameter in running.model.named_parameters():
-        tracker.put(parameter, lay_of(running.table, name, views, rank, tracker))
+    units = [geometry.size(unit) for unit in (given if isinstance(given, (list, tuple)) else [given])]
+    return units if len(units) == count else [math.gcd(*units)] * count
 
 
 def _watch(running: Running, followed: Followed, views: Views) -> Iterator[Any]:
@@ -188,13 +205,13 @@ def _told(lay: Lay) -> str:
     return f"is a part: {shard}"
 
 
-def _about_gradients(running: Running, views: Views, rank: int, tracker: Tracker) -> Iterator[tuple[str, str]]:
+def _about_gradients(running: Running, tracker: Tracker, wanted: Callable[[str], Lay]) -> Iterator[tuple[str, str]]:
     """Parameter and what is wrong with its gradient, in backward order."""
     for name, parameter in reversed(list(running.model.named_parameters())):
         if parameter.grad is None:
             continue
         found = tracker.lay(parameter.grad)
-        wrong = _wrong(found, lay_of(running.table, name, views, rank, tracker))
+        wrong = _wrong(found, wanted(name))
         if wrong is not None:
             yield name, wrong
 
@@ -226,6 +243,10 @@ def _of_rank(followed: Followed) -> Iterator[Finding]:
         yield _finding(table, problem.code, problem.message, problem.module)
     if followed.crash is not None:
         module, error = followed.crash
+        if isinstance(error, LOOKS_AT_VALUES):
+            message = f"unproven: from here on what is computed depends on values ({type(error).__name__}: {error})"
+            yield _about(rule_at(table, module), "PP306", message, module or None, "warning")
+            return
         yield _finding(table, "PP405", f"the model does not run: {type(error).__name__}: {error}", module)
         return
     if not ahead and followed.output is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
@@ -82,7 +83,8 @@ class Subject:
 
     Args:
         make: gives the model; called where tensors are fake, so it costs nothing.
-        inputs: arguments of its forward by name, whose tensors may be real; what it gives must hold a `loss`.
+        inputs: arguments of its forward by name, whose tensors may be real.
+        computes: whether values are computed, as code that looks at them needs; then the model must be small.
     """
 
     plan: Plan
@@ -90,6 +92,7 @@ class Subject:
     make: Any
     inputs: Mapping[str, Any]
     dispatch: bool = False
+    computes: bool = False
 
 
 def causal_lm(config: Any, dtype: torch.dtype = torch.bfloat16, attention: str = "eager") -> Any:
@@ -98,25 +101,42 @@ def causal_lm(config: Any, dtype: torch.dtype = torch.bfloat16, attention: str =
         return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
 
 
-def tokens_of(batch: int, length: int) -> dict[str, Tensor]:
-    """Tokens and labels `[batch, length]`."""
-    return {name: torch.zeros((batch, length), dtype=torch.long) for name in ("input_ids", "labels")}
+def tokens_of(batch: int, length: int) -> dict[str, Any]:
+    """Tokens and labels `[batch, length]` for a step without a cache."""
+    tokens = torch.zeros((batch, length), dtype=torch.long)
+    return {"input_ids": tokens, "labels": tokens, "use_cache": False}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Running:
-    """A split model on fake tensors, ready to be stepped."""
+    """A model on fake tensors, ready to be stepped; `table` is how it is split, None where it is whole."""
 
     model: nn.Module
-    table: Table
+    table: Table | None
     inputs: Mapping[str, Any]
     where: Whereabouts
 
     def step(self) -> Any:
         """Forward and backward; what the model gave."""
-        output = self.model(**self.inputs, use_cache=False)
-        output.loss.backward()
+        output = self.model(**self.inputs)
+        loss_of(output).backward()
         return output
+
+
+def loss_of(output: Any) -> Tensor:
+    """The loss a model gives, or a sum of all it gives."""
+    loss = getattr(output, "loss", None)
+    if isinstance(loss, Tensor):
+        return loss
+    given = [value for value in tree_leaves(output) if isinstance(value, Tensor) and value.requires_grad]
+    return torch.stack([value.sum() for value in given]).sum()
+
+
+@contextmanager
+def whole_model(subject: Subject) -> Iterator[Running]:
+    """Inside the block, the subject's model as one process has it."""
+    with _running(subject, None) as running:
+        yield running
 
 
 @contextmanager
@@ -136,25 +156,34 @@ def fake_rank(subject: Subject, rank: int, *listeners: Listener) -> Iterator[Run
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=views.world)
     try:
         mesh = init_device_mesh("cpu", (views.world // views.tp, views.tp), mesh_dim_names=("dp", "tp"))
-        sizes = {} if views.ep == 1 else {"ep_size": views.ep, "etp_size": views.etp}
-        experts = "dispatch" if subject.dispatch else "auto"
-        with warnings.catch_warnings(), ExitStack() as stack:
-            warnings.simplefilter("ignore")  # torch's, of what fake tensors cannot know
-            mode = FakeTensorMode(allow_non_fake_inputs=True)
-            with mode:
-                model = subject.make()
+        with _running(subject, mesh) as running, ExitStack() as stack:
+            for listener in listeners:
+                stack.enter_context(listening(listener))
+            yield running
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def _running(subject: Subject, mesh: DeviceMesh | None) -> Iterator[Running]:
+    views = subject.views
+    with warnings.catch_warnings(), ExitStack() as stack:
+        warnings.simplefilter("ignore")  # torch's, of what fake tensors cannot know
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        with nullcontext() if subject.computes else mode:
+            model = subject.make()
+        table = None
+        if mesh is not None:
+            sizes = {} if views.ep == 1 else {"ep_size": views.ep, "etp_size": views.etp}
+            experts = "dispatch" if subject.dispatch else "auto"
             parallelize(model, subject.plan, mesh, ep_plan=experts, storage="local", **sizes)
             parallel = parallel_of(model)
             assert parallel is not None
-            inputs = {
-                name: mode.from_tensor(value) if isinstance(value, Tensor) else value
-                for name, value in subject.inputs.items()
-            }
-            where = Whereabouts()
-            stack.enter_context(where.following(model))
-            for listener in listeners:
-                stack.enter_context(listening(listener))
+            table = parallel.table
+        inputs = dict(subject.inputs)
+        if not subject.computes:
+            inputs = {k: mode.from_tensor(v) if isinstance(v, Tensor) else v for k, v in inputs.items()}
             stack.enter_context(mode)
-            yield Running(model=model, table=parallel.table, inputs=inputs, where=where)
-    finally:
-        dist.destroy_process_group()
+        where = Whereabouts()
+        stack.enter_context(where.following(model))
+        yield Running(model=model, table=table, inputs=inputs, where=where)

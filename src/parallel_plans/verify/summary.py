@@ -163,9 +163,8 @@ def _numerics(report: Report) -> str:
         return ""
     ranks = ", ".join(f"{axis} = {size}" for axis, size in report.simulated.ranks.items())
     layers = ", ".join(str(layer) for layer in report.simulated.layers)
-    return (
-        f"outputs, loss, gradients, a continuation and gathered weights are those of one process; "
-        f"simulated: {ranks}; layers {layers}, shrunken"
+    return f"outputs, gradients, texts and gathered weights are those of one process; simulated: {ranks}; " + (
+        f"layers {layers}, shrunken" if layers else "the model as it is"
     )
 
 

@@ -33,14 +33,28 @@ class NoRule(Exception):
 
 @dataclass(frozen=True)
 class Block:
-    """`local` elements of this rank, out of `whole`; `free` where all are alike, so that nobody sees their order."""
+    """`local` elements of this rank, out of `whole`, of which `unit` stay together.
+
+    `free` where all are alike, so that nobody sees their order.
+    """
 
     local: int
     whole: int
     free: bool = False
+    unit: int = 1
 
     def times(self, factor: int) -> Block:
-        return Block(self.local * factor, self.whole * factor, self.free)
+        """The block where every element has become so many."""
+        return Block(self.local * factor, self.whole * factor, self.free, self.unit * factor)
+
+    def over(self, factor: int) -> Block | None:
+        """The block where so many elements have become one; None where that cuts through units or through its end."""
+        is_cut = self.local % factor or self.whole % factor or (self.unit % factor and factor % self.unit)
+        return (
+            None
+            if is_cut
+            else Block(self.local // factor, self.whole // factor, self.free, max(1, self.unit // factor))
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,12 +65,15 @@ class Shard:
         over: the mesh dims over which it is split; none for a whole dim whose elements are all alike, which can be
             taken for a part of any other.
         blocks: of the local dim, in order.
-        unit: so many elements stay together on a rank.
     """
 
     over: frozenset[str]
     blocks: tuple[Block, ...]
-    unit: int = 1
+
+    @property
+    def unit(self) -> int:
+        """So many elements stay together at least."""
+        return min((block.unit for block in self.blocks if not block.free), default=1)
 
     @property
     def local(self) -> int:
@@ -70,7 +87,13 @@ class Shard:
 
     def scaled(self, factor: int) -> Shard:
         """The shard of a dim where every element has become so many."""
-        return replace(self, blocks=tuple(block.times(factor) for block in self.blocks), unit=self.unit * factor)
+        return replace(self, blocks=tuple(block.times(factor) for block in self.blocks))
+
+    def divided(self, factor: int) -> Shard | None:
+        """The shard of a dim where so many elements have become one; None where that cuts through a block or a unit."""
+        blocks = [block.over(factor) for block in self.blocks]
+        known = tuple(block for block in blocks if block is not None)
+        return replace(self, blocks=known) if len(known) == len(blocks) else None
 
     def repeated(self, times: int) -> Shard:
         """The shard of so many of these dims, one behind the other."""
@@ -100,7 +123,7 @@ class Shard:
         if any(not _is_in_free(end, other.blocks) for end in mine - others):
             return None
         blocks = tuple(_refined(self.blocks, other.blocks, sorted(mine | others)))
-        return Shard(over=self.over | other.over, blocks=blocks, unit=min(self.unit, other.unit))
+        return Shard(over=self.over | other.over, blocks=blocks)
 
     def __str__(self) -> str:
         parts = f" in {len(self.blocks)} blocks" if len(self.blocks) > 1 else ""
@@ -133,7 +156,8 @@ def _refined(one: Sequence[Block], other: Sequence[Block], ends: Sequence[int]) 
     for start, stop in pairwise(ends):
         (mine, _), (theirs, _) = _at(one, start), _at(other, start)
         known = theirs if mine.free else mine
-        yield Block(stop - start, 0 if known.free else known.whole, known.free)
+        unit = min(mine.unit, theirs.unit) if not (mine.free or theirs.free) else known.unit
+        yield Block(stop - start, 0 if known.free else known.whole, known.free, unit)
 
 
 @dataclass(frozen=True, kw_only=True)

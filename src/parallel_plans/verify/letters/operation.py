@@ -24,13 +24,17 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 @dataclass(frozen=True, kw_only=True)
 class Operation:
-    """An operation of torch's inner set: its name, its arguments, what it gave, how its arguments lie."""
+    """An operation of torch's inner set: its name, its arguments, what it gave, how its arguments lie.
+
+    `whole_shape` is what a view gives in the whole model, where that is known.
+    """
 
     name: str
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     output: Any
     lay_of: Callable[[Tensor], Lay]
+    whole_shape: tuple[int, ...] | None = None
 
     @property
     def tensors(self) -> list[Tensor]:

@@ -91,7 +91,9 @@ def beside(op: Operation, shards: list[Shard | None]) -> Shard | None:
 
 def onto(op: Operation, lay: Lay, put: Lay) -> Lay:
     """What a tensor is after values have been added to it or put into it."""
-    if lay.is_zero or lay.is_uniform:
+    if put.is_zero or (put.is_uniform and not lay.partial):
+        return replace(lay, is_zero=lay.is_zero and put.is_zero, is_uniform=False)
+    if lay.is_zero or (lay.is_uniform and not put.partial):
         return put
     if lay.partial != put.partial:
         raise Mismatch("PP302", f"{op.name}: something whole and a partial sum in one tensor")
@@ -152,8 +154,7 @@ def _behind(op: Operation, shards: list[Shard | None]) -> Shard | None:
         return None
     if any(shard.over != found[0].over for shard in found):
         raise Mismatch("PP303", f"{op.name}: parts over other ranks beside each other")
-    blocks = tuple(block for shard in found for block in shard.blocks)
-    return replace(found[0], blocks=blocks, unit=min(shard.unit for shard in found))
+    return replace(found[0], blocks=tuple(block for shard in found for block in shard.blocks))
 
 
 def _one_partial(op: Operation, lays: list[Lay]) -> frozenset[str]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -61,12 +62,37 @@ def shard_of(split: Split, over: frozenset[str], rank: int) -> Shard:
     return Shard(over=over, blocks=blocks)
 
 
+Seen = dict[tuple[str, bool], list[tuple[int, ...]]]  # module, in backward or not -> what its views gave, in order
+
+
+class ViewsSeen(TorchDispatchMode):
+    """What the views of a model give, module by module; asked for of the whole model, to know which dim is a part."""
+
+    def __init__(self, where: Whereabouts) -> None:
+        super().__init__()
+        self.where, self.seen = where, cast(Seen, {})
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if is_view(func._schema.name.partition("::")[2], args, output):
+            self.seen.setdefault((self.where(), self.where.is_backward), []).append(tuple(output.shape))
+        return output
+
+
+def is_view(name: str, args: tuple[Any, ...], output: Any) -> bool:
+    """Whether an operation gives the same elements in another shape."""
+    return name in ("view", "_unsafe_view", "reshape") and args[0].shape != output.shape
+
+
 class Tracker(TorchDispatchMode):
     """How every tensor lies, from the parameters on; what does not fit; what nobody knows.
 
     Args:
         views: the ranks.
         where: the module at work.
+        seen: what the views of the whole model give.
 
     Attributes:
         problems: what did not fit, in the order of the step.
@@ -75,9 +101,10 @@ class Tracker(TorchDispatchMode):
         numbers: every operation with its numbers and its module, to be compared with another rank's.
     """
 
-    def __init__(self, views: Views, where: Whereabouts) -> None:
+    def __init__(self, views: Views, where: Whereabouts, seen: Seen | None = None) -> None:
         super().__init__()
         self.views, self.where, self.dims = views, where, mesh_dims(views)
+        self._seen, self._views_done = seen or {}, cast(dict[tuple[str, bool], int], {})
         self.problems: list[Problem] = []
         self.unproven: dict[str, list[str]] = {}
         self.marks: list[Mark] = []
@@ -119,9 +146,24 @@ class Tracker(TorchDispatchMode):
             return output
         name = func._schema.name.partition("::")[2]
         self._note_numbers(name, args)
-        op = Operation(name=name, args=args, kwargs=kwargs, output=output, lay_of=self.lay)
+        shape = self._whole_shape(name, args, output)
+        op = Operation(name=name, args=args, kwargs=kwargs, output=output, lay_of=self.lay, whole_shape=shape)
         self._follow(func, op)
         return output
+
+    def _whole_shape(self, name: str, args: tuple[Any, ...], output: Any) -> tuple[int, ...] | None:
+        """What this view gives in the whole model; None where no view there is it."""
+        if not is_view(name, args, output):
+            return None
+        key = self.where(), self.where.is_backward
+        at = self._views_done.get(key, 0)
+        lay = self.lay(args[0])
+        size = math.prod(n if s is None else s.whole or n for n, s in zip(args[0].shape, lay.shards, strict=True))
+        for later, shape in enumerate(self._seen.get(key, [])[at:], at):
+            if len(shape) == output.dim() and math.prod(shape) == size:
+                self._views_done[key] = later + 1
+                return shape
+        return None
 
     def _note_numbers(self, name: str, args: tuple[Any, ...]) -> None:
         numbers = tuple(arg for arg in args if isinstance(arg, (bool, int, float)))

@@ -21,7 +21,7 @@ def viewed(op: Operation) -> Lay:
     """`view` and `reshape`: dims are taken apart and put together, and a shard must stay one."""
     value, lay = _first(op)
     shards: list[Shard | None] = [None] * op.result.dim()
-    for before, after in _groups(tuple(value.shape), tuple(op.result.shape), lay.shards):
+    for before, after in _groups(tuple(value.shape), tuple(op.result.shape)):
         if not any(lay.shards[dim] for dim in before):
             continue
         if not any(lay.part(dim) for dim in before):
@@ -29,7 +29,8 @@ def viewed(op: Operation) -> Lay:
             continue
         merged = _merged([value.shape[dim] for dim in before], [lay.shards[dim] for dim in before])
         sizes = [op.result.shape[dim] for dim in after]
-        for dim, shard in zip(after, _taken_apart(merged, sizes, op.name), strict=True):
+        wholes = None if op.whole_shape is None else [op.whole_shape[dim] for dim in after]
+        for dim, shard in zip(after, _taken_apart(merged, sizes, wholes, op.name), strict=True):
             shards[dim] = shard
     return replace(lay, shards=tuple(shards))
 
@@ -48,13 +49,11 @@ def _view_alike(
         times = math.prod(old[dim] for dim in before[:-1])
         shards[after[0]] = inner.repeated(times)
     elif len(before) == 1 and inner is not None:
-        for dim, shard in zip(after, _taken_apart(inner, [new[dim] for dim in after], "view"), strict=True):
+        for dim, shard in zip(after, _taken_apart(inner, [new[dim] for dim in after], None, "view"), strict=True):
             shards[dim] = shard
 
 
-def _groups(
-    before: Sequence[int], after: Sequence[int], shards: Sequence[Shard | None]
-) -> Iterator[tuple[list[int], list[int]]]:
+def _groups(before: Sequence[int], after: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:
     """Dims before and after that hold the same elements, as few together as can be."""
     one, other = 0, 0
     while one < len(before) or other < len(after):
@@ -91,36 +90,42 @@ def _merged(sizes: Sequence[int], shards: Sequence[Shard | None]) -> Shard:
     return shard.scaled(math.prod(sizes[at + 1 :])).repeated(math.prod(sizes[:at]))
 
 
-def _taken_apart(shard: Shard, sizes: Sequence[int], name: str) -> list[Shard | None]:
-    """The shards of the dims that one dim is taken apart into."""
+def _taken_apart(shard: Shard, sizes: Sequence[int], wholes: Sequence[int] | None, name: str) -> list[Shard | None]:
+    """The shards of the dims that one dim is taken apart into; `wholes` are their sizes in the whole model."""
     shards: list[Shard | None] = [None] * len(sizes)
     if not sizes:
         raise Mismatch("PP303", f"{name}: a part of a dim is taken for all of it")
-    for dim, size in enumerate(sizes):
-        rest = math.prod(sizes[dim + 1 :])
-        blocks = shard.blocks
-        if size > 1 and len(blocks) > 1 and len(blocks) % size == 0 and _is_even(blocks, size):
-            shard = replace(shard, blocks=blocks[: len(blocks) // size])  # each of these has the same blocks
-            continue
-        is_last = dim == len(sizes) - 1
-        keeps_units = rest % shard.unit == 0 or shard.unit % rest == 0
-        stays = size > 1 or is_last or (rest >= shard.unit > 1 and not _fits_later(shard, sizes[dim + 1 :]))
-        if not stays:
-            continue
-        if not keeps_units or any(block.local % rest or block.whole % rest for block in blocks):
-            raise Mismatch("PP303", f"{name}: {list(sizes)} cuts through the parts of a dim: {shard}")
-        divided = tuple(Block(block.local // rest, block.whole // rest, block.free) for block in blocks)
-        shards[dim] = replace(shard, blocks=divided, unit=max(1, shard.unit // rest))
-        return shards
+    dim = 0
+    while dim < len(sizes) and sizes[dim] > 1 and len(shard.blocks) % sizes[dim] == 0 and len(shard.blocks) > 1:
+        if not _is_even(shard.blocks, sizes[dim]):
+            break
+        shard = replace(shard, blocks=shard.blocks[: len(shard.blocks) // sizes[dim]])  # each has the same blocks
+        dim += 1
+    at = _place_of(shard, sizes, dim, wholes)
+    divided = shard.divided(math.prod(sizes[at + 1 :]))
+    if divided is None or (wholes is not None and wholes[at] != divided.whole):
+        raise Mismatch("PP303", f"{name}: {list(sizes)} cuts through the parts of a dim: {shard}")
+    shards[at] = divided
     return shards
 
 
-def _fits_later(shard: Shard, sizes: Sequence[int]) -> bool:
-    """Whether a later dim of several can be the one whose parts the ranks have, without cutting through a unit."""
-    return any(
-        size >= 1 and math.prod(sizes[dim + 1 :]) % shard.unit == 0 and math.prod(sizes[dim + 1 :]) >= shard.unit
-        for dim, size in enumerate(sizes)
-    )
+def _place_of(shard: Shard, sizes: Sequence[int], first: int, wholes: Sequence[int] | None) -> int:
+    """The dim, from the first on, of which ranks have parts: as the whole model says, or by what stays together.
+
+    Raises:
+        NoRule: it could be one of several.
+    """
+    if wholes is not None and (unlike := [dim for dim in range(len(sizes)) if sizes[dim] != wholes[dim]]):
+        return unlike[0]
+    rests = [math.prod(sizes[dim + 1 :]) for dim in range(len(sizes))]
+    fitting = [dim for dim in range(first, len(sizes)) if rests[dim] >= shard.unit and rests[dim] % shard.unit == 0]
+    large = [dim for dim in fitting or range(first, len(sizes)) if sizes[dim] > 1]
+    if shard.unit > 1 and fitting:
+        return large[0] if large else fitting[-1]
+    small = [dim for dim in range(first, large[0] if large else len(sizes)) if sizes[dim] == 1]
+    if small and not (len(small) == 1 and not large):
+        raise NoRule
+    return large[0] if large else small[0]
 
 
 def _is_even(blocks: Sequence[Block], times: int) -> bool:
@@ -246,10 +251,12 @@ def _stretch(op: Operation, value: Tensor, lay: Lay, dim: int, start: int, stop:
 
 
 def _every(op: Operation, shard: Shard, start: int, stop: int, step: int) -> Shard:
-    if stop != shard.local or start >= step or any(each.local % step or each.whole % step for each in shard.blocks):
+    if stop != shard.local or start >= step:
         raise Mismatch("PP303", f"{op.name}: every {step}th element of parts of a dim: {shard}")
-    blocks = tuple(Block(each.local // step, each.whole // step, each.free) for each in shard.blocks)
-    return replace(shard, blocks=blocks, unit=max(1, shard.unit // step))
+    divided = shard.divided(step)
+    if divided is None:
+        raise Mismatch("PP303", f"{op.name}: every {step}th element of parts of a dim: {shard}")
+    return divided
 
 
 def selected(op: Operation) -> Lay:
