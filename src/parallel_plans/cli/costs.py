@@ -30,8 +30,9 @@ def _read(read: Callable[[str], Any]) -> Callable[[Any], Any]:
     return parsed
 
 
-def _unit(option: str, read: Callable[[str], Any], metavar: str, help: str) -> Any:
-    return typer.Option(option, parser=_read(read), metavar=metavar, help=help)
+def _unit(option: str, read: Callable[[str], Any], usual: str | bool, help: str) -> Any:
+    """An option with a unit; `usual` is its default as one writes it, or False where there is none."""
+    return typer.Option(option, parser=_read(read), metavar="QUANTITY", show_default=usual, help=help)
 
 
 Batch = Annotated[int, typer.Option("--batch", min=1, help="sequences that a tp group shares")]
@@ -44,5 +45,8 @@ InternodeLatency = Annotated[float, _unit("--internode-latency", seconds_of, "20
 InternodeBandwidth = Annotated[
     float, _unit("--internode-bandwidth", rate_of, "50GB/s", "that a rank sends with between nodes")
 ]
-Memory = Annotated[int | None, _unit("--memory", bytes_of, "80GiB", "of a rank: does it fit, and on how few ranks?")]
+Memory = Annotated[
+    int | None, _unit("--memory", bytes_of, False, "of a rank, 80GiB: does it fit, on how few ranks would it?")
+]
 For = Annotated[Purpose, typer.Option("--for", help="what needs the memory")]
+NoCost = Annotated[bool, typer.Option("--no-cost", help="do not work out the cost")]

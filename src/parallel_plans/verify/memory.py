@@ -18,10 +18,10 @@ MASTER = torch.float32  # in which an optimizer keeps its averages, and a copy o
 
 def memory_of(purpose: str, seen: Trace, few: FewLayers) -> Memory:
     """The bytes that the traced rank needs for a purpose, for the whole model."""
-    held = _of_parameters(purpose, _whole(seen.parameters, few), _whole(seen.numbers, few))
+    held = _of_parameters(purpose, whole(seen.parameters, few), whole(seen.numbers, few))
     working = seen.working.get(purpose, 0)
     if purpose == "training":
-        return replace(held, activations=_whole(seen.kept, few), working=working)
+        return replace(held, activations=whole(seen.kept, few), working=working)
     cached = sum(_times(layer, few) * size for layer, size in seen.cached.items())
     return replace(held, cache=cached, working=working)
 
@@ -43,7 +43,7 @@ def _of_parameters(purpose: str, size: int, numbers: int) -> Memory:
     return Memory(purpose=purpose, parameters=size, gradients=size, optimizer=copies * numbers * MASTER.itemsize)
 
 
-def _whole(by_name: Mapping[str, int], few: FewLayers) -> int:
+def whole(by_name: Mapping[str, int], few: FewLayers) -> int:
     """Numbers told by the names of modules, added up for the whole model."""
     return sum(_times(few.layer_of(name), few) * size for name, size in by_name.items())
 

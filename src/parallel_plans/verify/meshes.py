@@ -10,8 +10,9 @@ from parallel_plans.errors import LaunchError, PlanError
 from parallel_plans.mesh import views_for
 from parallel_plans.model_spec import describe
 from parallel_plans.resolve import resolve
+from parallel_plans.table import Table
 from parallel_plans.verify.cost import Memory
-from parallel_plans.verify.memory import held_by, memory_of
+from parallel_plans.verify.memory import held_by, memory_of, whole
 from parallel_plans.verify.shrinking.kinds import on_meta
 from parallel_plans.verify.shrinking.roles import role_of
 from parallel_plans.verify.traced import Question, trace
@@ -22,47 +23,60 @@ MOST_RANKS = 4096
 
 @dataclass(frozen=True, kw_only=True)
 class Smallest:
-    """A mesh that fits: its ranks, what each needs, and how many meshes were looked at to find it."""
+    """A mesh that fits, and what each of its ranks needs, None where none does; how many were looked at."""
 
-    views: Views
-    memory: Memory
+    views: Views | None = None
+    memory: Memory | None = None
     tried: int
 
 
-def smallest_mesh(question: Question, purpose: str, limit: int) -> Smallest | None:
-    """The mesh with the fewest ranks on which `question`, asked on other ranks, needs `limit` bytes at most.
+def smallest_mesh(question: Question, purpose: str, limit: int) -> Smallest:
+    """The mesh with the fewest ranks, of `MOST_RANKS` at most, on which a purpose needs `limit` bytes at most.
 
-    None where no mesh of up to `MOST_RANKS` ranks has it.
+    `question` is about the same on other ranks.
     """
     spec = describe(on_meta(question.few.config))
-    for tried, views in enumerate(meshes_for(spec.fields), 1):
+    tried, kept_by_dense = 0, dict[int, int]()  # tp -> bytes that are kept around the experts, however these are dealt
+    for views in meshes_for(spec.fields):
         try:
             table = resolve(question.plan, spec, views.sizes, dispatch=question.dispatch)
         except PlanError:
             continue  # the plan does not go with these sizes
-        if held_by(purpose, table, views, question).total > limit:
-            continue  # what its parameters alone need does not fit
+        tried += 1
+        if held_by(purpose, table, views, question).total + kept_by_dense.get(views.tp, 0) > limit:
+            continue  # no need to run it
         asked = replace(question, views=views, rank=0)  # the first rank never holds less than another
-        need = memory_of(purpose, trace(asked, with_apart=False), question.few)
+        seen = trace(asked, purposes=(purpose,), with_apart=False)
+        need = memory_of(purpose, seen, question.few)
+        kept_by_dense[views.tp] = whole(_around_experts(seen.kept, table), question.few)
         if need.total <= limit:
             return Smallest(views=views, memory=need, tried=tried)
-    return None
+    return Smallest(tried=tried)
+
+
+def _around_experts(by_name: Mapping[str, int], table: Table) -> dict[str, int]:
+    """What is told of the modules that are not in a block with experts."""
+    experts = (name for name, entry in table.acting() if entry.style.role == "experts")
+    blocks = tuple(f"{name.rpartition('.')[0]}." for name in experts)
+    return {name: size for name, size in by_name.items() if not f"{name}.".startswith(blocks)}
 
 
 def meshes_for(fields: Mapping[str, int]) -> Iterator[Views]:
     """Meshes for a model whose config has these whole numbers, those with fewer ranks first, and with a smaller tp.
 
-    As many ranks as divide the heads, or the experts, so that all have the same to do.
+    As many ranks as divide the heads, or the experts, so that all have the same to do; experts are whole on a rank, or
+    split by as many as share a batch.
     """
     heads, experts = (divisors(_largest(fields, role)) for role in ("heads", "experts"))
-    found: dict[tuple[int, int, int], Views] = {}
+    found: dict[tuple[int, int, int, int], Views] = {}
     for tp, ep in itertools.product(heads, experts):
-        try:
-            views = views_for(tp, ep)
-        except LaunchError:
-            continue  # the experts' ranks would lie across tp groups
-        if views.world <= MOST_RANKS:
-            found[views.world, tp, ep] = views
+        for etp in {1, tp} if ep > 1 else {tp}:
+            try:
+                views = views_for(tp, ep, etp)
+            except LaunchError:
+                continue  # the experts' ranks would lie across tp groups
+            if views.world <= MOST_RANKS:
+                found[views.world, tp, ep, etp] = views
     for key in sorted(found):
         yield found[key]
 

@@ -104,10 +104,12 @@ def _purposes(question: CostQuestion) -> tuple[str, ...]:
 def _against(need: Memory, limit: int, asked: Question) -> Memory:
     """The same with the limit, and the smallest mesh that is within it."""
     found = smallest_mesh(asked, need.purpose, limit)
-    if found is None:
-        return replace(need, limit=limit)
     return replace(
-        need, limit=limit, smallest=mesh_of(found.views), smallest_bytes=found.memory.total, tried=found.tried
+        need,
+        limit=limit,
+        smallest=None if found.views is None else mesh_of(found.views),
+        smallest_bytes=None if found.memory is None else found.memory.total,
+        tried=found.tried,
     )
 
 

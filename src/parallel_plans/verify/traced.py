@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +15,9 @@ from parallel_plans.forks import no_fork_scope
 from parallel_plans.plan import Plan
 from parallel_plans.sums import no_sum_scope
 from parallel_plans.verify import fused_attention
+from parallel_plans.verify.cost import PURPOSES
 from parallel_plans.verify.real_size import FewLayers, Running, Subject, causal_lm, fake_rank, tokens_of
-from parallel_plans.verify.watch import Kept, Said, Watch, gradients_dropped
+from parallel_plans.verify.watch import Said, Watch, gradients_dropped
 from parallel_plans.views import Views
 
 
@@ -43,7 +44,7 @@ class Trace:
         apart: the same where nothing is merged or delayed.
         parameters: module -> bytes of its own parameters on this rank, those of a tied one once.
         numbers: module -> how many numbers these are.
-        kept: module -> bytes that it keeps for backward.
+        kept: module -> bytes that it made and autograd keeps for backward.
         cached: layer -> bytes of its cache after prefill; None for what belongs to no layer.
         working: purpose -> the most bytes alive in a pass, beside those of parameters, gradients, `kept` and `cached`.
         notes: what could not be run, and why.
@@ -59,8 +60,13 @@ class Trace:
     notes: tuple[str, ...]
 
 
-def trace(question: Question, *, with_apart: bool = True) -> Trace:
+def trace(question: Question, *, purposes: Collection[str] = PURPOSES, with_apart: bool = True) -> Trace:
     """What a rank says and keeps in a training step, and in writing a token after a prompt.
+
+    Args:
+        question: which rank.
+        purposes: those whose passes are run.
+        with_apart: whether a training step with nothing merged or delayed is run too.
 
     Raises:
         PlanError: the plan does not fit the model.
@@ -70,7 +76,7 @@ def trace(question: Question, *, with_apart: bool = True) -> Trace:
     inputs = tokens_of(question.batch, question.sequence)
     subject = Subject(plan=question.plan, views=question.views, make=model, inputs=inputs, dispatch=question.dispatch)
     with fake_rank(subject, question.rank) as running:
-        return _Tracer(running).trace(with_apart)
+        return _Tracer(running).trace(purposes, with_apart)
 
 
 class _Tracer:
@@ -86,10 +92,10 @@ class _Tracer:
         self.working: dict[str, int] = {}
         self.notes: list[str] = []
 
-    def trace(self, with_apart: bool) -> Trace:
+    def trace(self, purposes: Collection[str], with_apart: bool) -> Trace:
         with listening(self.watch), self.watch:
-            kept = self._train()
-            cached = self._write()
+            kept = self._train() if "training" in purposes else {}
+            cached = self._write() if "inference" in purposes else {}
             if with_apart:
                 with no_fork_scope(), no_sum_scope():
                     self.apart = self._stepped()
@@ -117,12 +123,12 @@ class _Tracer:
         }
 
     def _train(self) -> dict[str, int]:
-        kept = Kept(self.running.where, self.own)
         before = self.watch.live
-        with kept.counting():
+        with self.watch.counting_kept():
             self.said |= self._stepped()
-        self.working["training"] = max(0, self.watch.peak - before - sum(kept.bytes.values()))
-        return kept.bytes
+        kept = self.watch.kept
+        self.working["training"] = max(0, self.watch.peak - before - sum(kept.values()))
+        return kept
 
     def _write(self) -> dict[int | None, int]:
         """The cache of a prompt, by layer, after another token has been written behind it."""

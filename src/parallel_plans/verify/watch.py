@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -46,10 +47,14 @@ class Watch(TorchDispatchMode):
     def __init__(self, where: Whereabouts, known: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call, unused-ignore]
         self.said: list[Said] = []
+        self.kept: dict[str, int] = {}  # module -> bytes that it made and autograd keeps
         self.live = self.peak = 0
+        self._held: dict[int, str] = {}  # storage that autograd keeps -> the module that made it
+        self._by_maker: Counter[str] = Counter()  # module -> bytes of those
+        self._held_bytes = self._most_held = 0
         self._where = where
         self._known = {_key(tensor) for tensor in known}
-        self._alive: set[int] = set()
+        self._alive: dict[int, str] = {}  # storage -> the module that made it
         self._follows: dict[int, frozenset[int]] = {}  # storage -> the collectives from whose results it follows
 
     def restart(self) -> None:
@@ -58,7 +63,7 @@ class Watch(TorchDispatchMode):
         self._follows.clear()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        result = _ran(func, args, kwargs or {})
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         causes = self._causes(given)
@@ -81,14 +86,35 @@ class Watch(TorchDispatchMode):
         key = storage._cdata
         if key in self._known or key in self._alive:
             return
-        self._alive.add(key)
+        self._alive[key] = self._where()
         self.live += storage.nbytes()
         self.peak = max(self.peak, self.live)
         weakref.finalize(storage, self._ended, key, storage.nbytes()).atexit = False
 
+    def _pack(self, tensor: Tensor) -> Tensor:
+        key = _key(tensor)
+        if key not in self._held and key in self._alive:
+            # what several layers share, such as the cosines of a rope, was made around them
+            name, size = self._alive[key], tensor.untyped_storage().nbytes()
+            self._held[key] = name
+            self._by_maker[name] += size
+            self._held_bytes += size
+            if self._held_bytes > self._most_held:
+                self._most_held, self.kept = self._held_bytes, dict(self._by_maker)
+        return tensor
+
+    @contextmanager
+    def counting_kept(self) -> Iterator[None]:
+        """Inside the block `kept` becomes what autograd keeps for backward when it keeps most; each storage once."""
+        with torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor):
+            yield
+
     def _ended(self, key: int, size: int) -> None:
-        self._alive.discard(key)
+        del self._alive[key]
         self._follows.pop(key, None)
+        if key in self._held:
+            self._by_maker[self._held.pop(key)] -= size
+            self._held_bytes -= size
         self.live -= size
 
     def before(self, op: str, axis: Axis, value: Tensor) -> None:
@@ -117,29 +143,6 @@ class Watch(TorchDispatchMode):
         """As `collectives.Listener`."""
 
 
-class Kept:
-    """The bytes of what autograd keeps for backward, by the module that keeps them; each storage counts once."""
-
-    def __init__(self, where: Whereabouts, known: Iterable[Tensor]) -> None:
-        self.bytes: dict[str, int] = {}
-        self._where = where
-        self._seen = {_key(tensor) for tensor in known}
-
-    def _pack(self, tensor: Tensor) -> Tensor:
-        key = _key(tensor)
-        if key not in self._seen:
-            self._seen.add(key)
-            name = self._where()
-            self.bytes[name] = self.bytes.get(name, 0) + tensor.untyped_storage().nbytes()
-        return tensor
-
-    @contextmanager
-    def counting(self) -> Iterator[None]:
-        """Inside the block what is kept is counted."""
-        with torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor):
-            yield
-
-
 @contextmanager
 def gradients_dropped(model: nn.Module) -> Iterator[None]:
     """Inside the block the gradient of a parameter ends as soon as it is there: it is not among what is alive."""
@@ -153,6 +156,13 @@ def gradients_dropped(model: nn.Module) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _ran(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What an operation gives; a grouped matrix product, whose shapes torch knows in bfloat16 alone, by way of that."""
+    if func is not torch.ops.aten._grouped_mm.default or args[0].dtype == torch.bfloat16:
+        return func(*args, **kwargs)
+    return func(*(each.bfloat16() for each in args[:2]), *args[2:], **kwargs).to(args[0].dtype)
 
 
 def _key(tensor: Tensor) -> int:
