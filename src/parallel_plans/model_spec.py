@@ -124,7 +124,9 @@ def _text_part(config: Any) -> Any:
 
 def _as_dict(config: Any) -> Mapping[str, Any]:
     """What a config says, by field name."""
-    return config.to_dict() if hasattr(config, "to_dict") else vars(config)
+    if isinstance(config, Mapping):
+        return config
+    return config.to_dict() if hasattr(config, "to_dict") else getattr(config, "__dict__", {})
 
 
 def layer_fields(config: Any) -> dict[int, dict[str, int]]:

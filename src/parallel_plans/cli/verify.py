@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from parallel_plans.cli.costs import (
     LINK,
@@ -28,18 +27,17 @@ from parallel_plans.cli.costs import (
     Purpose,
     Sequence,
 )
+from parallel_plans.cli.refusal import asking, refuse, refuse_unaskable
 from parallel_plans.cli.screen import Screen, console_for
 from parallel_plans.cli.sizes import Ep, Etp, Tp
 from parallel_plans.cli.target import TargetError, read_target
-from parallel_plans.errors import LaunchError
 from parallel_plans.verify.cost import CostQuestion
 from parallel_plans.verify.link import Link
-from parallel_plans.verify.page import PageError, try_place, write_page
+from parallel_plans.verify.page import try_place, write_page
 from parallel_plans.verify.report import LEVELS
 from parallel_plans.verify.verify import verify_plan
 
 app = typer.Typer(help=__doc__, add_completion=False, rich_markup_mode=None)
-complaints = Console(highlight=False, soft_wrap=True, stderr=True)
 Level = StrEnum("Level", {level: level for level in LEVELS})  # type: ignore[misc]
 LAST = Level(LEVELS[-1])
 
@@ -74,8 +72,7 @@ def verify(
 ) -> None:
     """Whether a plan is right for a model on so many ranks."""
     if sp:
-        complaints.print("--sp: sequence parallelism is not built yet", markup=False)
-        raise typer.Exit(2)
+        refuse("--sp: sequence parallelism is not built yet")
     link = Link(
         latency=latency,
         bandwidth=bandwidth,
@@ -84,7 +81,7 @@ def verify(
         internode_bandwidth=internode_bandwidth,
     )
     cost = CostQuestion(batch=batch, sequence=sequence, dtype=dtype, link=link, memory=memory, purpose=str(purpose))
-    try:
+    with asking(target):
         if page is not None:
             try_place(page)
         subject = read_target(target, _fields(settings or []))
@@ -101,11 +98,9 @@ def verify(
             cost=None if no_cost else cost,
             inputs=subject.inputs,
         )
+        refuse_unaskable(report.findings)
         if page is not None:
             write_page(report, page)
-    except (TargetError, LaunchError, PageError) as error:
-        complaints.print(str(error), markup=False)
-        raise typer.Exit(2) from None
     if as_json:
         print(json.dumps(report.to_dict()))
     else:

@@ -29,7 +29,7 @@ from parallel_plans.verify.blame import rule_at
 from parallel_plans.verify.flow import Flow, Mark, Value
 from parallel_plans.verify.letters.lay import Lay, Shard
 from parallel_plans.verify.letters.tracker import Seen, Tracker, ViewsSeen, shard_of
-from parallel_plans.verify.observed import first_tensor
+from parallel_plans.verify.observed import tensors_of
 from parallel_plans.verify.real_size import Running, Subject, fake_rank, whole_model
 from parallel_plans.views import EXPERT_AXIS, EXPERT_TENSOR_AXIS, TENSOR_AXIS, Views
 
@@ -50,11 +50,21 @@ class Followed:
 
 @dataclass(frozen=True, kw_only=True)
 class Layouts:
-    """What the level found: findings, operations nobody has a rule for, and the first rank's step."""
+    """What the level found: findings, the first rank's step, whether its code looks at values that nobody computed."""
 
     findings: list[Finding]
-    unproven: tuple[str, ...]
     flow: Flow
+    depends_on_values: bool
+
+    @property
+    def errors(self) -> list[Finding]:
+        """Those that make the plan wrong."""
+        return [finding for finding in self.findings if finding.severity == "error"]
+
+    @property
+    def is_proven(self) -> bool:
+        """Whether there is a rule for all that was met."""
+        return not any(finding.code == "PP306" for finding in self.findings)
 
 
 def check_layouts(subject: Subject, times: dict[str, int]) -> Layouts:
@@ -74,9 +84,9 @@ def check_layouts(subject: Subject, times: dict[str, int]) -> Layouts:
     for each in seen:
         for name, modules in each.tracker.unproven.items():
             unproven.setdefault(name, modules)
-    told = tuple(f"{name} in {modules[0] or 'the model itself'}" for name, modules in unproven.items())
     findings += [_unproven(seen[0].table, name, modules) for name, modules in unproven.items()]
-    return Layouts(findings=findings, unproven=told, flow=Flow(steps=tuple(seen[0].steps), times=times))
+    depends = any(each.crash is not None and isinstance(each.crash[1], LOOKS_AT_VALUES) for each in seen)
+    return Layouts(findings=findings, flow=Flow(steps=tuple(seen[0].steps), times=times), depends_on_values=depends)
 
 
 def _is_told(finding: Finding, findings: Sequence[Finding]) -> bool:
@@ -140,8 +150,8 @@ def _watch(running: Running, followed: Followed, views: Views) -> Iterator[Any]:
 
     def note(name: str) -> Any:
         def hook(module: Any, args: Any, output: Any) -> None:
-            given = first_tensor(output)
-            if given is None or not given.is_floating_point():
+            given = next(tensors_of(output), None)
+            if given is None:
                 return
             held: Tensor = getattr(given, "held", given)
             _catch_up(followed)
@@ -188,7 +198,8 @@ def _letter(lay: Lay, over: frozenset[str]) -> str:
 
 def _about_logits(tracker: Tracker, output: Any) -> str | None:
     """What is wrong with the logits; None where every rank has them whole."""
-    logits = output.get("logits") if isinstance(output, dict) else first_tensor(output)
+    logits = output.get("logits") if isinstance(output, dict) else None
+    logits = next(tensors_of(output), None) if logits is None else logits
     if not isinstance(logits, Tensor):
         return None
     lay = tracker.lay(getattr(logits, "held", logits))

@@ -29,7 +29,6 @@ from parallel_plans.state import full_state_dict, gathered, local_part, parallel
 from parallel_plans.table import Table
 from parallel_plans.verify.compare import FORWARD, GRADIENTS, RIGHT, WRITING, Run
 from parallel_plans.verify.observed import Inputs, Observed, StepFailed, backward, forward, write
-from parallel_plans.verify.report import Simulated
 from parallel_plans.verify.saved import saved_and_loaded
 from parallel_plans.verify.threads import RankHung, run_on_threads
 from parallel_plans.verify.weights import in_float64
@@ -49,8 +48,8 @@ class Trial:
         batches: what it is called with, by each tp group.
         dispatch: whether tokens are sent to their experts in any case.
         saves: whether the weights are saved and loaded again, where the model is one of transformers.
+        layers: which layers of the model its own are.
         fits: whether another plan would fit the model at its own size; asked of what is proposed instead.
-        simulated: what it is to the model at its own size.
     """
 
     plan: Plan
@@ -59,17 +58,17 @@ class Trial:
     batches: Sequence[Inputs]
     dispatch: bool = False
     saves: bool = False
+    layers: tuple[int, ...] = ()
     fits: Callable[[Plan], bool] = lambda plan: True
-    simulated: Simulated | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a trial gave: findings, the collectives of all its ranks, and what it was."""
+    """What trials gave: findings, and the collectives of all ranks of the first trial, which is kept."""
 
     findings: list[Finding]
     calls: list[Call]
-    simulated: Simulated | None = None
+    trial: Trial | None = None
 
 
 class ModelFailed(Exception):

@@ -83,7 +83,7 @@ class Subject:
 
     Args:
         make: gives the model; called where tensors are fake, so it costs nothing.
-        inputs: arguments of its forward by name, whose tensors may be real.
+        inputs: arguments of its forward by name, whose tensors may be real; `positional` are those without.
         computes: whether values are computed, as code that looks at them needs; then the model must be small.
     """
 
@@ -91,6 +91,7 @@ class Subject:
     views: Views
     make: Any
     inputs: Mapping[str, Any]
+    positional: tuple[Any, ...] = ()
     dispatch: bool = False
     computes: bool = False
 
@@ -115,10 +116,11 @@ class Running:
     table: Table | None
     inputs: Mapping[str, Any]
     where: Whereabouts
+    positional: tuple[Any, ...] = ()
 
     def step(self) -> Any:
         """Forward and backward; what the model gave."""
-        output = self.model(**self.inputs)
+        output = self.model(*self.positional, **self.inputs)
         loss_of(output).backward()
         return output
 
@@ -186,4 +188,4 @@ def _running(subject: Subject, mesh: DeviceMesh | None) -> Iterator[Running]:
             stack.enter_context(mode)
         where = Whereabouts()
         stack.enter_context(where.following(model))
-        yield Running(model=model, table=table, inputs=inputs, where=where)
+        yield Running(model=model, table=table, inputs=inputs, where=where, positional=subject.positional)

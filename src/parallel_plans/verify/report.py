@@ -12,7 +12,7 @@ from parallel_plans.verify.cost import Cost
 from parallel_plans.verify.flow import Flow
 
 LEVELS = ("accounting", "geometry", "layouts", "numerics")
-NOT_RUN, PASSED, FAILED = "not run", "passed", "failed"
+NOT_RUN, PASSED, FAILED, UNPROVEN = "not run", "passed", "failed", "unproven"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,8 @@ class Report:
         target: what was asked about, for people.
         plan: where the plan comes from.
         mesh: axis -> ranks, as asked.
-        levels: level -> `passed`, `failed` or `not run`; a level that could not be run says why among the findings.
+        levels: level -> `passed`, `failed`, `unproven` (nothing wrong found, but some operation has no rule) or `not
+            run`; a level that could not be run says why among the findings.
         findings: what is wrong (`error`) or worth knowing (`warning`), in the order of the levels.
         parameters: bytes, at the model's own size; zeros where the plan does not fit.
         forward, backward: the collectives of one rank in one training step, at the model's own size; empty where `cost`

@@ -12,7 +12,7 @@ from parallel_plans.verify.flow import Value
 from parallel_plans.verify.report import FAILED, LEVELS, NOT_RUN, Report
 from parallel_plans.views import views_of
 
-UNPROVEN = "?"  # the letter of a value whose layout nothing vouches for
+UNKNOWN = "?"  # the letter of a value whose layout nothing vouches for
 SEVERITIES = ("error", "warning")
 
 
@@ -153,7 +153,7 @@ def _layouts(report: Report) -> str:
         return ""
     values = [step for step in report.flow.steps if isinstance(step, Value)]
     marks = len(report.flow.steps) - len(values)
-    unproven = sum(UNPROVEN in value.letters.values() for value in values)
+    unproven = sum(UNKNOWN in value.letters.values() for value in values)
     told = f"{counted(len(values), 'value')} and {counted(marks, 'collective')} of a step at real widths followed"
     return f"{told}, {counted(unproven, 'value')} unproven" if unproven else told
 

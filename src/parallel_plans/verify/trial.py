@@ -15,15 +15,13 @@ from torch import Tensor
 
 from parallel_plans.collectives import Call
 from parallel_plans.errors import Finding, PlanError
-from parallel_plans.model_spec import ModelSpec, config_fields, describe
+from parallel_plans.model_spec import ModelSpec, describe
 from parallel_plans.plan import Plan
 from parallel_plans.resolve import resolve
 from parallel_plans.table import Table
 from parallel_plans.verify.numerics import ModelFailed, Outcome, Trial, check_numerics, truths_of
 from parallel_plans.verify.observed import Inputs
 from parallel_plans.verify.own import OwnModel
-from parallel_plans.verify.pricing import mesh_of
-from parallel_plans.verify.report import Simulated
 from parallel_plans.verify.shrink import CannotShrink, shrunken
 from parallel_plans.verify.shrinking.roles import role_of
 from parallel_plans.verify.shrinking.tree import config_from, each_number, fields_of
@@ -75,19 +73,19 @@ def tried(plan: Plan, table: Table, subject: Any, views: Views, dispatch: bool) 
     """
     trials = _of_own if isinstance(subject, OwnModel) else _of_config
     calls: list[Call] | None = None
-    simulated: Simulated | None = None
+    first: Trial | None = None
     name = table.spec.model_type or "the model"
     try:
         for trial, even in trials(plan, table, subject, views, dispatch):
             _check_fits(trial)
+            first = first or trial
             outcome = check_numerics(trial)
-            calls, simulated = (outcome.calls, trial.simulated) if calls is None else (calls, simulated)
+            calls = outcome.calls if calls is None else calls
             if outcome.findings:
-                findings = _weighed(outcome.findings, even, table)
-                return Outcome(findings=findings, calls=calls, simulated=simulated)
+                return Outcome(findings=_weighed(outcome.findings, even, table), calls=calls, trial=first)
     except ModelFailed as error:
         raise CannotTry(f"{name} does not run by itself, in one process: {error}") from None
-    return Outcome(findings=[], calls=calls or [], simulated=simulated)
+    return Outcome(findings=[], calls=calls or [], trial=first)
 
 
 def _check_fits(trial: Trial) -> None:
@@ -102,10 +100,10 @@ Trials = Iterator[tuple[Trial, Trial | None]]  # each with the same in even size
 
 def _of_config(plan: Plan, table: Table, config: Any, views: Views, dispatch: bool) -> Trials:
     try:
-        found = shrunken(config, trial_views(views).sizes)
+        small_one = shrunken(config, trial_views(views).sizes)
     except CannotShrink as error:
         raise CannotTry(str(error)) from None
-    tiny, small = found.config, trial_views(views)
+    tiny, small = small_one.config, trial_views(views)
     texts = [_text(example_batch(tiny, seed=index)) for index in range(small.world // small.tp)]
     usual = Trial(
         plan=plan,
@@ -113,20 +111,11 @@ def _of_config(plan: Plan, table: Table, config: Any, views: Views, dispatch: bo
         model=random_model(tiny),
         batches=texts,
         dispatch=dispatch,
+        layers=small_one.layers,
         fits=_fitting(table.spec, views, dispatch),
-        simulated=Simulated(
-            ranks=mesh_of(small),
-            layers=found.layers,
-            sizes=_shrunk(config_fields(config), config_fields(tiny)),
-        ),
     )
     yield usual, None
     yield _seldom(usual, tiny, table)
-
-
-def _shrunk(fields: Mapping[str, int], small: Mapping[str, int]) -> dict[str, tuple[int, int]]:
-    """Field -> its number in both configs, where these differ."""
-    return {name: (fields[name], size) for name, size in small.items() if fields.get(name, size) != size}
 
 
 def _fitting(spec: ModelSpec, views: Views, dispatch: bool) -> Callable[[Plan], bool]:
@@ -156,7 +145,6 @@ def _of_own(plan: Plan, table: Table, own: OwnModel, views: Views, dispatch: boo
             batches=[inputs] * (small.world // small.tp),
             dispatch=dispatch,
             fits=_fitting(table.spec, views, dispatch),
-            simulated=Simulated(ranks=mesh_of(small), layers=(), sizes={}),
         ),
         None,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,16 +12,17 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from parallel_plans.errors import Finding, PlanError
 from parallel_plans.lookup import PlanSource, carried_by, find_plan, with_experts
 from parallel_plans.mesh import views_for
-from parallel_plans.model_spec import ModelSpec, describe
+from parallel_plans.model_spec import ModelSpec, config_fields, describe
 from parallel_plans.plan import Plan
 from parallel_plans.resolve import resolve
 from parallel_plans.table import Table
 from parallel_plans.verify.accounting import check_accounting
 from parallel_plans.verify.cost import CostQuestion
+from parallel_plans.verify.followed import followed, not_followed
 from parallel_plans.verify.geometry import check_geometry
 from parallel_plans.verify.own import OwnModel
 from parallel_plans.verify.pricing import cost_of, mesh_of, traffic_of
-from parallel_plans.verify.report import FAILED, LEVELS, Parameters, Report
+from parallel_plans.verify.report import FAILED, LEVELS, PASSED, UNPROVEN, Parameters, Report, Simulated
 from parallel_plans.verify.trial import CannotTry, tried
 from parallel_plans.views import Views
 
@@ -38,8 +40,8 @@ def verify_plan(
     level: str = LEVELS[-1],
     name: str | None = None,
     strict: bool = False,
-    cost: CostQuestion | None = USUAL,
     inputs: Any = None,
+    cost: CostQuestion | None = USUAL,
 ) -> Report:
     """What is right and wrong about a plan for a model on so many ranks, found without any of them.
 
@@ -51,10 +53,10 @@ def verify_plan(
         level: the last level to run, one of `LEVELS`.
         name: what to call the target in the report.
         strict: whether warnings make the plan unsound.
-        cost: what is asked about the cost, which is worked out where the geometry passes; None for nothing.
         inputs: what to call a model of one's own with: keyword arguments, or a tuple of positional ones; its
             `dummy_inputs` where it is None. A causal language model of transformers needs none: a small one of its kind
             is made for the trial, while a model of one's own is run as it is.
+        cost: what is asked about the cost, which is worked out where the geometry passes; None for nothing.
 
     Raises:
         LaunchError: the sizes do not fit together (PP702), or there is no plan (PP704).
@@ -73,12 +75,15 @@ def verify_plan(
         return report
     report.plan = found.source
     table = _settle_shapes(report, found, spec, views, ep_plan == "dispatch")
-    if table is not None:
-        report.parameters = _parameters(table, views)
-        if cost is not None and level != "accounting":
-            _add_cost(report, cost, subject, table, views, ep_plan == "dispatch")
-    if level == "numerics" and table is not None:
-        _settle_numerics(report, found, table, subject, views, ep_plan == "dispatch")
+    if table is None:
+        return report
+    question = _Question(plan=found, table=table, subject=subject, views=views, dispatch=ep_plan == "dispatch")
+    report.parameters = _parameters(table, views)
+    if cost is not None and level != "accounting":
+        question.add_cost(report, cost)
+    for each, settle in (("layouts", question.settle_layouts), ("numerics", question.settle_numerics)):
+        if LEVELS.index(each) <= LEVELS.index(level):
+            settle(report)
     return report
 
 
@@ -115,24 +120,55 @@ def _parameters(table: Table, views: Views) -> Parameters:
     return Parameters(total_bytes=table.spec.bytes, sharded_bytes=table.sharded_bytes, per_rank_bytes=tuple(held))
 
 
-def _add_cost(report: Report, question: CostQuestion, subject: Any, table: Table, views: Views, dispatch: bool) -> None:
-    """The cost, or why there is none: that a model cannot be run says nothing about its plan."""
-    if isinstance(subject, OwnModel):
-        report.no_cost = "a model of one's own is not run: nobody knows its inputs"
-        return
-    try:
-        report.cost = cost_of(question, subject, table, views, dispatch)
-    except Exception as error:  # the code of a model raises any kind
-        report.no_cost = f"the model could not be traced: {type(error).__name__}: {error}"
-        return
-    report.forward, report.backward = (traffic_of(report.cost.passes[name]) for name in ("forward", "backward"))
+class _Question:
+    """A plan that fits, and what it is asked about: what is run is made from `subject`."""
+
+    def __init__(self, *, plan: Plan, table: Table, subject: Any, views: Views, dispatch: bool) -> None:
+        self.plan, self.table, self.subject, self.views, self.dispatch = plan, table, subject, views, dispatch
+
+    def add_cost(self, report: Report, question: CostQuestion) -> None:
+        """The cost, or why there is none: that a model cannot be run says nothing about its plan."""
+        if isinstance(self.subject, OwnModel):
+            report.no_cost = "a model of one's own is not run at another size than it has"
+            return
+        try:
+            report.cost = cost_of(question, self.subject, self.table, self.views, self.dispatch)
+        except Exception as error:  # the code of a model raises any kind
+            report.no_cost = f"the model could not be traced: {type(error).__name__}: {error}"
+            return
+        report.forward, report.backward = (traffic_of(report.cost.passes[name]) for name in ("forward", "backward"))
+
+    def settle_layouts(self, report: Report) -> None:
+        """How values lie, or why it could not be followed."""
+        if self.views.world == 1:
+            return
+        try:
+            found = followed(self.plan, self.subject, self.views, self.dispatch)
+        except Exception as error:  # as above
+            report.findings.append(not_followed(error))
+            return
+        report.flow = found.flow
+        report.settle("layouts", found.findings)
+        if report.levels["layouts"] == PASSED and not found.is_proven:
+            report.levels["layouts"] = UNPROVEN
+
+    def settle_numerics(self, report: Report) -> None:
+        """Whether a small model computes the same, or why it could not be run."""
+        try:
+            outcome = tried(self.plan, self.table, self.subject, self.views, self.dispatch)
+        except CannotTry as problem:
+            report.findings.append(problem.finding)
+            return
+        report.settle("numerics", outcome.findings)
+        small = outcome.trial
+        if small is not None and not isinstance(self.subject, OwnModel):
+            report.simulated = Simulated(
+                ranks={axis: size for axis, size in small.views.sizes.items() if axis in report.mesh},
+                layers=small.layers,
+                sizes=_shrunk(config_fields(self.subject), config_fields(small.model.config)),
+            )
 
 
-def _settle_numerics(report: Report, plan: Plan, table: Table, subject: Any, views: Views, dispatch: bool) -> None:
-    try:
-        outcome = tried(plan, table, subject, views, dispatch)
-    except CannotTry as problem:
-        report.findings.append(problem.finding)
-        return
-    report.simulated = outcome.simulated
-    report.settle("numerics", outcome.findings)
+def _shrunk(fields: Mapping[str, int], small: Mapping[str, int]) -> dict[str, tuple[int, int]]:
+    """Field -> its number in both configs, where these differ."""
+    return {name: (fields[name], size) for name, size in small.items() if fields.get(name, size) != size}
