@@ -127,13 +127,15 @@ def _counted_by_severity(findings: Sequence[Finding]) -> str:
 
 def _accounting(report: Report) -> str:
     held = report.parameters
-    if report.table is None or not held.per_rank_bytes:
+    if report.table is None:
         return ""
     rules = {use.rule for entry in report.table.parameters.values() for use in entry.uses}
+    told = f"{counted(len(report.table.parameters), 'parameter')} under {counted(len(rules), 'rule')}"
+    if not held.per_rank_bytes:
+        return told
     most = max(held.per_rank_bytes)
     return (
-        f"{counted(len(report.table.parameters), 'parameter')} under {counted(len(rules), 'rule')}; "
-        f"whole model {held.total_bytes:,} bytes, {held.sharded_bytes / held.total_bytes:.1%} of them split; "
+        f"{told}; whole model {held.total_bytes:,} bytes, {held.sharded_bytes / held.total_bytes:.1%} of them split; "
         f"a rank holds {most:,} at most, {most / held.total_bytes:.1%}"
     )
 
