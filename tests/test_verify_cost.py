@@ -225,6 +225,16 @@ def test_memory_is_that_of_arithmetic() -> None:
     assert of_layer == batch * sequence * (norms + attention + feed_forward)
 
 
+@pytest.mark.parametrize(
+    ("name", "sizes"), [("gemma-2-9b", (4,)), ("granite-3.0-1b-a400m", (2, 2)), ("deepseek-v2-lite", (2, 4))], ids=str
+)
+def test_the_parameters_of_a_trace_are_those_of_the_table(name: str, sizes: tuple[int, ...]) -> None:
+    tp, ep = (*sizes, 1)[:2]
+    report = verify_plan(original(name), tp=tp, ep=ep, level="geometry", cost=CostQuestion(sequence=64))
+    assert report.cost is not None, report.no_cost
+    assert max(report.parameters.per_rank_bytes) == 2 * report.cost.memory[0].parameters  # float32 and bfloat16
+
+
 def trace_of_llama(batch: int, sequence: int, tp: int) -> Trace:
     few = few_layers(original("llama-3.1-8b"))
     plan = load_plan(bundled_folder() / "llama.yaml")
