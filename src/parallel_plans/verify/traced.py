@@ -164,6 +164,7 @@ class _Tracer:
     def _parameters(self) -> tuple[dict[str, int], dict[str, int]]:
         sizes: dict[str, int] = {}
         numbers: dict[str, int] = {}
+        assert self.running.table is not None
         for name, parameter in self.model.named_parameters():
             if name in self.running.table.spec.tied:
                 continue  # on fake tensors they are two
