@@ -74,6 +74,7 @@ def verify_plan(
         report.settle("accounting", error.findings)
         return report
     report.plan = found.source
+    report.findings += _dropped(found)
     table = _settle_shapes(report, found, spec, views, ep_plan == "dispatch")
     if table is None:
         return report
@@ -85,6 +86,15 @@ def verify_plan(
         if LEVELS.index(each) <= LEVELS.index(level):
             settle(report)
     return report
+
+
+def _dropped(plan: Plan) -> list[Finding]:
+    """The warning that a class carries rules which do nothing in this model: for other configs, or out of date."""
+    if not plan.dropped:
+        return []
+    told = ", ".join(dict.fromkeys(rule.pattern for rule in plan.dropped))
+    message = f"the model's class has rules that do nothing in this model, dropped: {told}"
+    return [Finding(code="PP101", severity="warning", message=message, rule=plan.dropped[0].pattern)]
 
 
 def _model_and_subject(target: Any, inputs: Any) -> tuple[nn.Module, Any]:
