@@ -79,7 +79,7 @@ def verify_plan(
     if table is None:
         return report
     question = _Question(plan=found, table=table, subject=subject, views=views, dispatch=ep_plan == "dispatch")
-    report.table, report.parameters = table, _parameters(table, views)
+    report.parameters = _parameters(table, views)
     if cost is not None and level != "accounting":
         question.add_cost(report, cost)
     for each, settle in (("layouts", question.settle_layouts), ("numerics", question.settle_numerics)):
@@ -119,6 +119,7 @@ def _settle_shapes(report: Report, plan: Plan, spec: ModelSpec, views: Views, di
         if by_level["geometry"]:
             report.settle("geometry", by_level["geometry"])
         return None
+    report.table = table
     report.settle("accounting", check_accounting(table))
     report.settle("geometry", check_geometry(table))
     return None if FAILED in report.levels.values() else table
