@@ -10,7 +10,7 @@ checkpoint, run, train, write and save, against one process, in float64. Nothing
     refused   ranks would not load it at all: caught before anything is run
     wrong     it loads, and something that real ranks make of it is wrong; `missed` are those that pass
     named     of those refused or caught: how many have a finding that names the rule that was changed, or its module;
-              `first` where the first finding does
+              `first` where the first finding does; `block` where one names something in the same block
     right     real ranks make of it what one process makes; `alarms` are those that are called wrong
     theirs    transformers' own verifier: of those refused or wrong, how many it warns of; of those right, how many.
               A warning counts where it differs from the one about the right plan, of which it warns too.

@@ -83,17 +83,11 @@ def reductions(subject: Subject, section: str) -> Iterator[Mutant]:
 
 
 def _without_reduction(subject: Subject, rule: Written) -> Iterator[Mutant]:
-    lasts = dict.fromkeys(name.rpartition(".")[2] for name in subject.parameters(rule))
-    lines = [
-        rule.line(pattern=f"{rule.pattern}.weight"),
-        *(_whole(f"{rule.pattern}.{n}") for n in lasts if n != "weight"),
-    ]
+    names = {f"{rule.pattern}.{name.rpartition('.')[2]}" for name in subject.parameters(rule)}
+    weight = f"{rule.pattern}.weight"
+    lines = [rule.line(pattern=weight), *(rule_line(name, "replicate") for name in sorted(names - {weight}))]
     what = f"the weight of {rule.pattern} is split, its output is not summed"
-    yield made(subject, "reduction", what, [rule], [replaced(rule, *lines)], also=[f"{rule.pattern}.weight"])
-
-
-def _whole(pattern: str) -> str:
-    return rule_line(pattern, "replicate")
+    yield made(subject, "reduction", what, [rule], [replaced(rule, *lines)], also=sorted(names))
 
 
 def _added_reductions(subject: Subject, section: str, ruled: set[str]) -> Iterator[Mutant]:

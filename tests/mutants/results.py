@@ -43,6 +43,7 @@ COUNTS: dict[str, Callable[[Record], bool]] = {
     "missed": lambda each: each["result"] == "missed",
     "named": lambda each: is_caught(each) and each["verdict"]["named"],
     "first": lambda each: is_caught(each) and each["verdict"]["first"],
+    "block": lambda each: is_caught(each) and each["verdict"]["block"],
     "right": lambda each: each["result"] in ("passed", "false alarm"),
     "alarms": lambda each: each["result"] == "false alarm",
 }
@@ -92,7 +93,7 @@ def _cells(counts: dict[str, Any]) -> list[str]:
     caught = counts["refused"] + counts["wrong"] - counts["missed"]
     cells = [str(counts[name]) for name in COUNTS]
     for at, name in enumerate(COUNTS):
-        if name in ("named", "first"):
+        if name in ("named", "first", "block"):
             cells[at] = f"{counts[name] / caught:.1%}" if caught else "-"
     theirs = f"{counts['theirs_caught']} of {counts['theirs_wrong']}" if counts["theirs_wrong"] else "-"
     alarms = f"{counts['theirs_alarms']} of {counts['theirs_right']}" if counts["theirs_right"] else "-"
@@ -108,7 +109,8 @@ def figures(records: Sequence[Record]) -> str:
         [
             f"wrong plans refused: {_share(caught, caught + counts['missed'])}",
             f"right plans refused: {_share(counts['alarms'], counts['right'])}",
-            f"named by a finding: {_share(counts['named'], caught)}; by the first: {_share(counts['first'], caught)}",
+            f"named by a finding: {_share(counts['named'], caught)}; by the first: {_share(counts['first'], caught)}; "
+            f"its block: {_share(counts['block'], caught)}",
             f"right values are off by at most {right:.0e} of the largest, wrong ones by at least {wrong:.0e}",
         ]
     )

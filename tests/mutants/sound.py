@@ -7,7 +7,6 @@ from typing import Any
 
 from mutants.mutant import Maker, Mutant, Subject, made
 from mutants.text import CATCH_ALL, Edit, Written, replaced
-from parallel_plans.matching import Pattern
 from parallel_plans.styles import get_style, styles
 
 _SPLIT_ALONE = {  # a pair whose value between the two is gathered, and split again
@@ -21,12 +20,22 @@ _SPLIT_ALONE = {  # a pair whose value between the two is gathered, and split ag
 def _blocks(subject: Subject) -> dict[str, list[Written]]:
     """Modules with several rules within that split something -> all rules on them and within, in `tp_plan`."""
     rules = subject.plan.of("tp_plan")
-    parents = [rule.parent for rule in rules if get_style(rule.style).shards and subject.is_used(rule)]
-    found = {}
-    for parent in dict.fromkeys(parent for parent in parents if parents.count(parent) > 1):
-        within = [rule for rule in rules if rule.pattern == parent or rule.pattern.startswith(f"{parent}.")]
-        if any("*" in rule.pattern for rule in within) and all(rule.parent for rule in within):
-            found[parent] = within
+    acting = {rule.pattern for rule in rules if get_style(rule.style).module_only}
+    splits = [rule for rule in rules if get_style(rule.style).shards and subject.is_used(rule)]
+    around = [_around(rule.parent, acting) for rule in splits]
+    return {
+        block: [rule for rule in rules if rule.pattern == block or rule.pattern.startswith(f"{block}.")]
+        for block in dict.fromkeys(around)
+        if block and around.count(block) > 1
+    }
+
+
+def _around(name: str, acting: set[str]) -> str:
+    """The outermost module around `name`, or `name`, on which a rule stands that counts on what lies within it."""
+    found, prefix = name, name
+    while prefix:
+        found = prefix if prefix in acting else found
+        prefix = prefix.rpartition(".")[0]
     return found
 
 
@@ -47,20 +56,18 @@ def first_layer_whole(subject: Subject, section: str) -> Iterator[Mutant]:
     if section != "tp_plan":
         return
     for parent, rules in _blocks(subject).items():
-        if any(get_style(rule.style).module_only for rule in rules) or parent.count("*") != 1:
+        used = [rule for rule in rules if subject.is_used(rule)]
+        if any(get_style(rule.style).module_only for rule in used) or parent.count("*") != 1:
             continue  # a whole block with a boundary of its own would need a rule that is not there
-        layers = {name.split(".")[parent.split(".").index("*")] for rule in rules for name in subject.parameters(rule)}
-        first = parent.replace("*", min(layers, key=int))
-        names = [rule.pattern.replace(parent, first, 1) for rule in rules]
-        held = {name for rule in rules for name in subject.parameters(rule)}
-        lines = [
-            f"  {name}: replicate"
-            for name in names
-            if any(Pattern.of(name).matches(p) or Pattern.of(name).matches(p.rpartition(".")[0]) for p in held)
-        ]
-        if len(layers) > 1 and lines:
-            edit = Edit(start=rules[0].start, stop=rules[0].start, lines=tuple(lines))
-            yield made(subject, "first layer whole", f"{first} is whole", rules, [edit], also=names, sound=True)
+        at = parent.split(".").index("*")
+        layers = [{name.split(".")[at] for name in subject.parameters(rule)} for rule in used]
+        first = min(layers[0], key=int)
+        if any(first not in each or len(each) == 1 for each in layers):
+            continue  # a rule that has nothing left to do is a mistake
+        block = parent.replace("*", first)
+        names = [rule.pattern.replace(parent, block, 1) for rule in used]
+        edit = Edit(start=rules[0].start, stop=rules[0].start, lines=tuple(f"  {name}: replicate" for name in names))
+        yield made(subject, "first layer whole", f"{block} is whole", rules, [edit], also=names, sound=True)
 
 
 def equivalent_pairs(subject: Subject, section: str) -> Iterator[Mutant]:

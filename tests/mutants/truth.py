@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM as Whole
 
 from mutants.pool import Pool
+from mutants.precise import in_double
 from parallel_plans import AutoModelForCausalLM, average_gradients, full_gradients
 
 ROWS_OF_BATCH = 2
@@ -31,8 +32,7 @@ PLAIN: dict[str, Any] = {
     "experts_implementation": "eager",
     "dtype": torch.float64,
 }
-# Of the largest value. Norms, softmaxes and ropes of transformers compute in float32: what is right is off by 1e-7.
-SAME = 1e-5
+SAME = 1e-9  # of the largest value; what is right is off by 1e-15
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,8 +90,10 @@ class Model:
         model = tiny_model(model_type, tied=tied)
         self.config = model.config
         model.double().save_pretrained(self.folder)
-        loaded = Whole.from_pretrained(self.folder, **PLAIN)
-        torch.save([truth_of(loaded, batch_of(index), NEW_TOKENS) for index in range(4)], self.folder / "truths.pt")
+        with in_double():
+            loaded = Whole.from_pretrained(self.folder, **PLAIN)
+            truths = [truth_of(loaded, batch_of(index), NEW_TOKENS) for index in range(4)]
+        torch.save(truths, self.folder / "truths.pt")
         self._count = itertools.count()
 
     def close(self) -> None:
@@ -143,6 +145,11 @@ def _truths(folder: str) -> list[Truth]:
 
 def on_rank(folder: str, target: str, row: Row) -> dict[str, float]:
     """What every rank does with a plan, and how far each thing is off: logits, loss, gradients, tokens, saved."""
+    with in_double():
+        return _seen(folder, target, row)
+
+
+def _seen(folder: str, target: str, row: Row) -> dict[str, float]:
     arguments = {"ep_plan": "dispatch"} if row.dispatch else {}
     sizes = {"tp_size": row.tp, "ep_size": row.ep, "etp_size": row.etp}
     model = AutoModelForCausalLM.from_pretrained(folder, tp_plan=f"{target}/plan.yaml", **sizes, **arguments, **PLAIN)

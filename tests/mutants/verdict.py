@@ -37,6 +37,7 @@ class Verdict:
         codes: the findings' codes.
         named: whether a finding names a rule that the mutant touches, or its module.
         first: whether the first finding does.
+        block: whether a finding names that, or something beside it in the same block (attention, MLP, experts).
         said: the first finding, on one line.
     """
 
@@ -45,6 +46,7 @@ class Verdict:
     codes: tuple[str, ...] = ()
     named: bool = False
     first: bool = False
+    block: bool = False
     said: str = ""
 
 
@@ -72,6 +74,7 @@ def verdict_on(mutant: Mutant, config: Any, row: Row, path: str) -> Verdict:
         codes=tuple(dict.fromkeys(finding.code for finding in findings)),
         named=any(about),
         first=about[0],
+        block=any(about) or any(is_in_block(finding, mutant) for finding in findings),
         said=f"{findings[0].message} [{findings[0].code}] rule={findings[0].rule} name={findings[0].name}",
     )
 
@@ -93,6 +96,28 @@ def _is_on(pattern: str, name: str) -> bool:
 def _is_owner(pattern: str, name: str) -> bool:
     owner, _, last = pattern.rpartition(".")
     return last in ("weight", "bias") and Pattern.of(owner).matches(name)
+
+
+def is_in_block(finding: Finding, mutant: Mutant) -> bool:
+    """Whether a finding is about what lies in the same block as something that the mutant touches."""
+    return any(
+        Pattern.of(block).matches(prefix) or block == prefix
+        for block in map(_block, mutant.patterns)
+        for told in (finding.rule, finding.name)
+        for prefix in _prefixes(told)
+        if block and not block.endswith("*")
+    )
+
+
+def _block(pattern: str) -> str:
+    owner, _, last = pattern.rpartition(".")
+    return owner.rpartition(".")[0] if last in ("weight", "bias") else owner
+
+
+def _prefixes(name: str | None) -> Iterator[str]:
+    while name:
+        yield name
+        name = name.rpartition(".")[0]
 
 
 def is_loadable(path: str, spec: ModelSpec, row: Row) -> bool:
