@@ -36,11 +36,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from mutants.mutant import Mutant
 from mutants.pool import Pool
-from mutants.results import Log, figures, summary, table_of
+from mutants.results import Log, figures, page_of, summary, table_of, told_of
 from mutants.trial import Bench, Record, key_of
 from mutants.truth import ROWS, Outcome
 from tiny import DENSE_TYPES, MOE_TYPES
 
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "mutations.md"
+ABOUT = """\
+A verifier is worth what it finds. Every bundled plan is broken in every way in which people break plans, and changed in
+ways that keep it right. What is true of each mutant is found out by real ranks (gloo, on the CPU) that load a tiny
+model from a checkpoint, run, train, write and save, in float64, against one process. Then `verify_plan` is asked.
+
+- refused: ranks would not load it at all; wrong: it loads, and something real ranks make of it is wrong; missed: of
+  those, the ones that pass
+- named: of those refused or caught, the share with a finding about the rule that was changed, or its module; first:
+  where the first finding is; block: where one is about something in the same block
+- right: real ranks make of it what one process makes; alarms: of those, the ones that are called wrong
+- theirs: transformers' own `verify_tp_plan`, a matcher of names, on the mutants that can be said in a plan of theirs:
+  of those refused or wrong how many it warns of, and of those right. It warns of every plan, so only a warning counts
+  that differs from the one about the right plan."""
 DEFAULT_ROWS = ("tp2", "tp2-ep2", "tp1-ep2")
 WIDTH = 150  # characters, where the output is no terminal
 
@@ -60,30 +74,34 @@ def chosen(mutants: Iterable[Mutant], arguments: argparse.Namespace) -> list[Mut
 def run(arguments: argparse.Namespace, log: Log, tell: Callable[[str], None]) -> Iterator[Record]:
     """A record for every mutant of every type on every row that its plan has a section for."""
     for name in arguments.rows:
-        row = ROWS[name]
-        with Pool(row.world) as pool:
+        with Pool(ROWS[name].world) as pool:
             for model_type in arguments.types:
                 start = time.monotonic()
                 with Bench(model_type, tied=arguments.tied) as bench:
-                    mutants = chosen(bench.mutants(row), arguments)
-                    logged = log.of(model_type, name)
-                    if not arguments.again:
-                        yield from (logged[key] for mutant in mutants if (key := key_of(mutant.text)) in logged)
-                        mutants = [mutant for mutant in mutants if key_of(mutant.text) not in logged]
-                    truths = {key: Outcome(**each["truth"]) for key, each in logged.items() if each["truth"]}
-                    for trial in bench.trials(mutants, row, pool, truths):
-                        record = {"type": model_type, "row": name, **trial.record()}
-                        log.add(record)
-                        yield record
-                        if record["result"] in ("missed", "false alarm"):
-                            tell(_told(record))
-                tell(f"{model_type} {name}: {len(mutants)} mutants in {time.monotonic() - start:.0f} s")
+                    records = list(of_type(bench, name, pool, arguments, log, tell))
+                yield from records
+                tell(f"{model_type} {name}: {len(records)} mutants in {time.monotonic() - start:.0f} s")
 
 
-def _told(record: Record) -> str:
-    truth = record["truth"]["wrong"] if record["truth"] else "does not load"
-    where = f"{record['type']} {record['row']} [{record['kind']}]"
-    return f"{record['result'].upper()} {where} {record['what']}: {truth} | {record['verdict']['said']}"
+def of_type(
+    bench: Bench, row: str, pool: Pool, arguments: argparse.Namespace, log: Log, tell: Callable[[str], None]
+) -> Iterator[Record]:
+    """The records of one type on one row, out of the log where it has them."""
+    name = f"{bench.model.model_type}{' tied' if arguments.tied else ''}"
+    logged = log.of(name, row)
+    truths = {key: Outcome(**each["truth"]) for key, each in logged.items() if each["truth"]}
+    mutants = chosen(bench.mutants(ROWS[row]), arguments)
+    if arguments.logged:
+        mutants = [mutant for mutant in mutants if key_of(mutant.text) in logged]
+    if not arguments.again:
+        yield from (logged[key] for mutant in mutants if (key := key_of(mutant.text)) in logged)
+        mutants = [mutant for mutant in mutants if key_of(mutant.text) not in logged]
+    for trial in bench.trials(mutants, ROWS[row], pool, truths):
+        record = {"type": name, "row": row, **trial.record()}
+        log.add(record)
+        if record["result"] in ("missed", "false alarm"):
+            tell(told_of(record))
+        yield record
 
 
 def _listed(known: Sequence[str]) -> Callable[[str], list[str]]:
@@ -109,6 +127,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--tied", action="store_true", help="models with their head tied to the embedding")
     parser.add_argument("--log", metavar="FILE", help="where trials are kept; those in it are not made again")
     parser.add_argument("--again", action="store_true", help="new verdicts on what the log has, and its truths")
+    parser.add_argument("--logged", action="store_true", help="nothing but what the log has")
+    parser.add_argument("--write", action="store_true", help="write docs/mutations.md")
     parser.add_argument("--json", metavar="FILE", help="write the results there as well")
     return parser.parse_args()
 
@@ -126,6 +146,9 @@ def main() -> None:
     console.print(figures(records), soft_wrap=True)
     if arguments.json:
         Path(arguments.json).write_text(json.dumps({"all": summary(records), "trials": records}, indent=1) + "\n")
+    if arguments.write:
+        shown = [each for each in sys.argv[1:] if each not in ("--write", "--again", "--logged")]
+        PAGE.write_text(page_of(records, ABOUT, " ".join(["python benchmarks/mutations.py", *shown])))
     raise SystemExit(any(each["result"] in ("missed", "false alarm") for each in records))
 
 

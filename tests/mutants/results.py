@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from mutants.trial import Record
+
+NOTICE = "<!-- Written by `python benchmarks/mutations.py --write`; edit the benchmark, not this page. -->"
 
 
 class Log:
@@ -73,20 +75,52 @@ def margin(records: Sequence[Record]) -> tuple[float, float]:
     return max(right, default=0.0), min(apart, default=float("inf"))
 
 
-def table_of(records: Sequence[Record], by: str) -> Table:
-    """The counts by kind, by type or by row, and of all."""
-    table = Table(box=SIMPLE, pad_edge=False)
-    table.add_column(by)
-    for name in (*COUNTS, "theirs: caught", "alarms"):
-        table.add_column(name, justify="right")
+HEADS = (*COUNTS, "theirs", "alarms")
+
+
+def lines_of(records: Sequence[Record], by: str) -> Iterator[list[str]]:
+    """The counts by kind, by type or by row, one line each, and of all."""
     groups: dict[str, list[Record]] = {}
     for record in records:
         groups.setdefault(record[by], []).append(record)
     for name, group in groups.items():
-        table.add_row(name, *_cells(summary(group)))
+        yield [name, *_cells(summary(group))]
+    yield ["all", *_cells(summary(records))]
+
+
+def table_of(records: Sequence[Record], by: str) -> Table:
+    """The same for a terminal."""
+    table = Table(box=SIMPLE, pad_edge=False)
+    table.add_column(by)
+    for name in HEADS:
+        table.add_column(name, justify="right")
+    *lines, total = lines_of(records, by)
+    for line in lines:
+        table.add_row(*line)
     table.add_section()
-    table.add_row("all", *_cells(summary(records)))
+    table.add_row(*total)
     return table
+
+
+def page_of(records: Sequence[Record], about: str, command: str) -> str:
+    """The same as a page of the docs: what was run, the figures, the tables, and what went wrong."""
+    parts = [f"# Mutations\n\n{NOTICE}\n\n{about}", f"This is what the following gave.\n\n    {command}"]
+    parts.append("\n".join(f"- {line}" for line in figures(records).splitlines()))
+    for by in ("kind", "type", "row"):
+        head = f"| {by} | {' | '.join(HEADS)} |\n|---|{'---:|' * len(HEADS)}"
+        parts.append("\n".join([head, *(f"| {' | '.join(line)} |" for line in lines_of(records, by))]))
+    told = [f"- {told_of(each)}" for each in records if each["result"] in ("missed", "false alarm")]
+    if told:
+        parts.append("Missed, and refused though right:\n\n" + "\n".join(told))
+    return "\n\n".join(parts) + "\n"
+
+
+def told_of(record: Record) -> str:
+    """A trial on one line: the mutant, the truth, the verdict."""
+    truth = record["truth"]["wrong"] if record["truth"] else "does not load"
+    where = f"{record['type']} {record['row']} [{record['kind']}]"
+    said = record["verdict"]["said"]
+    return f"{record['result']}: {where} {record['what']}: {truth or 'right'}{f' | {said}' if said else ''}"
 
 
 def _cells(counts: dict[str, Any]) -> list[str]:

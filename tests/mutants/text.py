@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import yaml
@@ -42,6 +43,14 @@ class Written:
         return rule_line(rule["pattern"], rule["style"], rule["options"])
 
 
+@cache
+def _read(rule: str) -> tuple[str, str, Mapping[str, Any]]:
+    """The name, the style and the options of a rule; many texts hold the same."""
+    ((pattern, value),) = yaml.safe_load(rule).items()
+    options = dict(value) if isinstance(value, dict) else {"style": value}
+    return pattern, options.pop("style"), options
+
+
 def rule_line(pattern: str, style: str, options: Mapping[str, Any] | None = None) -> str:
     """A rule on one line."""
     name = f'"{pattern}"' if pattern.startswith("*") else pattern
@@ -75,11 +84,8 @@ class PlanText:
                 section = found[1]
                 self.ends[section] = index + 1
             elif section is not None and re.match(r"  [^\s#]", line):
-                stop = self._stop(index)
-                ((pattern, value),) = yaml.safe_load("\n".join(self.lines[index:stop])).items()
-                options = dict(value) if isinstance(value, dict) else {"style": value}
-                style = options.pop("style")
-                self.ends[section] = stop
+                stop = self.ends[section] = self._stop(index)
+                pattern, style, options = _read("\n".join(self.lines[index:stop]))
                 yield Written(section=section, pattern=pattern, style=style, options=options, start=index, stop=stop)
 
     def _stop(self, start: int) -> int:
