@@ -1,11 +1,11 @@
-"""One step of a model, watched: what every module gives, what every gradient is, what it writes."""
+"""One step of a model, watched: what every module is handed and gives, what every gradient is, what it writes."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,20 @@ from torch import Tensor, nn
 from parallel_plans.partial import Partial
 
 NEW_TOKENS = 4
+Event = tuple[str, Literal["arrives", "delivers"]]  # a module's name, and whether a value comes to it or from it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What a model is called with: its arguments, and whether it is a language model that gives a loss of its own.
+
+    `prompt` is what a greedy continuation begins with; None writes nothing.
+    """
+
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    gives_loss: bool = True
+    prompt: Tensor | None = None
 
 
 @dataclass(kw_only=True)
@@ -20,36 +34,38 @@ class Observed:
     """What one rank saw, or the one process that knows the truth.
 
     Args:
-        outputs: module -> the tensor it gave, in the order in which modules ended; of several calls the last.
-        loss, logits: of the step.
+        values: event -> the tensor, in the order in which they happened; of several calls of a module the last.
+        running: the modules that are running, the innermost last.
+        loss, logits: of the step; the logits are the output's first float tensor.
         gradients: parameter -> its whole gradient.
-        input_gradient: that of the embeddings' output.
+        input_gradient: that of the embeddings' output, or of the first float tensor among the inputs.
         written: the tokens of a greedy continuation.
         state: name -> whole tensor, gathered from the ranks.
+        kept: what is wrong with the weights after they were saved and loaded again, by name.
     """
 
-    outputs: dict[str, Tensor] = field(default_factory=dict)
+    values: dict[Event, Tensor] = field(default_factory=dict)
+    running: list[str] = field(default_factory=list)
     logits: Tensor | None = None
     loss: Tensor | None = None
     gradients: dict[str, Tensor] = field(default_factory=dict)
     input_gradient: Tensor | None = None
     written: Tensor | None = None
     state: dict[str, Tensor] = field(default_factory=dict)
+    kept: dict[str, str] = field(default_factory=dict)
 
 
-def first_tensor(value: Any) -> Tensor | None:
-    """The tensor that a module's output is, or the first within it."""
+def tensors_of(value: Any) -> Iterator[Tensor]:
+    """The tensors of floats in a module's output or arguments, however deep they lie."""
     if isinstance(value, Tensor):
-        return value
-    if isinstance(value, dict):
-        value = tuple(value.values())
-    if isinstance(value, (tuple, list)):
-        return next((found for item in value if (found := first_tensor(item)) is not None), None)
-    return None
-
-
-def _held(value: Tensor) -> Tensor:
-    return (value.held if isinstance(value, Partial) else value).detach()
+        if value.is_floating_point():
+            yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_of(item)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from tensors_of(item)
 
 
 class StepFailed(Exception):
@@ -64,62 +80,119 @@ class StepFailed(Exception):
 def watched(model: nn.Module, observed: Observed) -> Iterator[None]:
     """Inside the block, every call of a module of `model` is noted."""
 
-    def note(name: str) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            given = first_tensor(output)
-            if given is not None and given.is_floating_point():
-                observed.outputs.pop(name, None)  # so that the order is that of the last calls
-                observed.outputs[name] = _held(given).clone()
+    def note(event: Event, value: Any) -> None:
+        given = next(tensors_of(value), None)
+        observed.values.pop(event, None)  # so that the order is that of the last calls
+        if given is not None:
+            held = given.held if isinstance(given, Partial) else given
+            observed.values[event] = held.detach().clone()
+
+    def enter(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            observed.running.append(name)
+            note((name, "arrives"), (args, kwargs))
 
         return hook
 
-    running: list[str] = []
+    def leave(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            observed.running.pop()
+            note((name, "delivers"), output)
 
-    def enter(name: str) -> Any:
-        return lambda module, args: running.append(name)
-
-    def leave(module: nn.Module, args: Any, output: Any) -> None:
-        running.pop()
+        return hook
 
     handles: list[Any] = []
     for name, module in model.named_modules():
-        handles += [module.register_forward_pre_hook(enter(name)), module.register_forward_hook(leave)]
-        if name:
-            handles.append(module.register_forward_hook(note(name)))
+        handles.append(module.register_forward_pre_hook(enter(name), with_kwargs=True))
+        handles.append(module.register_forward_hook(leave(name)))
     try:
         yield
     except Exception as error:
-        raise StepFailed(running[-1] if running else "", error) from error
+        raise StepFailed(observed.running[-1] if observed.running else "", error) from error
     finally:
         for handle in handles:
             handle.remove()
 
 
-def step(model: Any, batch: Mapping[str, Tensor]) -> Observed:
-    """Forward and backward of a language model on `input_ids` and `labels`, and a greedy continuation."""
-    observed = Observed()
-    embeddings: list[Tensor] = []
-    embed = model.get_input_embeddings()
-
-    def keep(module: nn.Module, args: Any, output: Tensor) -> None:
-        if output.requires_grad and not embeddings:
-            output.retain_grad()
-            embeddings.append(output)
-
-    handle = embed.register_forward_hook(keep)
+def forward(model: Any, inputs: Inputs, observed: Observed) -> None:
+    """Runs the model forward; fills in every module's values, the logits and a loss."""
+    source = _source_of_values(model, inputs)
+    options = {"use_cache": False} if inputs.gives_loss else {}
     with watched(model, observed):
-        output = model(**batch, use_cache=False)
-    handle.remove()
-    output.loss.backward()
-    observed.logits, observed.loss = output.logits.detach(), output.loss.detach()
-    observed.input_gradient = embeddings[0].grad if embeddings else None
-    if getattr(model, "can_generate", lambda: False)():
-        with torch.no_grad():
-            observed.written = model.generate(  # all as many tokens: ranks with batches of their own stay together
-                batch["input_ids"],
-                min_new_tokens=NEW_TOKENS,
-                max_new_tokens=NEW_TOKENS,
-                do_sample=False,
-                attention_mask=torch.ones_like(batch["input_ids"]),
-            )
-    return observed
+        output = model(*source.args, **source.kwargs, **options)
+    if inputs.gives_loss:
+        observed.logits, observed.loss = output.logits, output.loss
+    else:
+        given = list(tensors_of(output))
+        observed.logits = torch.cat([each.reshape(-1) for each in given]) if len(given) > 1 else given[0]
+        observed.loss = _functional(given)
+
+
+def _source_of_values(model: Any, inputs: Inputs) -> Inputs:
+    """The inputs, those of floats as leaves whose gradient is kept."""
+    if inputs.gives_loss:
+        return inputs
+
+    def leaf(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return value.detach().clone().requires_grad_()
+        return value
+
+    kwargs = {name: leaf(value) for name, value in inputs.kwargs.items()}
+    return Inputs(args=tuple(map(leaf, inputs.args)), kwargs=kwargs, gives_loss=False)
+
+
+def _functional(values: Iterable[Tensor]) -> Tensor:
+    """A fixed sum over all values, each times a random number of its own."""
+    generator = torch.Generator().manual_seed(0)
+    sums = [
+        (value * torch.randn(value.shape, generator=generator, dtype=torch.float64)).sum() / value.numel() ** 0.5
+        for value in values
+        if value.numel()
+    ]
+    return torch.stack(sums).sum()
+
+
+@contextlib.contextmanager
+def _first_value(model: Any) -> Iterator[list[Tensor]]:
+    """Inside the block, a list that fills with the first value that has a gradient: embeddings, or an input."""
+    found: list[Tensor] = []
+
+    def keep(value: Any) -> None:
+        first = next((each for each in tensors_of(value) if each.requires_grad), None)
+        if first is not None and not found:
+            first.retain_grad()
+            found.append(first)
+
+    embed = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    if embed is not None:
+        handle = embed.register_forward_hook(lambda module, args, output: keep(output))
+    else:
+        handle = model.register_forward_pre_hook(lambda module, args, kwargs: keep((args, kwargs)), with_kwargs=True)
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
+def backward(model: Any, inputs: Inputs, observed: Observed) -> None:
+    """Runs the model forward and backward; fills in what `forward` does, and the gradient of the first value."""
+    with _first_value(model) as first:
+        forward(model, inputs, observed)
+    assert observed.loss is not None
+    observed.loss.backward()
+    observed.input_gradient = first[0].grad if first else None
+
+
+def write(model: Any, inputs: Inputs, observed: Observed) -> None:
+    """Has a language model write on from the prompt, with its cache."""
+    if inputs.prompt is None or not getattr(model, "can_generate", lambda: False)():
+        return
+    with torch.no_grad():
+        observed.written = model.generate(  # all as many tokens: ranks with batches of their own stay together
+            inputs.prompt,
+            min_new_tokens=NEW_TOKENS,
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            attention_mask=torch.ones_like(inputs.prompt),
+        )

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from parallel_plans.errors import Finding, PlanError
 from parallel_plans.lookup import PlanSource, carried_by, find_plan, with_experts
@@ -15,10 +15,9 @@ from parallel_plans.model_spec import ModelSpec, describe
 from parallel_plans.plan import Plan
 from parallel_plans.resolve import resolve
 from parallel_plans.table import Table
-from parallel_plans.verify.numerics import Trial, check_numerics
+from parallel_plans.verify.own import OwnModel
 from parallel_plans.verify.report import LEVELS, PASSED, Parameters, Report, Traffic
-from parallel_plans.verify.shrink import CannotShrink, shrunken
-from parallel_plans.verify.weights import example_batch, random_model
+from parallel_plans.verify.trial import CannotTry, trial_views, tried
 from parallel_plans.views import Views
 
 
@@ -33,18 +32,21 @@ def verify_plan(
     level: str = LEVELS[-1],
     name: str | None = None,
     strict: bool = False,
+    inputs: Any = None,
 ) -> Report:
     """What is right and wrong about a plan for a model on so many ranks, found without any of them.
 
     Args:
-        target: a transformers config, or a model (on any device, `meta` included); a model of one's own is looked at up
-            to the level `geometry`.
+        target: a transformers config, or a model (on any device, `meta` included).
         plan: as `tp_plan` of `from_pretrained`; a file beside a checkpoint is not looked for.
         tp, ep, etp: ranks by axis, as in `from_pretrained`.
         ep_plan: as in `from_pretrained`.
         level: the last level to run, one of `LEVELS`.
         name: what to call the target in the report.
         strict: whether warnings make the plan unsound.
+        inputs: what to call a model of one's own with: keyword arguments, or a tuple of positional ones; its
+            `dummy_inputs` where it is None. A causal language model of transformers needs none: a small one of its kind
+            is made for the trial, while a model of one's own is run as it is.
 
     Raises:
         LaunchError: the sizes do not fit together (PP702), or there is no plan (PP704).
@@ -52,7 +54,7 @@ def verify_plan(
     if level not in LEVELS:
         raise ValueError(f"level is {level!r}; it can be {', '.join(LEVELS)}")
     views = views_for(tp, ep, etp)
-    model, config = _model_and_config(target)
+    model, subject = _model_and_subject(target, inputs)
     spec = describe(model)
     mesh = {"tp": views.tp, "ep": views.ep, **({"etp": views.etp} if views.ep > 1 else {})}
     report = Report(target=name or spec.model_type or type(model).__name__, plan=str(plan), mesh=mesh, strict=strict)
@@ -65,16 +67,19 @@ def verify_plan(
     table = _settle_shapes(report, found, spec, views, ep_plan == "dispatch")
     if table is not None:
         report.parameters = _parameters(table, views)
-    if level == "numerics" and table is not None and config is not None:
-        _settle_numerics(report, found, config, views, ep_plan == "dispatch")
+    if level == "numerics" and table is not None:
+        _settle_numerics(report, found, table, subject, views, ep_plan == "dispatch")
     return report
 
 
-def _model_and_config(target: Any) -> tuple[nn.Module, Any]:
-    if isinstance(target, nn.Module):
-        return target, getattr(target, "config", None)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(target), target
+def _model_and_subject(target: Any, inputs: Any) -> tuple[nn.Module, Any]:
+    """The model, and what a trial is made from: a config that can be made small, or a model as it is."""
+    if not isinstance(target, nn.Module):
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(target), target
+    if inputs is None and isinstance(target, PreTrainedModel) and target.can_generate():
+        return target, target.config
+    return target, OwnModel(model=target, inputs=inputs)
 
 
 def _settle_shapes(report: Report, plan: Plan, spec: ModelSpec, views: Views, dispatch: bool) -> Table | None:
@@ -98,35 +103,14 @@ def _parameters(table: Table, views: Views) -> Parameters:
     return Parameters(total_bytes=table.spec.bytes, sharded_bytes=table.sharded_bytes, per_rank_bytes=tuple(held))
 
 
-def trial_views(views: Views) -> Views:
-    """The fewest ranks on which everything that these views do is done: 2 for each kind of split.
-
-    >>> trial_views(Views(world=64, tp=8, ep=64, etp=1)).sizes
-    {'tp': 2, 'ep': 4, 'etp': 1, 'ep_etp': 4}
-    """
-    tp, ep, etp = (min(size, 2) for size in (views.tp, views.ep, views.etp))
-    if views.ep == 1:
-        return Views(world=tp, tp=tp, etp=min(tp, etp))
-    if views.shares_batch:
-        tp = ep * etp  # the experts' ranks are those of the dense layers
-    elif tp > etp:
-        ep = 2 * tp // etp  # tokens leave their tp group
-    return Views(world=max(tp, ep * etp), tp=tp, ep=ep, etp=etp)
-
-
-def _settle_numerics(report: Report, plan: Plan, config: Any, views: Views, dispatch: bool) -> None:
-    small = trial_views(views)
+def _settle_numerics(report: Report, plan: Plan, table: Table, subject: Any, views: Views, dispatch: bool) -> None:
     try:
-        tiny = shrunken(config, small.sizes)
-    except CannotShrink as error:
-        message = f"numerics could not be run: {error}"
-        report.findings.append(Finding(code="PP407", severity="warning", level="numerics", message=message))
+        outcome = tried(plan, table, subject, views, dispatch)
+    except CannotTry as problem:
+        report.findings.append(problem.finding)
         return
-    model = random_model(tiny.config, seed=0)
-    batches = [example_batch(tiny.config, seed=index) for index in range(small.world // small.tp)]
-    outcome = check_numerics(Trial(plan=plan, views=small, model=model, batches=batches, dispatch=dispatch))
     report.settle("numerics", outcome.findings)
-    ranks = small.world
+    ranks = trial_views(views).world
     for backward in (False, True):
         traffic: dict[tuple[str, str], list[int]] = {}
         for call in outcome.calls:

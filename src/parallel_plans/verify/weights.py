@@ -31,27 +31,28 @@ def random_model(config: Any, seed: int = 0) -> Any:
         generator = torch.Generator().manual_seed(seed)
         for module in model.modules():
             for name, parameter in module.named_parameters(recurse=False):
-                parameter.copy_(_drawn(module, name, parameter, generator))
+                parameter.copy_(drawn(module, name, parameter, generator))
         kept = model.state_dict().keys()
         for name, buffer in model.named_buffers():
             if name in kept and buffer.is_floating_point():
-                noise = 0.1 * _noise(buffer, generator)
-                buffer.copy_(torch.where(buffer == 0, noise, buffer * (1 + noise)))
+                change = 0.1 * noise(buffer, generator)
+                buffer.copy_(torch.where(buffer == 0, change, buffer * (1 + change)))
     return model
 
 
-def _noise(like: Tensor, generator: torch.Generator) -> Tensor:
+def noise(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Normal noise in the shape of a tensor, in float64."""
     return torch.randn(like.shape, generator=generator, dtype=torch.float64)
 
 
-def _drawn(module: nn.Module, name: str, parameter: Tensor, generator: torch.Generator) -> Tensor:
+def drawn(module: nn.Module, name: str, parameter: Tensor, generator: torch.Generator) -> Tensor:
     """Values for a parameter: around 1 for a norm, around 0 else, such that a matrix gives as much as it takes."""
-    noise = _noise(parameter, generator)
+    values = noise(parameter, generator)
     if name.endswith("weight") and (parameter.dim() <= 1 or "Norm" in type(module).__name__):
-        return 1 + 0.3 * noise
+        return 1 + 0.3 * values
     if parameter.dim() <= 1:
-        return 0.3 * noise
-    return 0.5 * noise if isinstance(module, nn.Embedding) else noise * parameter.shape[-1] ** -0.5
+        return 0.3 * values
+    return 0.5 * values if isinstance(module, nn.Embedding) else values * parameter.shape[-1] ** -0.5
 
 
 def example_batch(config: Any, seed: int = 7) -> dict[str, Tensor]:

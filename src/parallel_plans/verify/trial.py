@@ -1,0 +1,231 @@
+"""The trials of a model: one as it is meant to run, and one with all that is seldom and goes wrong.
+
+The first has ordinary sizes, batches and prompts. In the second no width of a feed-forward layer divides evenly, so few
+tokens come that experts, and a rank's experts all together, get none, the prompt is one token, and the weights are
+saved and loaded again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from parallel_plans.collectives import Call
+from parallel_plans.errors import Finding, PlanError
+from parallel_plans.model_spec import ModelSpec, describe
+from parallel_plans.plan import Plan
+from parallel_plans.resolve import resolve
+from parallel_plans.table import Table
+from parallel_plans.verify.numerics import ModelFailed, Outcome, Trial, check_numerics, truths_of
+from parallel_plans.verify.observed import Inputs
+from parallel_plans.verify.own import OwnModel
+from parallel_plans.verify.shrink import CannotShrink, shrunken
+from parallel_plans.verify.shrinking.roles import role_of
+from parallel_plans.verify.shrinking.tree import config_from, each_number, fields_of
+from parallel_plans.verify.weights import example_batch, random_model
+from parallel_plans.views import EXPERT_AXIS, Views
+
+ODD_ROLES = ("width", "expert width")
+SEEDS, FEW = 12, 2  # short batches to choose from, and their tokens
+
+
+class CannotTry(Exception):
+    """Numerics cannot be run; `finding` says why."""
+
+    def __init__(self, why: str, fix: str | None = None) -> None:
+        super().__init__(why)
+        message = f"numerics could not be run: {why}"
+        self.finding = Finding(code="PP407", severity="warning", level="numerics", message=message, fix=fix)
+
+
+def trial_views(views: Views) -> Views:
+    """The fewest ranks on which everything that these views do is done: 2 for each kind of split.
+
+    >>> trial_views(Views(world=64, tp=8, ep=64, etp=1)).sizes
+    {'tp': 2, 'ep': 4, 'etp': 1, 'ep_etp': 4}
+    """
+    tp, ep, etp = (min(size, 2) for size in (views.tp, views.ep, views.etp))
+    if views.ep == 1:
+        return Views(world=tp, tp=tp, etp=min(tp, etp))
+    if views.shares_batch:
+        tp = ep * etp  # the experts' ranks are those of the dense layers
+    elif tp > etp:
+        ep = 2 * tp // etp  # tokens leave their tp group
+    return Views(world=max(tp, ep * etp), tp=tp, ep=ep, etp=etp)
+
+
+def tried(plan: Plan, table: Table, subject: Any, views: Views, dispatch: bool) -> Outcome:
+    """What the trials of a model find; the collectives are those of the first.
+
+    Args:
+        plan: the plan.
+        table: the plan resolved for the model at its own size.
+        subject: the config of a causal language model of transformers, or an `OwnModel`.
+        views: the ranks asked for.
+        dispatch: whether tokens are sent to their experts in any case.
+
+    Raises:
+        CannotTry: there is nothing that can be run.
+    """
+    trials = _of_own if isinstance(subject, OwnModel) else _of_config
+    calls: list[Call] | None = None
+    name = table.spec.model_type or "the model"
+    try:
+        for trial, even in trials(plan, table.spec, subject, views, dispatch):
+            _check_fits(trial)
+            outcome = check_numerics(trial)
+            calls = outcome.calls if calls is None else calls
+            if outcome.findings:
+                return Outcome(findings=_weighed(outcome.findings, even, table), calls=calls)
+    except ModelFailed as error:
+        raise CannotTry(f"{name} does not run by itself, in one process: {error}") from None
+    return Outcome(findings=[], calls=calls or [])
+
+
+def _check_fits(trial: Trial) -> None:
+    try:
+        resolve(trial.plan, describe(trial.model), trial.views.sizes, dispatch=trial.dispatch)
+    except PlanError as error:
+        raise CannotTry(f"the plan fits the model and not the small one that stands for it: {error}") from None
+
+
+Trials = Iterator[tuple[Trial, Trial | None]]  # each with the same in even sizes, where its own are odd
+
+
+def _of_config(plan: Plan, spec: ModelSpec, config: Any, views: Views, dispatch: bool) -> Trials:
+    try:
+        tiny = shrunken(config, trial_views(views).sizes).config
+    except CannotShrink as error:
+        raise CannotTry(str(error)) from None
+    small = trial_views(views)
+    texts = [_text(example_batch(tiny, seed=index)) for index in range(small.world // small.tp)]
+    usual = Trial(
+        plan=plan,
+        views=small,
+        model=random_model(tiny),
+        batches=texts,
+        dispatch=dispatch,
+        fits=_fitting(spec, views, dispatch),
+    )
+    yield usual, None
+    yield _seldom(usual, tiny)
+
+
+def _fitting(spec: ModelSpec, views: Views, dispatch: bool) -> Callable[[Plan], bool]:
+    """Whether a plan would fit the model at its own size, on the ranks that are asked for."""
+
+    def fits(plan: Plan) -> bool:
+        try:
+            resolve(plan, spec, views.sizes, dispatch=dispatch)
+        except PlanError:
+            return False
+        return True
+
+    return fits
+
+
+def _of_own(plan: Plan, spec: ModelSpec, own: OwnModel, views: Views, dispatch: bool) -> Trials:
+    small = trial_views(views)
+    try:
+        model, inputs = own.made_real()
+    except ValueError as error:
+        raise CannotTry(str(error)) from None
+    yield (
+        Trial(
+            plan=plan,
+            views=small,
+            model=model,
+            batches=[inputs] * (small.world // small.tp),
+            dispatch=dispatch,
+            fits=_fitting(spec, views, dispatch),
+        ),
+        None,
+    )
+
+
+def _text(batch: Mapping[str, Tensor], prompt: int | None = None) -> Inputs:
+    return Inputs(kwargs=batch, prompt=batch["input_ids"][:, :prompt])
+
+
+def _seldom(usual: Trial, config: Any) -> tuple[Trial, Trial | None]:
+    """The second trial, as much of it as the model allows, and the same in even sizes."""
+    odd = _odd_model(usual, config)
+    trial = replace(usual, saves=True, model=usual.model if odd is None else odd)
+    few = _few_tokens(trial)
+    if few is not None:
+        trial = replace(trial, batches=[few] * len(usual.batches))
+    return trial, None if odd is None else replace(trial, model=usual.model)
+
+
+def _odd_model(usual: Trial, config: Any) -> Any:
+    """The model with every width of a feed-forward layer an odd number; None where there is none, or it refuses."""
+    fields = fields_of(config)
+    changed = {
+        place: each_number(value, lambda number: number + 1 if number > 1 and number % 2 == 0 else number)
+        if role_of(place) in ODD_ROLES
+        else value
+        for place, value in fields.items()
+    }
+    if changed == fields:
+        return None
+    try:
+        model = random_model(config_from(type(config), changed), seed=1)
+        resolve(usual.plan, describe(model), usual.views.sizes, dispatch=usual.dispatch)
+        truths_of(replace(usual, model=model, batches=usual.batches[:1]))
+    except Exception:  # of the model's own code, which may not allow such sizes, as the plan may not
+        return None
+    return model
+
+
+def _few_tokens(trial: Trial) -> Inputs | None:
+    """A batch of few tokens of which most experts get none, and if there is such a one, all experts of some rank."""
+    table = resolve(trial.plan, describe(trial.model), trial.views.sizes, dispatch=trial.dispatch)
+    experts = {
+        name: entry.layout
+        for name, entry in table.parameters.items()
+        if any(use.style.role == "weight" or use.style.stacked for use in entry.uses)
+    }
+    best: tuple[int, Inputs] | None = None
+    for seed in range(SEEDS if experts else 1):
+        batch = {name: tokens[:1, :FEW] for name, tokens in example_batch(trial.model.config, seed=seed).items()}
+        inputs = _text(batch, prompt=1)
+        try:
+            truth = truths_of(replace(trial, batches=[replace(inputs, prompt=None)]))[0]
+        except ModelFailed:
+            return None  # it cannot do with so few
+        idle = sum(
+            not split.take(truth.gradients[name], rank).any()
+            for name, layout in experts.items()
+            for split in layout.splits
+            if split.axis == EXPERT_AXIS and name in truth.gradients
+            for rank in range(trial.views.ep)
+        )
+        if best is None or idle > best[0]:
+            best = idle, inputs
+        if idle or trial.views.ep == 1:
+            break
+    return None if best is None else best[1]
+
+
+def _weighed(findings: Sequence[Finding], even: Trial | None, table: Table) -> list[Finding]:
+    """The findings of a trial: those it has with even sizes too, else warnings where the model's own sizes are even."""
+    if even is None:
+        return list(findings)
+    if also := check_numerics(even).findings:
+        return also
+    return [
+        each
+        if _is_uneven(each.name or "", table)
+        else replace(each, severity="warning", message=f"with sizes that do not divide evenly, {each.message}")
+        for each in findings
+    ]
+
+
+def _is_uneven(name: str, table: Table) -> bool:
+    """Whether what stands beside a module or parameter is split into unequal parts at the model's own size."""
+    around = name.rpartition(".")[0]
+    beside = (entry for own, entry in table.parameters.items() if own.startswith(around))
+    return any(len(set(split.local_sizes)) > 1 for entry in beside for split in entry.layout.splits)
