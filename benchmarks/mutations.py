@@ -90,9 +90,8 @@ def of_type(
     name = f"{bench.model.model_type}{' tied' if arguments.tied else ''}"
     logged = log.of(name, row)
     truths = {key: Outcome(**each["truth"]) for key, each in logged.items() if each["truth"]}
-    mutants = chosen(bench.mutants(ROWS[row]), arguments)
-    if arguments.logged:
-        mutants = [mutant for mutant in mutants if key_of(mutant.text) in logged]
+    every = (mutant for mutant in bench.mutants(ROWS[row]) if not arguments.logged or key_of(mutant.text) in logged)
+    mutants = chosen(every, arguments)
     if not arguments.again:
         yield from (logged[key] for mutant in mutants if (key := key_of(mutant.text)) in logged)
         mutants = [mutant for mutant in mutants if key_of(mutant.text) not in logged]
