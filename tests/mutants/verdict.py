@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import yaml
 from transformers import AutoModelForCausalLM
 from transformers.distributed import tensor_parallel
 
 from mutants.mutant import Mutant
+from mutants.text import PlanText
 from mutants.truth import Row
 from parallel_plans import verify_plan
 from parallel_plans.errors import Finding, ParallelPlansError
@@ -22,9 +22,6 @@ from parallel_plans.matching import Pattern
 from parallel_plans.mesh import views_for
 from parallel_plans.model_spec import ModelSpec, describe
 from parallel_plans.resolve import resolve
-
-# kinds of mistake that a mapping from names to styles can make
-THEIRS_CANNOT_SAY = ("wrong option", "wrong dim", "packed as plain", "default spelt out", "larger units")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,24 +135,24 @@ class Theirs:
 
     def __init__(self, spec: ModelSpec, text: str, row: Row) -> None:
         self.keys, self.row = list(spec.parameters), row
-        self.usual = self._warnings(text)
+        self.right = self._plan(text)
+        self.usual = self._warnings(self.right)
 
     def refuses(self, mutant: Mutant) -> bool | None:
-        """Whether it warns of a mutant; None where a plan of theirs cannot be wrong in that way."""
-        if mutant.kind in THEIRS_CANNOT_SAY:
-            return None
-        return self._warnings(mutant.text) != self.usual
+        """Whether it warns of a mutant; None where a plan of theirs, names and styles alone, cannot say the change."""
+        plan = self._plan(mutant.text)
+        return None if plan == self.right else self._warnings(plan) != self.usual
 
-    def _warnings(self, text: str) -> set[str]:
-        sections = yaml.safe_load(text)
-        rules: dict[str, str] = {}
-        for section in dict.fromkeys(("tp_plan", self.row.section)):
-            for name, value in (sections.get(section) or {}).items():
-                if "**" not in name:  # what it does not name stays whole
-                    rules[name] = value["style"] if isinstance(value, dict) else value
+    def _plan(self, text: str) -> dict[str, str]:
+        """What a plan of theirs can say of ours: what it does not name stays whole."""
+        sections = {"tp_plan", self.row.section}
+        rules = [rule for rule in PlanText(text).rules if rule.section in sections and "**" not in rule.pattern]
+        return {rule.pattern: rule.style for rule in rules}
+
+    def _warnings(self, plan: dict[str, str]) -> set[str]:
         heard: list[str] = []
         with _listening(heard):
-            tensor_parallel.verify_tp_plan(self.keys, rules)
+            tensor_parallel.verify_tp_plan(self.keys, plan)
         return {_names_in_order(message) for message in heard}
 
 
