@@ -89,6 +89,8 @@ class Model:
         self.folder = Path(self._folder.name) / "whole"
         model = tiny_model(model_type, tied=tied)
         self.config = model.config
+        if hasattr(model.config, "output_router_logits"):
+            model.config.output_router_logits = True  # the loss then holds the routers' own
         model.double().save_pretrained(self.folder)
         with in_double():
             loaded = Whole.from_pretrained(self.folder, **PLAIN)
