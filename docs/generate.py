@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 WIDTH = 120
 NOTICE = "<!-- Written by `make docs` from the code; edit docs/generate.py or the code, not this page. -->"
 MAPPED = ("src/parallel_plans", "docs", "examples")
-EXAMPLES = ("tests/bad_plans", "tests/bad_plans_for_model")
+EXAMPLES = ("tests/bad_plans", "tests/bad_plans_for_model", "tests/plans_for_verifier")
 
 LETTERS = (
     ("I", "invariant: the same value on every rank, and every rank does the same with it", "I"),
@@ -36,8 +36,15 @@ LETTERS = (
 )
 KINDS = {
     "PP0": ("The plan file", "`PlanError`. The plan is wrong by itself; no model is needed to see it."),
-    "PP1": ("The plan against a model", "`PlanError`, except PP109: `LaunchError`."),
-    "PP2": ("Shapes", "`PlanError`. The plan names what is there, and it cannot be cut that way."),
+    "PP1": (
+        "The plan against a model",
+        "`PlanError`, except PP109: `LaunchError`. PP115 to PP119 are warnings, which `verify_plan` reports.",
+    ),
+    "PP2": (
+        "Shapes",
+        "`PlanError`. The plan names what is there, and it cannot be cut that way. PP207 and PP208 are warnings, which "
+        "`verify_plan` reports.",
+    ),
     "PP4": ("What the model computes", "None: `verify_plan` reports them."),
     "PP6": ("Checkpoints", "`CheckpointError`."),
     "PP7": ("Launching", "`LaunchError`; for a folder that holds an adapter, PP703 is a `CheckpointError`."),
@@ -139,7 +146,7 @@ def stands_on(style: Style) -> str:
     if style.parameter_only:
         return f"parameters of {' or '.join(map(str, style.ndims))} dims" if style.ndims else "parameters"
     if style.serves:
-        return " or ".join(style.serves)
+        return " or ".join("modules that are no layers" if kind == "other" else kind for kind in style.serves)
     return "modules" if style.module_only else "anything"
 
 

@@ -86,7 +86,8 @@ def test_show_ends_with_2_where_the_sizes_do_not_fit_together(sizes: tuple[str, 
     done = CliRunner().invoke(app, ["show", "mixtral", *sizes])
     assert (done.exit_code, done.stdout) == (2, "")
     assert words in done.stderr
-    assert "  fix       pass " in done.stderr
+    assert "; fix: pass " in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_show_ends_with_1_where_the_plan_deals_no_experts() -> None:

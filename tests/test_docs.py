@@ -4,6 +4,7 @@ Comments on the lines before a block say what is done with it:
 
     <!-- run -->            python: runs in one process, after the blocks before it on the page
     <!-- torchrun 2 -->     python: runs as a file of its own on so many ranks
+    <!-- pytest NAME -->    python: lies beside what runs, under this name, and its tests pass
     <!-- file NAME -->      any: lies beside what runs, under this name
     <!-- plan -->           yaml: a plan that loads
     <!-- command -->        one command of `parallel-plans`: runs in the root of the repository
@@ -30,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 WRITTEN = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 MARKED = re.compile(r"((?:^<!-- [^\n]* -->\n)+)^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-MARK = re.compile(r"^<!-- (run|torchrun|file|plan|command|output)(?: (\S+))? -->$", re.MULTILINE)
+MARK = re.compile(r"^<!-- (run|torchrun|pytest|file|plan|command|output)(?: (\S+))? -->$", re.MULTILINE)
 MESSAGES = re.compile(r"^```text\n.*?^```$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
 END_OF_BLOCK = "=== end of block ==="
@@ -62,14 +63,14 @@ def ran(command: list[str], folder: Path) -> str:
     done = subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     return done.stdout
 
 
 def outputs(of_page: list[Block], folder: Path) -> Iterator[str | None]:
     """For every block what it printed; None for one that does not run."""
     for block in of_page:
-        if block.mark == "file":
+        if block.mark in ("file", "pytest"):
             (folder / block.argument).write_text(block.text, encoding="utf-8")
     texts = [f"{block.text}\nprint({END_OF_BLOCK!r})\n" for block in of_page if block.mark == "run"]
     (folder / "page.py").write_text("".join(texts), encoding="utf-8")
@@ -82,6 +83,9 @@ def outputs(of_page: list[Block], folder: Path) -> Iterator[str | None]:
             (folder / name).write_text(block.text + ENDING, encoding="utf-8")
             launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", block.argument]
             yield ran([*launcher, name], folder)
+        elif block.mark == "pytest":
+            ran(["-m", "pytest", "-p", "no:cacheprovider", block.argument], folder)
+            yield None
         elif block.mark == "command":
             program, *words = shlex.split(block.text)
             assert program == "parallel-plans"

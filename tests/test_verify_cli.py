@@ -56,15 +56,17 @@ def test_a_sound_plan_gives_0_and_one_json_object() -> None:
 def test_a_wrong_plan_gives_1_and_findings_with_file_and_line(tmp_path: Path) -> None:
     text = (bundled_folder() / "llama.yaml").read_text(encoding="utf-8")
     path = tmp_path / "wrong.yaml"
-    path.write_text(text.replace("model.norm: replicate", "model.norm: all_reduce"), encoding="utf-8")
+    rule = "model.layers.*.mlp: all_reduce"
+    path.write_text(text.replace("  model.norm:", f"  {rule}\n  model.norm:"), encoding="utf-8")
     status, report = ran("llama", "--plan", str(path), "--set", "num_key_value_heads=8")
     assert status == 1
     assert report["ok"] is False
     assert report["levels"]["numerics"] == "failed"
     (finding,) = report["findings"]
-    assert (finding["code"], finding["rule"], finding["name"]) == ("PP401", "model.norm", "model.norm")
+    found = (finding["code"], finding["rule"], finding["name"])
+    assert found == ("PP401", "model.layers.*.mlp", "model.layers.0.mlp")
     assert (finding["level"], finding["severity"]) == ("numerics", "error")
-    assert path.read_text(encoding="utf-8").splitlines()[finding["line"] - 1].startswith("  model.norm")
+    assert path.read_text(encoding="utf-8").splitlines()[finding["line"] - 1] == f"  {rule}"
 
 
 def test_a_plan_that_does_not_fit_stops_at_its_level(tmp_path: Path) -> None:

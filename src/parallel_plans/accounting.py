@@ -9,7 +9,7 @@ from dataclasses import replace
 from parallel_plans.errors import Finding
 from parallel_plans.geometry import CannotSplit
 from parallel_plans.layouts import Layout
-from parallel_plans.matching import Assignment, RuleUse
+from parallel_plans.matching import Assignment, Pattern, RuleUse
 from parallel_plans.model_spec import ModelSpec
 from parallel_plans.plan import Plan, Rule
 from parallel_plans.styles import get_style
@@ -117,6 +117,9 @@ def report_misplaced(report: Report) -> None:
             if section not in sections:
                 fix = f"move it to {' or '.join(sections)}, or use a style that acts here"
                 report.add("PP105", f"{rule.style} cannot stand in {section}", rule, fix=fix)
+            elif get_style(rule.style).only_counts and "counts" not in rule.options:
+                fix = "give `counts: {NAME: SIZE}`, the numbers that the module keeps, or remove the rule"
+                report.add("PP105", f"{rule.style} stands on a module together with its counts", rule, fix=fix)
 
 
 def report_uses(report: Report, spec: ModelSpec, assignment: Assignment) -> None:
@@ -128,7 +131,11 @@ def report_uses(report: Report, spec: ModelSpec, assignment: Assignment) -> None
         is_spare = "**" in rule.pattern and not use.matches_nothing
         if _reaches(use) or is_spare or (rule.optional and use.matches_nothing):
             continue
-        if use.matches_nothing:
+        if (buffers := _buffers_of(rule, spec)) and not use.parameters:
+            found = f"{len(buffers)} buffer{'s' * (len(buffers) > 1)}, no parameter"
+            fix = "remove it: every rank has all buffers whole, and a plan splits parameters only"
+            report.add("PP112", "the rule reaches buffers only", rule, name=buffers[0], found=found, fix=fix)
+        elif use.matches_nothing:
             report.add("PP101", "the rule matches nothing in the model", rule, fix=_nearest(rule.pattern, names))
         elif use.is_shadowed:
             fix = "remove it, or write it above the rule that takes what it matches"
@@ -137,6 +144,12 @@ def report_uses(report: Report, spec: ModelSpec, assignment: Assignment) -> None
             fix = f"name the parameters, or write `{rule.pattern}.**` for all that lies below"
             message = f"the rule matches modules without parameters of their own, where {rule.style} does nothing"
             report.add("PP101", message, rule, fix=fix)
+
+
+def _buffers_of(rule: Rule, spec: ModelSpec) -> list[str]:
+    """The buffers that the rule names, or whose module it names."""
+    pattern = Pattern.of(rule.pattern)
+    return [name for name in spec.buffers if pattern.matches(name) or pattern.matches(name.rpartition(".")[0])]
 
 
 def _reaches(use: RuleUse) -> bool:

@@ -19,10 +19,11 @@ A backward is written with the opposite transition, so gradients of gradients ar
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -54,41 +55,116 @@ class Call:
     backward: bool
 
 
-_recorders: list[list[Call]] = []
+class Listener(Protocol):
+    """What hears of every change of letter that this process makes, collectives among them."""
+
+    def before(self, op: str, axis: Axis, value: Tensor) -> None:
+        """`op` begins on `value`, this rank's input; one that says nothing to other ranks is called `_own`."""
+
+    def after(self, op: str, axis: Axis, value: Tensor, result: Tensor, where: tuple[Any, ...]) -> None:
+        """`op` has given `result`; `where` is what else it was told, a split and a dim, or sizes."""
+
+    def declared(self, value: Tensor, axis: Axis, letter: str) -> None:
+        """A style vouches for the letter of `value`, which only its own arithmetic knows."""
+
+
+_listeners: list[Listener] = []
+
+
+@contextmanager
+def listening(listener: Listener) -> Iterator[None]:
+    """Inside the block `listener` hears of every change of letter that this process makes."""
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
+
+
+def _heard(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The function, of which listeners hear."""
+    op = function.__name__
+
+    @functools.wraps(function)
+    def run(value: Tensor, axis: Axis, *where: Any, **how: Any) -> Tensor:
+        if not _listeners:
+            return function(value, axis, *where, **how)
+        for listener in _listeners:
+            listener.before(op, axis, value)
+        result = function(value, axis, *where, **how)
+        for listener in _listeners:
+            listener.after(op, axis, value, result, where)
+        return result
+
+    return run
+
+
+def declare(value: Tensor, axis: Axis, letter: str) -> Tensor:
+    """`value`, of which listeners hear how it lies: `P`, `I`, or `V` where each rank has something else."""
+    for listener in _listeners:
+        listener.declared(value, axis, letter)
+    return value
+
+
+class _Vouched(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, axis: Axis, letter: str, gradient: str) -> Tensor:
+        ctx.axis, ctx.letter = axis, gradient
+        return declare(value.clone(), axis, letter)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return declare(gradient.clone(), ctx.axis, ctx.letter), None, None, None
+
+
+def vouch(value: Tensor, axis: Axis, letter: str, gradient: str) -> Tensor:
+    """`value`, and in backward its gradient, as `declare` says of each; nothing where nobody listens."""
+    if not _listeners:
+        return value
+    if _needs_gradient(value):
+        return _Vouched.apply(value, axis, letter, gradient)
+    return declare(value.clone(), axis, letter)
+
+
+class _Recorder:
+    """Writes down collectives."""
+
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+
+    def before(self, op: str, axis: Axis, value: Tensor) -> None:
+        if op != _own.__name__:
+            backward = torch._C._current_graph_task_id() != -1
+            size = value.numel() * value.element_size()
+            self.calls.append(Call(op=op, axis=axis.name, bytes=size, backward=backward))
+
+    def after(self, op: str, axis: Axis, value: Tensor, result: Tensor, where: tuple[Any, ...]) -> None:
+        pass
+
+    def declared(self, value: Tensor, axis: Axis, letter: str) -> None:
+        pass
 
 
 @contextmanager
 def record_collectives() -> Iterator[list[Call]]:
     """A list that fills with a `Call` for every collective this process starts inside the block."""
-    calls: list[Call] = []
-    _recorders.append(calls)
-    try:
-        yield calls
-    finally:
-        _recorders.remove(calls)
+    recorder = _Recorder()
+    with listening(recorder):
+        yield recorder.calls
 
 
-def _record(op: str, axis: Axis, value: Tensor) -> None:
-    backward = torch._C._current_graph_task_id() != -1
-    call = Call(op=op, axis=axis.name, bytes=value.numel() * value.element_size(), backward=backward)
-    for calls in _recorders:
-        calls.append(call)
-
-
+@_heard
 def all_reduce(value: Tensor, axis: Axis, *, in_place: bool = False) -> Tensor:
     """The sum of every rank's `value`; `in_place` only where nobody else holds `value`."""
-    if _recorders:
-        _record("all_reduce", axis, value)
     if not in_place or not value.is_contiguous():
         value = value.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(value, group=axis.group)
     return value
 
 
+@_heard
 def all_gather(local: Tensor, axis: Axis, split: Split, dim: int) -> Tensor:
     """The whole value, put together from every rank's part of `dim` in the order that `split` says."""
-    if _recorders:
-        _record("all_gather", axis, local)
     dim = dim % local.dim()
     sizes = split.local_sizes
     assert local.shape[dim] == sizes[axis.rank], (tuple(local.shape), dim, split)
@@ -108,10 +184,9 @@ def all_gather(local: Tensor, axis: Axis, split: Split, dim: int) -> Tensor:
     return whole
 
 
+@_heard
 def reduce_scatter(value: Tensor, axis: Axis, split: Split, dim: int) -> Tensor:
     """This rank's part of the sum of every rank's `value`."""
-    if _recorders:
-        _record("reduce_scatter", axis, value)
     dim = dim % value.dim()
     longest = max(split.local_sizes)
     parts = [split.take(value, rank, dim) for rank in range(axis.size)]
@@ -123,6 +198,7 @@ def reduce_scatter(value: Tensor, axis: Axis, split: Split, dim: int) -> Tensor:
     return result.narrow(dim, 0, split.local_sizes[axis.rank]).contiguous()
 
 
+@_heard
 def all_to_all(value: Tensor, axis: Axis, send: tuple[int, ...], receive: tuple[int, ...]) -> Tensor:
     """Rows of dim 0 from every rank, in the order of the ranks: `receive[r]` from rank r, which gets `send[r]`.
 
@@ -130,8 +206,6 @@ def all_to_all(value: Tensor, axis: Axis, send: tuple[int, ...], receive: tuple[
     rank 0         a b c    (1, 2)    (1, 0)     a
     rank 1                  (0, 0)    (2, 0)     b c
     """
-    if _recorders:
-        _record("all_to_all", axis, value)
     assert value.shape[0] == sum(send), (tuple(value.shape), send)
     assert len(send) == len(receive) == axis.size, (send, receive, axis)
     received = value.new_empty((sum(receive), *value.shape[1:]))
@@ -171,6 +245,7 @@ def _function(ahead: Callable[..., Tensor], back: Callable[..., Tensor]) -> Any:
     return Function
 
 
+@_heard
 def _own(value: Tensor, axis: Axis, split: Split, dim: int) -> Tensor:
     return split.take(value, axis.rank, dim).contiguous()
 

@@ -42,7 +42,7 @@ class ExpertRules:
         """Whether a module or parameter is an expert's: a rule deals it, or it lies within what a rule deals."""
         owner = name.rpartition(".")[0]
         is_blocks_own = name in self.spec.parameters and owner in self._dense_around and bool(self._below(owner))
-        return is_blocks_own or any(prefix in self._owners for prefix in _prefixes(name))
+        return is_blocks_own or any(prefix in self._owners for prefix in prefixes(name))
 
     def dense_blocks(self) -> dict[str, Rule]:
         """The rules of `tp_plan` on modules that bring tokens to dealt experts."""
@@ -58,10 +58,10 @@ class ExpertRules:
     def block_of(self, router: str) -> str | None:
         """The experts that a router sends tokens to: those that lie beside it."""
         beside = router.rpartition(".")[0]
-        return next((block for block in self.blocks if _is_within(block, beside)), None)
+        return next((block for block in self.blocks if is_within(block, beside)), None)
 
     def _below(self, prefix: str) -> list[str]:
-        return [name for name in self.weights if _is_within(name, prefix)]
+        return [name for name in self.weights if is_within(name, prefix)]
 
     def dealt(self, name: str, style: Style) -> Split | None:
         """Which experts each rank of `ep` holds, for a router or experts; counted in experts, not in rows."""
@@ -90,7 +90,7 @@ class ExpertRules:
             if block not in self.blocks and not dealt:
                 continue
             for name in self.spec.parameters:
-                if not _is_within(name, block) or name in self.weights:
+                if not is_within(name, block) or name in self.weights:
                     continue
                 if block in self.blocks or self._stacks(name):
                     yield name, self.weights[dealt[0]] if dealt else rule
@@ -98,19 +98,19 @@ class ExpertRules:
     def _stacks(self, name: str) -> bool:
         """Whether a parameter stacks experts, as its rule in `tp_plan` says, outside of the modules that run them."""
         rule = self.dense.parameters[name]
-        is_run = any(prefix in self.blocks for prefix in _prefixes(name))
+        is_run = any(prefix in self.blocks for prefix in prefixes(name))
         return rule is not None and get_style(rule.style).stacked and not is_run
 
     def out_of_reach(self) -> Iterator[tuple[str, Rule]]:
         """The weights that are dealt and to which nothing brings tokens, each with its rule."""
         for name, rule in self.weights.items():
-            if not any(prefix in self.blocks or prefix in self.around for prefix in _prefixes(name)):
+            if not any(prefix in self.blocks or prefix in self.around for prefix in prefixes(name)):
                 yield name, rule
 
     def bringing(self, weight: str) -> tuple[str, str]:
         """The module and the style that would bring tokens to a weight that is dealt."""
         owner, section = weight.rpartition(".")[0], self.weights[weight].section
-        ruled = ((prefix, self.dense.modules.get(prefix)) for prefix in _prefixes(owner))
+        ruled = ((prefix, self.dense.modules.get(prefix)) for prefix in prefixes(owner))
         known = ((prefix, rule) for prefix, rule in ruled if rule is not None)
         if section == "dispatch_plan":
             runs = (prefix for prefix, rule in known if get_style(rule.style).role == "experts")
@@ -140,19 +140,19 @@ class ExpertRules:
         if style.role == "experts":
             beside = name.rpartition(".")[0]
             return {
-                "is_routed": any(_is_within(router, beside) for router in self.routers),
-                "has_identities": any(_is_within(each, name) for each in self._identities),
-                "is_in_block": any(each in self.around or each in self._dense_around for each in _prefixes(name)),
+                "is_routed": any(is_within(router, beside) for router in self.routers),
+                "has_identities": any(is_within(each, name) for each in self._identities),
+                "is_in_block": any(each in self.around or each in self._dense_around for each in prefixes(name)),
             }
         if style.role == "router":
             block = self.block_of(name)
-            return {"has_identities": any(block and _is_within(each, block) for each in self._identities)}
+            return {"has_identities": any(block and is_within(each, block) for each in self._identities)}
         return {}
 
     def is_joint(self, name: str, style: Style) -> bool:
         """Whether both sections say the same of these experts, so that one reduction serves both axes."""
         if style.role == "router":
-            around = next((each for each in _prefixes(name) if each in self.around), None)
+            around = next((each for each in prefixes(name) if each in self.around), None)
             block = self.block_of(name)
             return (block is not None and self._is_ruled_twice(block)) or (
                 around is not None and self._is_ruled_twice(around)
@@ -168,14 +168,14 @@ def _with_role(rules: Mapping[str, Rule | None], role: str) -> dict[str, Rule]:
     return {name: rule for name, rule in rules.items() if rule is not None and get_style(rule.style).role == role}
 
 
-def _prefixes(name: str) -> Iterator[str]:
+def prefixes(name: str) -> Iterator[str]:
     """The name and every name above it."""
     while name:
         yield name
         name = name.rpartition(".")[0]
 
 
-def _is_within(name: str, prefix: str) -> bool:
+def is_within(name: str, prefix: str) -> bool:
     return not prefix or name == prefix or name.startswith(f"{prefix}.")
 
 

@@ -54,6 +54,7 @@ class _Forks:
 
 class _Scope(threading.local):
     forks: _Forks | None = None
+    is_barred = False
 
 
 _scope = _Scope()
@@ -62,7 +63,7 @@ _scope = _Scope()
 @contextmanager
 def fork_scope() -> Iterator[None]:
     """Inside the block, `replicate_once` gives one R per value. A scope within a scope is part of the outer one."""
-    if _scope.forks is not None or not torch.is_grad_enabled():
+    if _scope.forks is not None or _scope.is_barred or not torch.is_grad_enabled():
         yield
         return
     _scope.forks = _Forks()
@@ -70,6 +71,16 @@ def fork_scope() -> Iterator[None]:
         yield
     finally:
         _scope.forks = None
+
+
+@contextmanager
+def no_fork_scope() -> Iterator[None]:
+    """Inside the block no `fork_scope` opens: every module reduces its own gradient, as one would do without them."""
+    before, _scope.is_barred = _scope.is_barred, True
+    try:
+        yield
+    finally:
+        _scope.is_barred = before
 
 
 def _maker(value: Tensor) -> tuple[Any, int]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from parallel_plans.expressions import ExpressionError, evaluate_size
@@ -10,6 +11,7 @@ from parallel_plans.layouts import Split, deal, split_dim
 from parallel_plans.model_spec import ModuleInfo
 from parallel_plans.plan import Rule
 from parallel_plans.styles import Style
+from parallel_plans.table import ParameterEntry
 
 
 class CannotSplit(Exception):
@@ -20,8 +22,50 @@ class CannotSplit(Exception):
         self.code, self.what, self.expected, self.fix = code, what, expected, fix
 
 
-def _fewer(axis: str, most: int) -> str:
-    return f"use {axis} = {most}" + (" or fewer" if most > 1 else "")
+MOST_RANKS = 256  # as many are tried
+
+
+def sizes_that_do(axis: str, does: Callable[[int], bool]) -> str:
+    """What to do, with every number of ranks up to `MOST_RANKS` that was tried and does: `use tp = 1, 2, 4 or 8`."""
+    fit = [ranks for ranks in range(1, MOST_RANKS + 1) if does(ranks)]
+    if not fit:
+        return f"use another style: no {axis} up to {MOST_RANKS} would do"
+    if len(fit) == 1:
+        return f"use {axis} = {fit[0]}"
+    if fit == list(range(1, fit[-1] + 1)):
+        return f"use {axis} = {fit[-1]} or fewer"
+    runs = [f"{low}" if low == high else f"{low} to {high}" for low, high in _runs(fit)]
+    return f"use {axis} = {', '.join(runs[:-1])} or {runs[-1]}"
+
+
+def _runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
+    """The numbers, in order, with three and more that follow each other as one run.
+
+    >>> _runs([1, 2, 4, 6, 7, 8])
+    [(1, 1), (2, 2), (4, 4), (6, 8)]
+    """
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return [
+        pair for run in runs for pair in ([(run[0], run[-1])] if len(run) > 2 else [(number, number) for number in run])
+    ]
+
+
+@cache
+def _sizes_for(axis: str, parts: tuple[int, ...], units: tuple[int, ...]) -> str:
+    """The numbers of ranks over which these parts can be dealt in these units, each tried."""
+
+    def does(ranks: int) -> bool:
+        try:
+            return bool(split_dim(dim=0, size=sum(parts), axis=axis, ranks=ranks, parts=parts, units=units))
+        except ValueError:
+            return False
+
+    return sizes_that_do(axis, does)
 
 
 class Geometry:
@@ -66,7 +110,13 @@ class Geometry:
         if options.get("interleaved"):  # the parts lie like the teeth of two combs: one part, dealt in whole rounds
             parts, units = (sum(parts),), (sum(units),)
         for part, unit in zip(parts, units, strict=True):
-            self._check_unit(part, unit, dim, style)
+            if part % unit:
+                raise CannotSplit(
+                    "PP201", f"dim {dim}", f"{part} a whole number of units of {unit}", "correct the unit"
+                )
+        for part, unit in zip(parts, units, strict=True):
+            if part // unit < self.ranks:
+                raise self._too_few(part, unit, dim, style, _sizes_for(self.axis, parts, units))
         if self.ranks == 1:
             return None
         return split_dim(dim=dim, size=shape[dim], axis=self.axis, ranks=self.ranks, parts=parts, units=units)
@@ -93,20 +143,14 @@ class Geometry:
             raise CannotSplit("PP201", f"dim {dim}", expected)
         return units
 
-    def _check_unit(self, part: int, unit: int, dim: int, style: Style) -> None:
-        if part % unit:
-            raise CannotSplit("PP201", f"dim {dim}", f"{part} a whole number of units of {unit}", "correct the unit")
+    def _too_few(self, part: int, unit: int, dim: int, style: Style, sizes: str) -> CannotSplit:
         count = part // unit
-        if count < self.ranks:
-            deals_experts = style.role == "weight"
-            things = f"{part} elements" if unit == 1 else f"{count} unit{'s' * (count > 1)} of {unit}"
-            things, thing = (f"{count} experts", "expert") if deals_experts else (things, "unit")
-            raise CannotSplit(
-                "PP202",
-                f"dim {dim}",
-                f"at least one {thing} per rank: {things}, {self.axis} = {self.ranks}",
-                _fewer(self.axis, count) + ("" if deals_experts else ", or write the block as `replicate`"),
-            )
+        deals_experts = style.role == "weight"
+        things = f"{part} elements" if unit == 1 else f"{count} unit{'s' * (count > 1)} of {unit}"
+        things, thing = (f"{count} experts", "expert") if deals_experts else (things, "unit")
+        expected = f"at least one {thing} per rank: {things}, {self.axis} = {self.ranks}"
+        fix = sizes + ("" if deals_experts else ", or write the block as `replicate`")
+        return CannotSplit("PP202", f"dim {dim}", expected, fix)
 
     def options(self, info: ModuleInfo, style: Style, rule: Rule) -> dict[str, object]:
         """The rule's options with sizes as numbers; counts as the number that each rank gets."""
@@ -131,6 +175,16 @@ class Geometry:
                 "PP203",
                 f"{name} = {count} cannot be dealt over {self.ranks} ranks",
                 f"at least {self.ranks} whole units of {size}",
-                f"{_fewer(self.axis, count // size)}, or correct the unit" if count % size == 0 else "correct the unit",
+                f"{_sizes_for(self.axis, (count,), (size,))}, or correct the unit"
+                if count % size == 0
+                else "correct the unit",
             )
         return tuple(size * share for share in deal(count // size, self.ranks))
+
+
+def check_rope(rope: Any, own: Sequence[ParameterEntry]) -> None:
+    """Raises where the rope part is to be as wide as the whole output of a module, or wider."""
+    width = min((entry.info.shape[0] for entry in own), default=None)
+    if rope is not None and width is not None and rope >= width:
+        expected = f"a rope part of less than the {width} features of the output"
+        raise CannotSplit("PP201", f"a rope part of {rope} features cannot be cut off here", expected, "correct `rope`")

@@ -29,6 +29,7 @@ from parallel_plans.model_spec import describe
 from parallel_plans.random_state import shared_random_state
 from parallel_plans.resolve import resolve
 from parallel_plans.table import Table
+from parallel_plans.together import check_together
 
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
 
@@ -112,7 +113,7 @@ class Loading:
     def _resolve(self, model: Any) -> Table:
         spec = describe(model)
         plan = with_experts(find_plan(self.source, spec, carried_by(model), self._plan_beside), self.experts)
-        return resolve(plan, spec, self.place.sizes, dispatch=self.experts == "dispatch")
+        return check_together(resolve(plan, spec, self.place.sizes, dispatch=self.experts == "dispatch"))
 
     def _plan_beside(self) -> str | None:
         if self.path is None:

@@ -77,7 +77,8 @@ def place_in(views: Views, device_type: str, ranks: torch.Tensor | None = None) 
     held = tuple(name for name, (high, _) in zip(names, pairs, strict=True) if high <= views.holders)
     axes: dict[str, Axis] = {}
     made: dict[tuple[int, int], Axis] = {}
-    for axis, (start, stop) in views.spans.items():
+    for axis in (*views.sizes, *views.spans):  # where names share ranks, what is said there goes by the one of plans
+        start, stop = views.spans[axis]
         dims = [name for name, (high, low) in zip(names, pairs, strict=True) if start <= low and high <= stop]
         key = (start, stop) if stop > start else (1, 1)
         if key not in made:

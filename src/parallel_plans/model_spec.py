@@ -28,8 +28,17 @@ class ParameterInfo:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BufferInfo:
+    """A buffer: its full name, its shape, and whether checkpoints hold it."""
+
+    name: str
+    shape: tuple[int, ...]
+    is_persistent: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModuleInfo:
-    """A module: its full name, its class, its kind (`linear`, `embedding`, `other`), its own parameters' names."""
+    """A module: full name, class, kind (`linear`, `embedding`, `convolution`, `other`), its own parameters' names."""
 
     name: str
     type: str
@@ -49,6 +58,8 @@ class ModelSpec:
         tied: name -> the name of the parameter it is tied to.
         fields: the config's whole numbers, for size expressions.
         layer_fields: index of a layer -> the same for a layer to which the config gives numbers of its own.
+        buffers: full name -> buffer. A plan splits parameters, so every rank has all of them whole.
+        quantization: what the config says of quantized weights; empty where it says nothing.
     """
 
     model_type: str | None
@@ -57,6 +68,8 @@ class ModelSpec:
     tied: Mapping[str, str]
     fields: Mapping[str, int]
     layer_fields: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
+    buffers: Mapping[str, BufferInfo] = field(default_factory=dict)
+    quantization: Mapping[str, Any] = field(default_factory=dict)
 
     def fields_at(self, name: str) -> Mapping[str, int]:
         """The fields that hold for what stands at `name`: those of its layer, the first number in the name."""
@@ -73,6 +86,8 @@ def _kind(module: nn.Module) -> str:
     weight = getattr(module, "weight", None)
     if isinstance(module, nn.Embedding):
         return "embedding"
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return "convolution"
     return "linear" if hasattr(module, "out_features") and getattr(weight, "ndim", 0) == 2 else "other"
 
 
@@ -109,7 +124,9 @@ def _text_part(config: Any) -> Any:
 
 def _as_dict(config: Any) -> Mapping[str, Any]:
     """What a config says, by field name."""
-    return config.to_dict() if hasattr(config, "to_dict") else vars(config)
+    if isinstance(config, Mapping):
+        return config
+    return config.to_dict() if hasattr(config, "to_dict") else getattr(config, "__dict__", {})
 
 
 def layer_fields(config: Any) -> dict[int, dict[str, int]]:
@@ -118,6 +135,23 @@ def layer_fields(config: Any) -> dict[int, dict[str, int]]:
     shared = config_fields(config)
     layers = own.items() if isinstance(own, Mapping) else ()
     return {int(index): {**shared, **_whole_numbers(numbers)} for index, numbers in layers}
+
+
+def _buffers(modules: Mapping[str, nn.Module]) -> dict[str, BufferInfo]:
+    """Full name -> every buffer."""
+    found: dict[str, BufferInfo] = {}
+    for name, module in modules.items():
+        passing = module._non_persistent_buffers_set
+        for own, buffer in module.named_buffers(recurse=False):
+            full = f"{name}.{own}" if name else own
+            found[full] = BufferInfo(name=full, shape=tuple(buffer.shape), is_persistent=own not in passing)
+    return found
+
+
+def _quantization(config: Any) -> dict[str, Any]:
+    """What a config says of quantized weights, as plain fields; empty where it says nothing."""
+    given = getattr(config, "quantization_config", None)
+    return {} if given is None else dict(given if isinstance(given, Mapping) else _as_dict(given))
 
 
 def describe(model: nn.Module) -> ModelSpec:
@@ -132,6 +166,7 @@ def describe(model: nn.Module) -> ModelSpec:
     for target, source in getattr(model, "all_tied_weights_keys", {}).items():
         if target in parameters and source in parameters and target not in tied and source not in tied:
             tied[target] = source
+    named = dict(model.named_modules(remove_duplicate=False))
     modules = {
         name: ModuleInfo(
             name=name,
@@ -140,7 +175,7 @@ def describe(model: nn.Module) -> ModelSpec:
             parameters=tuple(f"{name}.{own}" if name else own for own, _ in module.named_parameters(recurse=False)),
             counts=_whole_numbers(vars(module)),
         )
-        for name, module in model.named_modules(remove_duplicate=False)
+        for name, module in named.items()
     }
     config = getattr(model, "config", None)
     return ModelSpec(
@@ -150,4 +185,6 @@ def describe(model: nn.Module) -> ModelSpec:
         tied=tied,
         fields=config_fields(config),
         layer_fields=layer_fields(config),
+        buffers=_buffers(named),
+        quantization=_quantization(config),
     )

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parallel_plans.collectives import Axis
+from parallel_plans.collectives import Axis, declare
 from parallel_plans.partial_rules import RULES
 from parallel_plans.partial_tensor import Partial, delayed, whole, whole_tree
 
@@ -46,7 +46,7 @@ def partial(value: Tensor, axis: Axis) -> Tensor:
 class _Contribute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, axis: Axis) -> Tensor:
-        return value.view_as(value) if axis.rank == 0 else torch.zeros_like(value)
+        return declare(value.clone() if axis.rank == 0 else torch.zeros_like(value), axis, "P")
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
@@ -57,4 +57,4 @@ def contribute(value: Tensor, axis: Axis) -> Tensor:
     """I -> P: the value on the axis' first rank, zeros on the others; the gradient, which all ranks have, as it is."""
     if torch.is_grad_enabled() and value.requires_grad:
         return _Contribute.apply(value, axis)
-    return value if axis.rank == 0 else torch.zeros_like(value)
+    return declare(value.clone() if axis.rank == 0 else torch.zeros_like(value), axis, "P")

@@ -85,7 +85,8 @@ def view_or_copy(func: Any, args: Args, kwargs: Kwargs) -> Any:
     made = step(x.part)
     if made is x.part:
         return x
-    return Partial(x.state, x, step) if made.data_ptr() == x.part.data_ptr() else copied(x, made, step)
+    is_view = torch._C._is_alias_of(made, x.part)  # type: ignore[attr-defined]
+    return Partial(x.state, x, step) if is_view else copied(x, made, step)
 
 
 def as_other(name: str) -> Rule:

@@ -18,11 +18,12 @@ from parallel_plans.accounting import (
 )
 from parallel_plans.errors import PlanError
 from parallel_plans.expert_rules import ExpertRules, report_differing, report_incomplete
-from parallel_plans.geometry import CannotSplit, Geometry
+from parallel_plans.geometry import CannotSplit, Geometry, check_rope
 from parallel_plans.layouts import Layout, Split, nested
-from parallel_plans.matching import Assignment, Pattern, assign
+from parallel_plans.matching import Assignment, assign
 from parallel_plans.model_spec import ModelSpec, ModuleInfo, ParameterInfo
 from parallel_plans.plan import Plan, Rule
+from parallel_plans.standing import can_stand, report_unserved
 from parallel_plans.styles import Style, get_style
 from parallel_plans.table import ModuleEntry, ParameterEntry, Table, Use
 from parallel_plans.views import BLOCK_AXIS, EXPERT_AXIS, EXPERT_TENSOR_AXIS, TENSOR_AXIS, Views, views_of
@@ -102,6 +103,7 @@ class _Resolver:
             return None
         assignment = assign(rules, list(self.spec.parameters), list(self.spec.modules))
         report_uses(self.report, self.spec, assignment)
+        report_unserved(self.report, self.spec, assignment)
         return assignment
 
     def _tensor_axis(self, name: str, rule: Rule | None) -> str:
@@ -117,7 +119,7 @@ class _Resolver:
             if rule is None:
                 continue
             style = get_style(rule.style)
-            if not self._can_stand(info, rule, style):
+            if not can_stand(self.report, self.spec, info, rule):
                 return None
             try:
                 split = self.geometry(info.name, axis).split(info.shape, style, rule.options)
@@ -129,30 +131,6 @@ class _Resolver:
             uses.append(Use(axis=axis, style=style, rule=rule, letter=letter))
             splits += [] if split is None else [split]
         return ParameterEntry(info=info, layout=Layout(info.shape, _joined(splits)), uses=tuple(uses))
-
-    def _can_stand(self, info: ParameterInfo, rule: Rule, style: Style) -> bool:
-        """Whether the style can stand on this parameter or its module; reported where it cannot."""
-        owner = self.spec.modules[info.name.rpartition(".")[0]]
-        on_module = not _names(rule, info.name)
-        problem = fix = None
-        if rule.section not in style.sections:
-            return False  # that is reported of the rule
-        if on_module and style.serves and owner.kind not in style.serves:
-            kinds = " or ".join(style.serves)
-            problem = f"{rule.style} stands on modules of kind {kinds}, and {owner.name} is a {owner.type}"
-            fix = "use `replicate`, or the style that fits such a module"
-        elif style.stacked and owner.kind != "other":
-            problem = f"{rule.style} stands on weights that stack experts, and {owner.name} is a {owner.type}"
-            fix = "use `replicate`, or the style that fits such a module"
-        elif not on_module and style.module_only:
-            problem = f"{rule.style} stands on a module, and {info.name} is a parameter"
-            fix = f"write it on `{rule.pattern.rpartition('.')[0]}`"
-        elif style.ndims and len(info.shape) not in style.ndims:
-            problem = f"{rule.style} stands on a parameter of {' or '.join(map(str, style.ndims))} dims"
-            fix = "use `replicate`, or the style that fits such a parameter"
-        if problem is not None:
-            self.report.add("PP105", problem, rule, name=info.name, found=str(Layout(info.shape)), fix=fix)
-        return problem is None
 
     def _module(
         self, info: ModuleInfo, rules: Sequence[Rule | None], parameters: Mapping[str, ParameterEntry]
@@ -176,9 +154,10 @@ class _Resolver:
             return None  # all but the first were reported, of the rule or of the module's parameters
         own = [parameters[name] for name in info.parameters]
         try:
-            if style.shards and not self._suits(own, style, rule, axis):
+            if style.shards and not self._suits(info, own, style, rule, axis):
                 return None
             options = self.geometry(info.name, axis).options(info, style, rule)
+            check_rope(options.get("rope"), own)
             options.update(self.experts.options(info.name, style))
             split = self._dealt(info.name, style, axis, own)
         except CannotSplit as problem:
@@ -201,8 +180,12 @@ class _Resolver:
         # one reduction over both, done by the entry of `ep`; a router's two entries may differ in what they do
         return BLOCK_AXIS if axis == EXPERT_AXIS or style.role == "router" else None
 
-    def _suits(self, own: Sequence[ParameterEntry], style: Style, rule: Rule, axis: str) -> bool:
+    def _suits(self, info: ModuleInfo, own: Sequence[ParameterEntry], style: Style, rule: Rule, axis: str) -> bool:
         """Whether a module's parameters, under rules of their own, are split as the style on it needs them."""
+        if not own:
+            message = f"{rule.style} stands on modules that have a parameter to split, and {info.name} has none"
+            self.report.add("PP105", message, rule, name=info.name, fix="remove the rule, or use another style")
+            return False
         for entry in own:
             shape = entry.info.shape
             wanted = self.geometry(entry.info.name, axis).dim(shape, style, rule.options)
@@ -227,9 +210,3 @@ def _joined(splits: Sequence[Split]) -> tuple[Split, ...]:
         inner, outer = splits
         return (nested(outer, inner, BLOCK_AXIS),)
     return tuple(splits)
-
-
-def _names(rule: Rule, parameter: str) -> bool:
-    """Whether the rule names the parameter itself, rather than its module or whatever lies below one."""
-    last = rule.pattern.rpartition(".")[2]
-    return last == parameter.rpartition(".")[2] and Pattern.of(rule.pattern).matches(parameter)

@@ -21,6 +21,7 @@ from parallel_plans.partial import partial
 
 class _Scope(threading.local):
     is_open = False
+    is_barred = False
 
 
 _scope = _Scope()
@@ -29,11 +30,21 @@ _scope = _Scope()
 @contextmanager
 def sum_scope() -> Iterator[None]:
     """Inside the block sums wait; who opens it makes whole what leaves it."""
-    before, _scope.is_open = _scope.is_open, True
+    before, _scope.is_open = _scope.is_open, not _scope.is_barred
     try:
         yield
     finally:
         _scope.is_open = before
+
+
+@contextmanager
+def no_sum_scope() -> Iterator[None]:
+    """Inside the block no `sum_scope` opens: every sum is reduced at once, as one would do without them."""
+    before, _scope.is_barred = _scope.is_barred, True
+    try:
+        yield
+    finally:
+        _scope.is_barred = before
 
 
 def sums_wait() -> bool:

@@ -133,7 +133,7 @@ def on_ranks(problem: Problem, axis: Axis, *, gradients: bool = True) -> list[Te
     permutation = problem.permutation(axis.rank)
 
     def outputs(x_TH: Tensor, weights_TK: Tensor, w_EHH: Tensor) -> Tensor:
-        route = exchange_of(permutation.tokens_per_expert_E, problem.owned, axis)
+        route = exchange_of(permutation.tokens_per_expert_E, problem.owned, axis, problem.ids_TK.numel())
         rows = applied(route.there(permute(x_TH, permutation)), route.local_ids(), w_EHH)
         return combine(route.back(rows), permutation, weights_TK)
 
@@ -191,7 +191,7 @@ def second_order(problem: Problem, route: Exchange, rank: int) -> float:
 
 def trial(case: Case, axis: Axis) -> dict[str, Any]:
     problem, rank = Problem(case), axis.rank
-    route = exchange_of(problem.permutation(rank).tokens_per_expert_E, problem.owned, axis)
+    route = exchange_of(problem.permutation(rank).tokens_per_expert_E, problem.owned, axis, problem.ids_TK.numel())
     with record_collectives() as calls:
         ours = on_ranks(problem, axis)
     with record_collectives() as without, torch.no_grad():
@@ -308,7 +308,7 @@ def test_the_drawing_in_the_module_is_what_happens() -> None:
 def _drawing() -> tuple[list[int], list[int]]:
     axis = whole_axis(2)
     rows = torch.tensor([[0, 0, 2, 3], [1, 3, 3]][axis.rank])
-    route = exchange_of(rows.bincount(minlength=4), (3, 1), axis)
+    route = exchange_of(rows.bincount(minlength=4), (3, 1), axis, rows.numel())
     return route.there(rows).tolist(), route.local_ids().tolist()
 
 

@@ -209,6 +209,19 @@ def test_a_model_without_a_plan_fails_on_every_rank_with_the_fix(tmp_path: Path)
         assert 'tp_plan="my_plan.yaml"' in message
 
 
+@pytest.mark.parametrize(
+    ("rules", "code"),
+    [
+        ({"model.norm": "all_reduce"}, "PP113"),
+        ({"model.layers.*.self_attn.q_proj": "colwise", "model.layers.*.self_attn.o_proj": "rowwise"}, "PP204"),
+    ],
+)
+def test_rules_that_are_wrong_together_are_refused_on_every_rank(llama: Path, rules: dict[str, str], code: str) -> None:
+    for kind, message in raised(load_with_own_plan, str(llama), [{**rules, "**": "replicate"}] * 2, ranks=2):
+        assert kind == "PlanError"
+        assert f"[{code}]" in message
+
+
 def test_quantized_weights_are_refused(llama: Path) -> None:
     config = json.loads((llama / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [16, 16]}

@@ -12,9 +12,9 @@ import typer
 from rich.console import Console
 from rich.table import Table as Rows
 
+from parallel_plans.cli.refusal import asking
 from parallel_plans.cli.sizes import Ep, Etp, Tp
-from parallel_plans.cli.target import Target, TargetError, read_target
-from parallel_plans.errors import LaunchError, ParallelPlansError
+from parallel_plans.cli.target import Target, read_target
 from parallel_plans.loader import load_plan
 from parallel_plans.lookup import bundled_folder, bundled_types, find_plan
 from parallel_plans.mesh import views_for
@@ -24,8 +24,7 @@ from parallel_plans.views import Views
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 PAPER = 200  # columns where no terminal says how many there are
-console = Console(highlight=False, width=None if sys.stdout.isatty() else PAPER)
-complaints = Console(highlight=False, soft_wrap=True, stderr=True)
+console = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else PAPER)
 
 
 @app.command("list")
@@ -47,17 +46,11 @@ def show(
     etp: Etp = None,
 ) -> None:
     """What a plan makes of a model: every rule, what it splits and how, and the bytes of each rank."""
-    try:
+    with asking(target):
         subject = read_target(target)
         views = views_for(tp, ep, etp)
         found = find_plan(plan, subject.spec, subject.carried, subject.plan_beside)
         table = resolve(found, subject.spec, views.sizes)
-    except (TargetError, LaunchError) as error:
-        complaints.print(str(error), markup=False)
-        raise typer.Exit(2) from None
-    except ParallelPlansError as error:
-        complaints.print(str(error), markup=False)
-        raise typer.Exit(1) from None
     _print_table(table, subject, views)
 
 

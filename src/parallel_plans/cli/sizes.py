@@ -6,6 +6,10 @@ from typing import Annotated
 
 import typer
 
-Tp = Annotated[int, typer.Option("--tp", min=1, help="ranks that split the dense layers")]
-Ep = Annotated[int, typer.Option("--ep", min=1, help="ranks over which whole experts are dealt")]
-Etp = Annotated[int | None, typer.Option("--etp", min=1, help="ranks that split each expert [tp, or 1 with ep]")]
+MAX_RANKS = 65_536  # on one axis; bytes are told for every rank
+
+Tp = Annotated[int, typer.Option("--tp", min=1, max=MAX_RANKS, help="ranks that split the dense layers")]
+Ep = Annotated[int, typer.Option("--ep", min=1, max=MAX_RANKS, help="ranks over which whole experts are dealt")]
+Etp = Annotated[
+    int | None, typer.Option("--etp", min=1, max=MAX_RANKS, help="ranks that split each expert [tp, or 1 with ep]")
+]

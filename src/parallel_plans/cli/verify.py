@@ -6,28 +6,39 @@ Exit status: 0 the plan is sound, 1 the plan is wrong, 2 the question could not 
 from __future__ import annotations
 
 import json
-import sys
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table as Rows
 
+from parallel_plans.cli.costs import (
+    LINK,
+    Bandwidth,
+    Batch,
+    Dtype,
+    For,
+    InternodeBandwidth,
+    InternodeLatency,
+    Latency,
+    Memory,
+    NodeSize,
+    Purpose,
+    Sequence,
+)
+from parallel_plans.cli.refusal import asking, refuse, refuse_unaskable
+from parallel_plans.cli.screen import Screen, console_for
 from parallel_plans.cli.sizes import Ep, Etp, Tp
 from parallel_plans.cli.target import TargetError, read_target
-from parallel_plans.errors import LaunchError
-from parallel_plans.verify.report import FAILED, LEVELS, PASSED, Report
+from parallel_plans.verify.cost import CostQuestion
+from parallel_plans.verify.link import Link
+from parallel_plans.verify.page import try_place, write_page
+from parallel_plans.verify.report import LEVELS
 from parallel_plans.verify.verify import verify_plan
 
 app = typer.Typer(help=__doc__, add_completion=False, rich_markup_mode=None)
-PAPER = 160  # columns where no terminal says how many there are
-console = Console(highlight=False, width=None if sys.stdout.isatty() else PAPER)
-complaints = Console(highlight=False, soft_wrap=True, stderr=True)
 Level = StrEnum("Level", {level: level for level in LEVELS})  # type: ignore[misc]
 LAST = Level(LEVELS[-1])
-TRIAL = "the trial of the shrunken model: a step, a continuation, the weights gathered"
-COLOURS = {PASSED: "green", FAILED: "red"}
 
 
 @app.command()
@@ -41,25 +52,57 @@ def verify(
     settings: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="a config field")] = None,
     level: Annotated[Level, typer.Option(help="the last level to run")] = LAST,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="every table in full")] = False,
+    page: Annotated[
+        Path | None, typer.Option("--report", metavar="FILE", help="an HTML page that shows it all")
+    ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="a warning makes the plan unsound")] = False,
+    batch: Batch = 1,
+    sequence: Sequence = None,
+    dtype: Dtype = None,
+    latency: Latency = LINK.latency,
+    bandwidth: Bandwidth = LINK.bandwidth,
+    node_size: NodeSize = LINK.node_size,
+    internode_latency: InternodeLatency = LINK.internode_latency,
+    internode_bandwidth: InternodeBandwidth = LINK.internode_bandwidth,
+    memory: Memory = None,
+    purpose: For = Purpose.inference,  # type: ignore[attr-defined]
 ) -> None:
     """Whether a plan is right for a model on so many ranks."""
     if sp:
-        complaints.print("--sp: sequence parallelism is not built yet", markup=False)
-        raise typer.Exit(2)
-    try:
+        refuse("--sp: sequence parallelism is not built yet")
+    link = Link(
+        latency=latency,
+        bandwidth=bandwidth,
+        node_size=node_size,
+        internode_latency=internode_latency,
+        internode_bandwidth=internode_bandwidth,
+    )
+    cost = CostQuestion(batch=batch, sequence=sequence, dtype=dtype, link=link, memory=memory, purpose=str(purpose))
+    with asking(target):
+        if page is not None:
+            try_place(page)
         subject = read_target(target, _fields(settings or []))
         beside = subject.plan_beside() if plan == "auto" else None
         report = verify_plan(
-            subject.model, beside or plan, tp=tp, ep=ep, etp=etp, level=str(level), name=target, strict=strict
+            subject.model,
+            beside or plan,
+            tp=tp,
+            ep=ep,
+            etp=etp,
+            level=str(level),
+            name=target,
+            strict=strict,
+            inputs=subject.inputs,
+            cost=cost,
         )
-    except (TargetError, LaunchError) as error:
-        complaints.print(str(error), markup=False)
-        raise typer.Exit(2) from None
+        refuse_unaskable(report.findings)
+        if page is not None:
+            write_page(report, page)
     if as_json:
         print(json.dumps(report.to_dict()))
     else:
-        _print(report)
+        Screen(report, console_for(), verbose).show()
     raise typer.Exit(0 if report.ok else 1)
 
 
@@ -75,28 +118,6 @@ def _fields(settings: list[str]) -> dict[str, Any]:
         except json.JSONDecodeError:
             fields[key] = value
     return fields
-
-
-def _print(report: Report) -> None:
-    mesh = ", ".join(f"{axis} = {size}" for axis, size in report.mesh.items())
-    console.print(f"model  {report.target}\nplan   {report.plan}\nranks  {mesh}\n", markup=False)
-    for level, state in report.levels.items():
-        console.print(f"  {level:<11} [{COLOURS.get(state, 'dim')}]{state}[/]")
-    for finding in report.findings:
-        console.print(f"\n{finding.severity}: {finding}", markup=False)
-    held = report.parameters
-    if held.per_rank_bytes:
-        share = held.sharded_bytes / held.total_bytes
-        console.print(f"\nwhole model {held.total_bytes:,} bytes, {share:.1%} of them split; ", markup=False, end="")
-        console.print(f"a rank holds {max(held.per_rank_bytes):,} at most", markup=False)
-    if report.forward or report.backward:
-        rows = Rows("collective", "axis", "times", "bytes of a rank", title=TRIAL, box=None)
-        for direction, traffic in (("forward", report.forward), ("backward", report.backward)):
-            for each in traffic:
-                rows.add_row(f"{each.op}, {direction}", each.axis, str(each.count), f"{each.bytes:,}")
-        console.print()
-        console.print(rows)
-    console.print(f"\n{'[green]sound[/]' if report.ok else '[red]not sound[/]'}")
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from parallel_plans.boundary import Arguments, Boundary, Forward, Keywords, Site, change_first, change_output
-from parallel_plans.collectives import Axis
+from parallel_plans.collectives import Axis, vouch
 from parallel_plans.experts.alignment import allow_any_width
 from parallel_plans.experts.call import ExpertsCall
 from parallel_plans.experts.routing import Ownership, masked_routes, on_own_routes
@@ -76,6 +76,8 @@ class ExpertsBoundary(Boundary):
             value = taking_part(value, *inputs, *weights_below(self.module))
         elif self.owned is not None and self.owned.has_identities:  # they may be all there was to do
             value = taking_part(value, *weights_below(self.module))
+        if self.owned is not None:
+            value = vouch(value, self.site.own, "V", "V")
         return deliver_sum(value, axis)
 
     def _run(self, forward: Forward, call: ExpertsCall) -> Any:
@@ -87,7 +89,7 @@ class ExpertsBoundary(Boundary):
                 raise TypeError(f"{self.site.name} takes no expert ids: its router wants a rule `ep_router`")
             return forward(*call.args, **call.kwargs)
         if not self.site.options["is_routed"]:
-            ids, weights = masked_routes(ids, weights, self.owned)
+            ids, weights = masked_routes(ids, weights, self.owned, self.site.own)
         if self._has_room_for_sentinel():
             call = call.replaced(call.hidden, ids, weights)
             return forward(*call.args, **call.kwargs)

@@ -24,12 +24,12 @@ import torch
 from torch import Tensor, nn
 
 from parallel_plans.boundary import Arguments, Boundary, Forward, Keywords, Site
-from parallel_plans.collectives import gather, take_own
+from parallel_plans.collectives import declare, gather, take_own, vouch
 from parallel_plans.experts.alignment import allow_any_width
 from parallel_plans.experts.call import ExpertsCall
 from parallel_plans.experts.exchange import Exchange, exchange_of
 from parallel_plans.experts.permutation import Permutation, combine, permutation_of, permute, unpermute
-from parallel_plans.experts.routing import Ownership, with_identity_slot
+from parallel_plans.experts.routing import Ownership, is_weights, with_identity_slot
 from parallel_plans.experts.taking_part import taking_part, weights_below
 from parallel_plans.layouts import Split, deal
 
@@ -51,12 +51,21 @@ class DispatchBoundary(Boundary):
 
     def __call__(self, forward: Forward, args: Arguments, kwargs: Keywords) -> Any:
         call = ExpertsCall(args, kwargs)
+        call = call.mapped(lambda value: self._vouched(value, "V", "I"))
         if call.sizes is not None:
-            return self._of_sizes(forward, call, call.sizes)
-        if call.ids is None:
-            return self._of_stacked(forward, call)
-        output = self._of_routes(forward, call)
-        return output.view(call.hidden.shape)
+            output = self._of_sizes(forward, call, call.sizes)
+        elif call.ids is None:
+            output = self._of_stacked(forward, call)
+        else:
+            output = self._of_routes(forward, call).view(call.hidden.shape)
+        return self._vouched(output, "I", "V")
+
+    def _vouched(self, value: Any, letter: str, gradient: str) -> Any:
+        """The value, of which only this class knows how it lies on the ranks until the tokens are back."""
+        axes = {axis.name: axis for axis in (self.site.axis, self.site.slices) if axis.size > 1}
+        for axis in axes.values() if is_weights(value) else ():
+            value = vouch(value, axis, letter, gradient)
+        return value
 
     def _of_routes(self, forward: Forward, call: ExpertsCall) -> Tensor:
         """The weighted sums [T, H] for hidden states, ids and weights."""
@@ -84,7 +93,7 @@ class DispatchBoundary(Boundary):
         return torch.where(ids >= self.experts.size, own, ids + ranks_before)
 
     def _travelled(self, rows_SH: Tensor, permutation: Permutation, run: Rows, keeps_width: bool = True) -> Tensor:
-        exchange = exchange_of(permutation.tokens_per_expert_E, self.owned, self.site.axis)
+        exchange = exchange_of(permutation.tokens_per_expert_E, self.owned, self.site.axis, rows_SH.shape[0])
         rows_NH = exchange.there(rows_SH)
         if rows_NH.shape[0] == 0 and keeps_width:
             output_NH = taking_part(rows_NH, *weights_below(self.module))
@@ -177,7 +186,7 @@ class DispatchBoundary(Boundary):
         return Split(dim=0, size=tokens, axis=axis.name, ranges=ranges)
 
     def _sliced(self, value: Tensor, slices: Split | None) -> Tensor:
-        return value if slices is None else take_own(value, self.site.slices, slices, 0)
+        return value if slices is None else declare(take_own(value, self.site.slices, slices, 0), self.site.slices, "V")
 
     def _gathered(self, value: Tensor, slices: Split | None) -> Tensor:
         return value if slices is None else gather(value, self.site.slices, slices, 0)

@@ -17,6 +17,7 @@ from itertools import islice
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from parallel_plans.collectives import Axis, all_to_all, exchange
 
@@ -52,9 +53,10 @@ class Exchange:
         return ids.repeat_interleave(self.received.flatten(), output_size=sum(self.receive))
 
 
-def exchange_of(tokens_per_expert_E: Tensor, owned: Sequence[int], axis: Axis) -> Exchange:
+def exchange_of(tokens_per_expert_E: Tensor, owned: Sequence[int], axis: Axis, rows: int) -> Exchange:
     """The exchange for a rank with so many rows per expert; rank r owns the next `owned[r]` experts, maybe none.
 
+    `rows` are those of this rank, in all.
     The counts travel in one all-to-all. The collectives want their sizes as Python integers, so the host waits for the
     device once, here.
     """
@@ -62,7 +64,26 @@ def exchange_of(tokens_per_expert_E: Tensor, owned: Sequence[int], axis: Axis) -
     assert tokens_per_expert_E.shape == (sum(owned),), (tuple(tokens_per_expert_E.shape), owned)
     local = owned[axis.rank]
     received = all_to_all(tokens_per_expert_E, axis, tuple(owned), (local,) * axis.size)
-    counts = iter(torch.cat([tokens_per_expert_E, received]).tolist())  # both at once: one wait
+    if isinstance(received, FakeTensor):  # nothing is computed but shapes: no routing is known
+        counts = iter(_even_counts(rows, owned, axis))
+    else:
+        counts = iter(torch.cat([tokens_per_expert_E, received]).tolist())  # both at once: one wait
     send = tuple(sum(islice(counts, experts)) for experts in owned)
     receive = tuple(sum(islice(counts, local)) for _ in owned)
     return Exchange(axis=axis, send=send, receive=receive, received=received.view(axis.size, local))
+
+
+def _even_counts(rows: int, owned: Sequence[int], axis: Axis) -> list[int]:
+    """What a rank would read of a routing as even as can be, if all ranks had as many rows.
+
+    What is left of a rank's rows when every expert has as many goes to the experts after those that the ranks before it
+    have served, so that no expert's rank gets more than its share.
+    """
+    experts = sum(owned)
+    each, left = divmod(rows, experts)
+    sent = [
+        [each + ((expert - rank * rows) % experts < left) for expert in range(experts)] for rank in range(axis.size)
+    ]
+    first = sum(owned[: axis.rank])
+    received = [count for of_rank in sent for count in of_rank[first : first + owned[axis.rank]]]
+    return sent[axis.rank] + received

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from parallel_plans.boundary import Arguments, Boundary, Forward, Keywords, Site, change_first
+from parallel_plans.collectives import Axis, declare
 from parallel_plans.forks import remember_replicated, replicate_once, replicate_pair, whole_of
 from parallel_plans.layouts import Split
 
@@ -53,10 +54,10 @@ class Ownership:
         return local, absent
 
 
-def masked_routes(ids: Tensor, weights: Tensor, owned: Ownership) -> tuple[Tensor, Tensor]:
+def masked_routes(ids: Tensor, weights: Tensor, owned: Ownership, axis: Axis) -> tuple[Tensor, Tensor]:
     """The routes to this rank's experts, the others with the sentinel for an id and zero for a weight."""
     local, absent = owned.local_ids(ids, identities_here=owned.rank == 0)
-    return local, weights.masked_fill(absent, 0)
+    return declare(local, axis, "V"), declare(weights.masked_fill(absent, 0), axis, "V")
 
 
 def is_ids(value: Any) -> bool:
@@ -123,7 +124,7 @@ class RouterBoundary(Boundary):
         # the experts most often take what their router takes, and their gradients come at the same time
         items[weights] = replicate_pair(hidden, whole, self.site.axis)[1]
         if self.owned is not None:
-            items[ids], items[weights] = masked_routes(items[ids], items[weights], self.owned)
+            items[ids], items[weights] = masked_routes(items[ids], items[weights], self.owned, self.site.own)
             remember_replicated(items[weights], self.site.axis, whole)
 
     def _columns(self, items: list[Any]) -> None:
@@ -133,7 +134,7 @@ class RouterBoundary(Boundary):
         whole = items[at]
         items[at] = self._used(whole)
         if self.owned is not None:
-            items[at] = items[at].narrow(-1, self.owned.start, self.owned.count)
+            items[at] = declare(items[at].narrow(-1, self.owned.start, self.owned.count), self.site.own, "V")
             remember_replicated(items[at], self.site.axis, whole)
 
     def _stretch(self, items: list[Any], at: int) -> None:

@@ -37,7 +37,7 @@ class Style:
         after: parameters hidden from the forward and added to the output once it is delivered (a rowwise bias).
         ndims: how many dims a parameter it reaches may have; empty: any.
         stacked: dim 0 of a parameter counts experts, so that `matrix` is for three dims and `vector` for two.
-        serves: the kinds of module it can stand on (`linear`, `embedding`); empty: any.
+        serves: the kinds of module it can stand on (`linear`, `embedding`, `convolution`, `other`); empty: any.
         options: option -> kind of value (see plans/SPEC.md).
         defaults: option -> value, where a rule does not give it.
         boundary: the class that runs at the module's boundary; None: `Boundary`, which does what the letters say.
@@ -47,6 +47,8 @@ class Style:
         role: its part among experts: `weight` deals them out, `router` says which tokens go where, `experts` runs
             them, `identity` is one without weights, `block` stands around all of these; None: it knows nothing of them.
         local_count: the attribute of a module that becomes this rank's number of experts, where it has one.
+        wants_split: where a parameter must be split for its sums to make sense: `below` the module it stands on, or
+            `around` it; None: nowhere.
     """
 
     name: str
@@ -70,6 +72,7 @@ class Style:
     sections: tuple[str, ...] = ("tp_plan", "sp_plan")
     role: str | None = None
     local_count: str | None = None
+    wants_split: str | None = None
 
     def __post_init__(self) -> None:
         for letter in (self.arrives, self.needs, self.leaves, self.delivers, self.whole_as):
@@ -80,6 +83,16 @@ class Style:
     def shards(self) -> bool:
         """Whether it splits any parameter."""
         return self.matrix is not None or self.vector is not None
+
+    @property
+    def makes_partial(self) -> bool:
+        """Whether what is computed with the parameters that it splits is a partial sum."""
+        return self.shards and "P" in (self.leaves, self.whole_as)
+
+    @property
+    def only_counts(self) -> bool:
+        """Whether it does nothing but change the numbers that a module keeps."""
+        return "counts" in self.options and not (self.shards or self.acts_on_forward)
 
     @property
     def acts_on_forward(self) -> bool:

@@ -23,6 +23,7 @@ register_style(
         module_only=True,
         sections=_WITH_DENSE,
         role="block",
+        wants_split="below",
     )
 )
 register_style(
@@ -85,6 +86,7 @@ register_style(
         module_only=True,
         sections=_WITH_DENSE,
         role="block",
+        wants_split="below",
     )
 )
 register_style(
@@ -94,6 +96,7 @@ register_style(
         whole_as="P",
         parameter_only=True,
         sections=ANYWHERE,
+        wants_split="around",
     )
 )
 register_style(
@@ -104,6 +107,7 @@ register_style(
         module_only=True,
         sections=("tp_plan", "sp_plan"),
         role="router",
+        wants_split="around",
     )
 )
 register_style(
@@ -117,6 +121,7 @@ register_style(
         module_only=True,
         sections=_WITH_DENSE,
         role="experts",
+        wants_split="below",
     ),
     "moe_tp_experts",
 )
@@ -139,5 +144,6 @@ register_style(
         boundary=IdentityExpertBoundary,
         module_only=True,
         role="identity",
+        wants_split="around",
     )
 )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from parallel_plans.boundary import Arguments, Boundary, Forward, Keywords, Site, change_first
-from parallel_plans.collectives import replicate
+from parallel_plans.collectives import declare, replicate, vouch
 from parallel_plans.sums import deliver_sum
 
 
@@ -36,12 +36,13 @@ class VocabularyBoundary(Boundary):
         def localize(tokens: Tensor) -> Tensor:
             nonlocal absent
             absent = (tokens < self.start) | (tokens >= self.stop)
-            return (tokens - self.start).masked_fill(absent, 0)
+            return declare((tokens - self.start).masked_fill(absent, 0), self.site.axis, "V")
 
         args, kwargs = change_first(localize, args, kwargs)
         output = forward(*args, **kwargs)
         assert absent is not None
-        return deliver_sum(output.masked_fill(absent.unsqueeze(-1), 0), self.site.axis, in_place=True)
+        own = vouch(output.masked_fill(absent.unsqueeze(-1), 0), self.site.axis, "P", "V")
+        return deliver_sum(own, self.site.axis, in_place=True)
 
 
 class RopePartBoundary(Boundary):
@@ -61,5 +62,6 @@ class IdentityExpertBoundary(Boundary):
     """`moe_identity_expert`: a module that passes its input on, in a block whose output is summed over the ranks."""
 
     def __call__(self, forward: Forward, args: Arguments, kwargs: Keywords) -> Any:
-        args, kwargs = change_first(lambda value: value / self.site.axis.size, args, kwargs)
+        axis = self.site.axis
+        args, kwargs = change_first(lambda value: vouch(value / axis.size, axis, "P", "P"), args, kwargs)
         return forward(*args, **kwargs)

@@ -127,6 +127,7 @@ register_style(
         needs="S(1)",
         leaves="S(1)",
         delivers="S(1)",
+        wants_split="around",
     )
 )
 register_style(Style(name="replicate", summary="whole on every rank", sections=ANYWHERE))
@@ -135,6 +136,7 @@ register_style(
         name="replicated_with_grad_allreduce",
         summary="whole on every rank, used on this rank's part of the data; gradients are summed",
         whole_as="R",
+        wants_split="around",
     )
 )
 register_style(
@@ -145,9 +147,18 @@ register_style(
         options=MappingProxyType({"rope": "size"}),
         defaults=MappingProxyType({"rope": "qk_rope_head_dim"}),
         boundary=RopePartBoundary,
+        wants_split="around",
     )
 )
-register_style(Style(name="all_reduce", summary="the output is summed over the ranks", leaves="P", module_only=True))
+register_style(
+    Style(
+        name="all_reduce",
+        summary="the output is summed over the ranks",
+        leaves="P",
+        module_only=True,
+        wants_split="below",
+    )
+)
 register_style(
     Style(
         name="local_params",
@@ -165,6 +176,8 @@ register_style(
         needs="S(-1)",
         leaves="S(-1)",
         delivers="S(-1)",
+        ndims=(1, 2),
+        serves=("other",),
         options=MappingProxyType({"unit": "units"}),
         boundary=ShardedNormBoundary,
         module_only=True,

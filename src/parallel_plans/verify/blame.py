@@ -61,18 +61,23 @@ class Rules:
 
     def at(self, name: str) -> Rule | None:
         """The rule on a module or parameter, on a parameter of its own, or else on what lies around it."""
-        while True:
-            if name in self.table.modules:
-                return self.table.modules[name][0].rule
-            if name in self.table.parameters:
-                return self.table.parameters[name].rule
-            info = self.table.spec.modules.get(name)
-            own = [self.table.parameters[each] for each in (() if info is None else info.parameters)]
-            if own:
-                return own[0].rule
-            if not name:
-                return None
-            name = name.rpartition(".")[0]
+        return rule_at(self.table, name)
+
+
+def rule_at(table: Table, name: str) -> Rule | None:
+    """The rule on a module or parameter, on a parameter of its own, or else on what lies around it."""
+    while True:
+        if name in table.modules:
+            return table.modules[name][0].rule
+        if name in table.parameters:
+            return table.parameters[name].rule
+        info = table.spec.modules.get(name)
+        own = [table.parameters[each] for each in (() if info is None else info.parameters)]
+        if own:
+            return own[0].rule
+        if not name:
+            return None
+        name = name.rpartition(".")[0]
 
 
 def suspects(run: Run) -> list[Suspect]:

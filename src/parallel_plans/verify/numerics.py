@@ -48,6 +48,7 @@ class Trial:
         batches: what it is called with, by each tp group.
         dispatch: whether tokens are sent to their experts in any case.
         saves: whether the weights are saved and loaded again, where the model is one of transformers.
+        layers: which layers of the model its own are.
         fits: whether another plan would fit the model at its own size; asked of what is proposed instead.
     """
 
@@ -57,15 +58,17 @@ class Trial:
     batches: Sequence[Inputs]
     dispatch: bool = False
     saves: bool = False
+    layers: tuple[int, ...] = ()
     fits: Callable[[Plan], bool] = lambda plan: True
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a trial gave: findings, and the collectives of all its ranks."""
+    """What trials gave: findings, and the collectives of all ranks of the first trial, which is kept."""
 
     findings: list[Finding]
     calls: list[Call]
+    trial: Trial | None = None
 
 
 class ModelFailed(Exception):

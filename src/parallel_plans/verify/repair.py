@@ -22,7 +22,8 @@ from parallel_plans.verify.compare import GRADIENTS, REFUSED, RIGHT, Run, reache
 from parallel_plans.verify.numerics import Trial, run_trial
 
 SECONDS = 4.0  # of computing in which other rules are tried
-MORE = 1.0  # of them once one has worked
+MORE = 0.5  # of them once one has worked
+SHARES = 20  # how finely the share of a model that is split is compared
 _CATCH_ALL = "**"
 
 
@@ -113,7 +114,8 @@ def is_right(repair: Repair) -> bool:
 
 
 def _worth(repair: Repair) -> tuple[int, int]:
-    return repair.table.sharded_bytes, -_said(repair)
+    share = repair.table.sharded_bytes / max(repair.table.spec.bytes, 1)
+    return round(share * SHARES), -_said(repair)  # a bias more or less does not count
 
 
 def _said(repair: Repair) -> int:
@@ -141,9 +143,10 @@ def _changes(trial: Trial, run: Run, likely: bool) -> Iterator[Repair]:
 
 
 def _usual(suspect: Suspect, table: Table) -> set[str]:
-    """The styles that the plan has on things of the suspect's kind, and those that leave such a thing whole."""
+    """The styles that are for things of the suspect's kind, or that the plan has on such, or that leave them whole."""
     kind = _kind(suspect.name, table.spec)
     found = {style.name for style, _ in styles() if style.module_only == (kind == "empty") and not style.options}
+    found |= {style.name for style, _ in styles() if kind in style.serves and "parts" not in style.defaults}
     for name, entry in table.parameters.items():
         kinds = (_kind(name, table.spec), _kind(name.rpartition(".")[0], table.spec))
         found |= {get_style(use.rule.style).name for use in entry.uses if kind in kinds}
@@ -213,7 +216,7 @@ def _options(style: Style, suspect: Suspect, plan: Plan, spec: ModelSpec) -> Ite
     like = _like(style, suspect, plan, spec)
     own = {} if suspect.rule is None else dict(suspect.rule.options)
     kept = {name: value for name, value in own.items() if name in style.options}
-    told: list[Mapping[str, object]] = [kept, *like, {}]
+    told: list[Mapping[str, object]] = [*([kept] if kept else []), *like, {}]
     told += [{**kept, name: value} for rule in like for name, value in rule.items()]
     told += [{name: value for name, value in kept.items() if name != left} for left in kept]
     if suspect.name in spec.parameters and len(spec.parameters[suspect.name].shape) > 2:
@@ -228,10 +231,10 @@ def _options(style: Style, suspect: Suspect, plan: Plan, spec: ModelSpec) -> Ite
 
 
 def _like(style: Style, suspect: Suspect, plan: Plan, spec: ModelSpec) -> Sequence[Mapping[str, object]]:
-    """Options of this style's kind on other rules beside the suspect's: on weights of the same shape first."""
+    """Options of this style's kind on rules beside the suspect's: on weights of its shape first, then the short."""
     around = wildcarded(suspect.name).rpartition(".")[0]
     shape = _shape(suspect.name, spec)
-    found: list[tuple[bool, bool, Mapping[str, object]]] = []
+    found: list[tuple[tuple[bool, bool, int], Mapping[str, object]]] = []
     for rule in plan.rules(suspect.section):
         options = {name: value for name, value in rule.options.items() if name in style.options}
         beside = rule.pattern.rpartition(".")[0] in (around, around.rpartition(".")[0])
@@ -240,8 +243,8 @@ def _like(style: Style, suspect: Suspect, plan: Plan, spec: ModelSpec) -> Sequen
                 Pattern.of(rule.pattern).matches(name) and _shape(name, spec) == shape
                 for name in (*spec.modules, *spec.parameters)
             )
-            found.append((not alike, rule.style != style.name, options))
-    return [options for _, _, options in sorted(found, key=lambda each: each[:2])]
+            found.append(((not alike, rule.style != style.name, len(written(rule))), options))
+    return [options for _, options in sorted(found, key=lambda each: each[0])]
 
 
 def _shape(name: str, spec: ModelSpec) -> tuple[int, ...] | None:

@@ -6,9 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from parallel_plans.errors import Finding
+from parallel_plans.model_spec import ModelSpec
+from parallel_plans.table import Table
+from parallel_plans.verify.cost import Cost
+from parallel_plans.verify.flow import Flow
 
 LEVELS = ("accounting", "geometry", "layouts", "numerics")
-NOT_RUN, PASSED, FAILED = "not run", "passed", "failed"
+NOT_RUN, PASSED, FAILED, UNPROVEN = "not run", "passed", "failed", "unproven"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +34,18 @@ class Traffic:
     bytes: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class Simulated:
+    """What numerics ran: as many ranks by axis, these layers of the model, each number of its config that was shrunk.
+
+    `sizes` are field -> (in the model, in the shrunken one).
+    """
+
+    ranks: Mapping[str, int]
+    layers: tuple[int, ...]
+    sizes: Mapping[str, tuple[int, int]]
+
+
 @dataclass(kw_only=True)
 class Report:
     """One verification.
@@ -38,12 +54,19 @@ class Report:
         target: what was asked about, for people.
         plan: where the plan comes from.
         mesh: axis -> ranks, as asked.
-        levels: level -> `passed`, `failed` or `not run`; a level that could not be run says why among the findings.
+        levels: level -> `passed`, `failed`, `unproven` (nothing wrong found, but some operation has no rule) or `not
+            run`; a level that could not be run says why among the findings.
         findings: what is wrong (`error`) or worth knowing (`warning`), in the order of the levels.
         parameters: bytes, at the model's own size; zeros where the plan does not fit.
-        forward, backward: the collectives of one rank in the trial of the shrunken model: a step, a continuation, and
-            the gathering of weights and gradients. Those of a step at the model's own size are not estimated yet.
+        forward, backward: the collectives of one rank in one training step, at the model's own size; empty where `cost`
+            is None.
+        cost: what the plan costs a rank.
+        no_cost: why `cost` is None, where it was asked for.
         strict: whether a warning makes the plan unsound too.
+        spec: the model's names and shapes; None where nobody gave them.
+        table: the resolved plan, at the model's own size; None where it does not fit.
+        flow: a step at the model's real widths; None where the level `layouts` did not come that far.
+        simulated: what the level `numerics` ran; None where it did not.
     """
 
     target: str
@@ -54,7 +77,13 @@ class Report:
     parameters: Parameters = field(default_factory=Parameters)
     forward: Sequence[Traffic] = ()
     backward: Sequence[Traffic] = ()
+    cost: Cost | None = None
+    no_cost: str | None = None
     strict: bool = False
+    spec: ModelSpec | None = None
+    table: Table | None = None
+    flow: Flow | None = None
+    simulated: Simulated | None = None
 
     @property
     def ok(self) -> bool:
@@ -86,4 +115,5 @@ class Report:
                 ]
                 for direction, traffic in (("forward", self.forward), ("backward", self.backward))
             },
+            "cost": {"missing": self.no_cost} if self.cost is None else self.cost.to_dict(),
         }

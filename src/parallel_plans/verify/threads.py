@@ -55,7 +55,7 @@ def run_on_threads(function: Callable[[int], Result], ranks: int, seconds: float
                 results[rank] = function(rank)
             except BaseException as error:
                 errors[rank] = error
-                group.exception_handle(error)  # wakes the others
+                _wake(group)  # the others, which wait for this one
             finally:
                 with suppress(Exception):  # after an error there may be nothing left to destroy
                     dist.destroy_process_group()
@@ -65,7 +65,7 @@ def run_on_threads(function: Callable[[int], Result], ranks: int, seconds: float
             thread.start()
         hung = watch.wait(threads, seconds)
         if hung is not None:
-            group.exception_handle(hung)
+            _wake(group)
             for thread in threads:
                 thread.join(timeout=1)
     # a rank that was woken by another's error has an error of its own that says less
@@ -73,6 +73,17 @@ def run_on_threads(function: Callable[[int], Result], ranks: int, seconds: float
     if told or hung is not None or errors:
         raise (*told, *([] if hung is None else [hung]), *errors.values())[0]
     return [results[rank] for rank in range(ranks)]
+
+
+def _wake(group: Any) -> None:
+    """Has every rank that waits in a collective leave it."""
+    group._terminate.set()
+    with group._coll_lock:
+        collectives = list(group._cur_coll_on_pgs.values())
+    for collective in collectives:
+        for condition in (collective._start_cond, collective._done_cond):
+            with condition:
+                condition.notify_all()
 
 
 @contextmanager
@@ -135,7 +146,7 @@ class _Watch:
 @contextmanager
 def _watched(group: Any) -> Iterator[_Watch]:
     """Inside the block it is known which rank waits in which collective, and ranks that differ in it are refused."""
-    from torch.testing._internal.distributed.multi_threaded_pg import Collective
+    from torch.testing._internal.distributed.multi_threaded_pg import Collective, ret_work
 
     watch = _Watch()
     start, join = group.__dict__["_start_coll"], Collective.join
@@ -153,6 +164,10 @@ def _watched(group: Any) -> Iterator[_Watch]:
         watch.joined[thread] = self
         try:
             return join(self, rank, data)
+        except SystemExit:
+            if not self._done:
+                raise
+            return ret_work(data)  # it was over before another rank failed: this one goes on as far as it can
         finally:
             del watch.joined[thread]
 

@@ -28,6 +28,7 @@ from parallel_plans.verify.shrinking.tree import config_from, each_number, field
 from parallel_plans.verify.weights import example_batch, random_model
 from parallel_plans.views import EXPERT_AXIS, Views
 
+TWO = Views(world=2, tp=2, etp=2)
 ODD_ROLES = ("width", "expert width")
 SEEDS, FEW = 12, 2  # short batches to choose from, and their tokens
 
@@ -72,17 +73,19 @@ def tried(plan: Plan, table: Table, subject: Any, views: Views, dispatch: bool) 
     """
     trials = _of_own if isinstance(subject, OwnModel) else _of_config
     calls: list[Call] | None = None
+    first: Trial | None = None
     name = table.spec.model_type or "the model"
     try:
-        for trial, even in trials(plan, table.spec, subject, views, dispatch):
+        for trial, even in trials(plan, table, subject, views, dispatch):
             _check_fits(trial)
+            first = first or trial
             outcome = check_numerics(trial)
             calls = outcome.calls if calls is None else calls
             if outcome.findings:
-                return Outcome(findings=_weighed(outcome.findings, even, table), calls=calls)
+                return Outcome(findings=_weighed(outcome.findings, even, table), calls=calls, trial=first)
     except ModelFailed as error:
         raise CannotTry(f"{name} does not run by itself, in one process: {error}") from None
-    return Outcome(findings=[], calls=calls or [])
+    return Outcome(findings=[], calls=calls or [], trial=first)
 
 
 def _check_fits(trial: Trial) -> None:
@@ -95,12 +98,12 @@ def _check_fits(trial: Trial) -> None:
 Trials = Iterator[tuple[Trial, Trial | None]]  # each with the same in even sizes, where its own are odd
 
 
-def _of_config(plan: Plan, spec: ModelSpec, config: Any, views: Views, dispatch: bool) -> Trials:
+def _of_config(plan: Plan, table: Table, config: Any, views: Views, dispatch: bool) -> Trials:
     try:
-        tiny = shrunken(config, trial_views(views).sizes).config
+        small_one = shrunken(config, trial_views(views).sizes)
     except CannotShrink as error:
         raise CannotTry(str(error)) from None
-    small = trial_views(views)
+    tiny, small = small_one.config, trial_views(views)
     texts = [_text(example_batch(tiny, seed=index)) for index in range(small.world // small.tp)]
     usual = Trial(
         plan=plan,
@@ -108,10 +111,11 @@ def _of_config(plan: Plan, spec: ModelSpec, config: Any, views: Views, dispatch:
         model=random_model(tiny),
         batches=texts,
         dispatch=dispatch,
-        fits=_fitting(spec, views, dispatch),
+        layers=small_one.layers,
+        fits=_fitting(table.spec, views, dispatch),
     )
     yield usual, None
-    yield _seldom(usual, tiny)
+    yield _seldom(usual, tiny, table)
 
 
 def _fitting(spec: ModelSpec, views: Views, dispatch: bool) -> Callable[[Plan], bool]:
@@ -127,7 +131,7 @@ def _fitting(spec: ModelSpec, views: Views, dispatch: bool) -> Callable[[Plan], 
     return fits
 
 
-def _of_own(plan: Plan, spec: ModelSpec, own: OwnModel, views: Views, dispatch: bool) -> Trials:
+def _of_own(plan: Plan, table: Table, own: OwnModel, views: Views, dispatch: bool) -> Trials:
     small = trial_views(views)
     try:
         model, inputs = own.made_real()
@@ -140,7 +144,7 @@ def _of_own(plan: Plan, spec: ModelSpec, own: OwnModel, views: Views, dispatch: 
             model=model,
             batches=[inputs] * (small.world // small.tp),
             dispatch=dispatch,
-            fits=_fitting(spec, views, dispatch),
+            fits=_fitting(table.spec, views, dispatch),
         ),
         None,
     )
@@ -150,8 +154,11 @@ def _text(batch: Mapping[str, Tensor], prompt: int | None = None) -> Inputs:
     return Inputs(kwargs=batch, prompt=batch["input_ids"][:, :prompt])
 
 
-def _seldom(usual: Trial, config: Any) -> tuple[Trial, Trial | None]:
+def _seldom(usual: Trial, config: Any, table: Table) -> tuple[Trial, Trial | None]:
     """The second trial, as much of it as the model allows, and the same in even sizes."""
+    uneven = Views(world=3, tp=3, etp=3)  # what was made small for 2 ranks is dealt unevenly over 3
+    if usual.views.sizes == TWO.sizes and _is_uneven("", table) and _resolves(usual, usual.model, uneven):
+        usual = replace(usual, views=uneven)
     odd = _odd_model(usual, config)
     trial = replace(usual, saves=True, model=usual.model if odd is None else odd)
     few = _few_tokens(trial)
@@ -173,11 +180,15 @@ def _odd_model(usual: Trial, config: Any) -> Any:
         return None
     try:
         model = random_model(config_from(type(config), changed), seed=1)
-        resolve(usual.plan, describe(model), usual.views.sizes, dispatch=usual.dispatch)
         truths_of(replace(usual, model=model, batches=usual.batches[:1]))
-    except Exception:  # of the model's own code, which may not allow such sizes, as the plan may not
+    except Exception:  # of the model's own code, which may not allow such sizes
         return None
-    return model
+    return model if _resolves(usual, model, usual.views) else None
+
+
+def _resolves(trial: Trial, model: Any, views: Views) -> bool:
+    """Whether the plan fits a model on these ranks."""
+    return _fitting(describe(model), views, trial.dispatch)(trial.plan)
 
 
 def _few_tokens(trial: Trial) -> Inputs | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,14 +12,21 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from parallel_plans.errors import Finding, PlanError
 from parallel_plans.lookup import PlanSource, carried_by, find_plan, with_experts
 from parallel_plans.mesh import views_for
-from parallel_plans.model_spec import ModelSpec, describe
+from parallel_plans.model_spec import ModelSpec, config_fields, describe
 from parallel_plans.plan import Plan
 from parallel_plans.resolve import resolve
 from parallel_plans.table import Table
+from parallel_plans.verify.accounting import check_accounting
+from parallel_plans.verify.cost import CostQuestion
+from parallel_plans.verify.followed import followed, not_followed
+from parallel_plans.verify.geometry import check_geometry
 from parallel_plans.verify.own import OwnModel
-from parallel_plans.verify.report import LEVELS, PASSED, Parameters, Report, Traffic
-from parallel_plans.verify.trial import CannotTry, trial_views, tried
+from parallel_plans.verify.pricing import cost_of, mesh_of, traffic_of
+from parallel_plans.verify.report import FAILED, LEVELS, PASSED, UNPROVEN, Parameters, Report, Simulated
+from parallel_plans.verify.trial import CannotTry, tried
 from parallel_plans.views import Views
+
+USUAL = CostQuestion()
 
 
 def verify_plan(
@@ -33,6 +41,7 @@ def verify_plan(
     name: str | None = None,
     strict: bool = False,
     inputs: Any = None,
+    cost: CostQuestion | None = USUAL,
 ) -> Report:
     """What is right and wrong about a plan for a model on so many ranks, found without any of them.
 
@@ -47,6 +56,7 @@ def verify_plan(
         inputs: what to call a model of one's own with: keyword arguments, or a tuple of positional ones; its
             `dummy_inputs` where it is None. A causal language model of transformers needs none: a small one of its kind
             is made for the trial, while a model of one's own is run as it is.
+        cost: what is asked about the cost, which is worked out where the geometry passes; None for nothing.
 
     Raises:
         LaunchError: the sizes do not fit together (PP702), or there is no plan (PP704).
@@ -56,8 +66,8 @@ def verify_plan(
     views = views_for(tp, ep, etp)
     model, subject = _model_and_subject(target, inputs)
     spec = describe(model)
-    mesh = {"tp": views.tp, "ep": views.ep, **({"etp": views.etp} if views.ep > 1 else {})}
-    report = Report(target=name or spec.model_type or type(model).__name__, plan=str(plan), mesh=mesh, strict=strict)
+    called = name or spec.model_type or type(model).__name__
+    report = Report(target=called, plan=str(plan), mesh=mesh_of(views), strict=strict, spec=spec)
     try:
         found = with_experts(find_plan(plan, spec, carried_by(model), lambda: None), ep_plan)
     except PlanError as error:
@@ -65,10 +75,15 @@ def verify_plan(
         return report
     report.plan = found.source
     table = _settle_shapes(report, found, spec, views, ep_plan == "dispatch")
-    if table is not None:
-        report.parameters = _parameters(table, views)
-    if level == "numerics" and table is not None:
-        _settle_numerics(report, found, table, subject, views, ep_plan == "dispatch")
+    if table is None:
+        return report
+    question = _Question(plan=found, table=table, subject=subject, views=views, dispatch=ep_plan == "dispatch")
+    report.table, report.parameters = table, _parameters(table, views)
+    if cost is not None and level != "accounting":
+        question.add_cost(report, cost)
+    for each, settle in (("layouts", question.settle_layouts), ("numerics", question.settle_numerics)):
+        if LEVELS.index(each) <= LEVELS.index(level):
+            settle(report)
     return report
 
 
@@ -94,8 +109,9 @@ def _settle_shapes(report: Report, plan: Plan, spec: ModelSpec, views: Views, di
         if by_level["geometry"]:
             report.settle("geometry", by_level["geometry"])
         return None
-    report.levels |= {"accounting": PASSED, "geometry": PASSED}
-    return table
+    report.settle("accounting", check_accounting(table))
+    report.settle("geometry", check_geometry(table))
+    return None if FAILED in report.levels.values() else table
 
 
 def _parameters(table: Table, views: Views) -> Parameters:
@@ -103,24 +119,55 @@ def _parameters(table: Table, views: Views) -> Parameters:
     return Parameters(total_bytes=table.spec.bytes, sharded_bytes=table.sharded_bytes, per_rank_bytes=tuple(held))
 
 
-def _settle_numerics(report: Report, plan: Plan, table: Table, subject: Any, views: Views, dispatch: bool) -> None:
-    try:
-        outcome = tried(plan, table, subject, views, dispatch)
-    except CannotTry as problem:
-        report.findings.append(problem.finding)
-        return
-    report.settle("numerics", outcome.findings)
-    ranks = trial_views(views).world
-    for backward in (False, True):
-        traffic: dict[tuple[str, str], list[int]] = {}
-        for call in outcome.calls:
-            if call.backward is backward:
-                traffic.setdefault((call.op, call.axis), []).append(call.bytes)
-        told = [
-            Traffic(op=op, axis=axis, count=len(each) // ranks, bytes=sum(each) // ranks)
-            for (op, axis), each in sorted(traffic.items())
-        ]
-        if backward:
-            report.backward = told
-        else:
-            report.forward = told
+class _Question:
+    """A plan that fits, and what it is asked about: what is run is made from `subject`."""
+
+    def __init__(self, *, plan: Plan, table: Table, subject: Any, views: Views, dispatch: bool) -> None:
+        self.plan, self.table, self.subject, self.views, self.dispatch = plan, table, subject, views, dispatch
+
+    def add_cost(self, report: Report, question: CostQuestion) -> None:
+        """The cost, or why there is none: that a model cannot be run says nothing about its plan."""
+        if isinstance(self.subject, OwnModel):
+            report.no_cost = "a model of one's own is not run at another size than it has"
+            return
+        try:
+            report.cost = cost_of(question, self.subject, self.table, self.views, self.dispatch)
+        except Exception as error:  # the code of a model raises any kind
+            report.no_cost = f"the model could not be traced: {type(error).__name__}: {error}"
+            return
+        report.forward, report.backward = (traffic_of(report.cost.passes[name]) for name in ("forward", "backward"))
+
+    def settle_layouts(self, report: Report) -> None:
+        """How values lie, or why it could not be followed."""
+        if self.views.world == 1:
+            return
+        try:
+            found = followed(self.plan, self.subject, self.views, self.dispatch)
+        except Exception as error:  # as above
+            report.findings.append(not_followed(error))
+            return
+        report.flow = found.flow
+        report.settle("layouts", found.findings)
+        if report.levels["layouts"] == PASSED and not found.is_proven:
+            report.levels["layouts"] = UNPROVEN
+
+    def settle_numerics(self, report: Report) -> None:
+        """Whether a small model computes the same, or why it could not be run."""
+        try:
+            outcome = tried(self.plan, self.table, self.subject, self.views, self.dispatch)
+        except CannotTry as problem:
+            report.findings.append(problem.finding)
+            return
+        report.settle("numerics", outcome.findings)
+        small = outcome.trial
+        if small is not None and not isinstance(self.subject, OwnModel):
+            report.simulated = Simulated(
+                ranks={axis: size for axis, size in small.views.sizes.items() if axis in report.mesh},
+                layers=small.layers,
+                sizes=_shrunk(config_fields(self.subject), config_fields(small.model.config)),
+            )
+
+
+def _shrunk(fields: Mapping[str, int], small: Mapping[str, int]) -> dict[str, tuple[int, int]]:
+    """Field -> its number in both configs, where these differ."""
+    return {name: (fields[name], size) for name, size in small.items() if fields.get(name, size) != size}

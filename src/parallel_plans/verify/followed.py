@@ -1,0 +1,84 @@
+"""What the level `layouts` runs: a model at its real widths, or where its code looks at values, a small one."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from parallel_plans.errors import Finding
+from parallel_plans.plan import Plan
+from parallel_plans.verify.layouts import Layouts, check_layouts
+from parallel_plans.verify.own import OwnModel
+from parallel_plans.verify.real_size import FewLayers, Subject, causal_lm, few_layers, tokens_of
+from parallel_plans.verify.shrink import CannotShrink, shrunken
+from parallel_plans.verify.trial import trial_views
+from parallel_plans.views import Views
+
+TOKENS = (2, 32)  # batch and sequence: values lie the same way whatever these are
+
+
+def followed(plan: Plan, subject: Any, views: Views, dispatch: bool) -> Layouts:
+    """What following a step finds; `subject` is the config of a causal language model, or an `OwnModel`.
+
+    Raises:
+        ValueError: there is nothing that can be run.
+    """
+    if isinstance(subject, OwnModel):
+        return _of_own(plan, subject, views, dispatch)
+    few = few_layers(subject)
+
+    def run(config: Any, ranks: Views, *, computes: bool) -> Subject:
+        make = _seeded(config) if computes else (lambda: causal_lm(config))
+        return Subject(
+            plan=plan, views=ranks, make=make, inputs=tokens_of(*TOKENS), dispatch=dispatch, computes=computes
+        )
+
+    found = check_layouts(run(few.config, views, computes=False), _times(few))
+    if not found.depends_on_values:
+        return found
+    small = trial_views(views)
+    try:
+        tiny = shrunken(subject, small.sizes).config
+    except CannotShrink:
+        return found
+    again = check_layouts(run(tiny, small, computes=True), {})
+    return again if again.is_proven and not found.errors else found
+
+
+def _seeded(config: Any) -> Callable[[], nn.Module]:
+    """Makes the same small model every time, with weights that route tokens to all experts."""
+
+    def make() -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return causal_lm(copy.deepcopy(config), dtype=torch.float32)
+
+    return make
+
+
+def _times(few: FewLayers) -> dict[str, int]:
+    return {f"{stack}.{layer}": times for stack in few.stacks for layer, times in enumerate(few.times)}
+
+
+def _of_own(plan: Plan, subject: OwnModel, views: Views, dispatch: bool) -> Layouts:
+    model, inputs = subject.made_real()
+    run = Subject(
+        plan=plan,
+        views=views,
+        make=lambda: copy.deepcopy(model),
+        inputs=inputs.kwargs,
+        positional=inputs.args,
+        dispatch=dispatch,
+        computes=True,
+    )
+    return check_layouts(run, {})
+
+
+def not_followed(error: Exception) -> Finding:
+    """The finding that the level could not be run."""
+    message = f"layouts could not be run: {type(error).__name__}: {error}"
+    return Finding(code="PP407", severity="warning", level="layouts", message=message)

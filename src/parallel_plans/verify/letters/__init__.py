@@ -1,0 +1,1 @@
+"""How values lie on the ranks, followed through every operation of a step: `I`, `S(d)`, `P`, and what does not fit."""

@@ -1,0 +1,91 @@
+"""The table: operation of torch's inner set -> what it makes of values that are not whole.
+
+An operation of whole values gives whole values; it needs no rule. One that stands neither here nor among those that
+work element by element has none: what it gives is unproven.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from parallel_plans.verify.letters import contractions, picking, reductions, views
+from parallel_plans.verify.letters.operation import Operation
+from parallel_plans.verify.letters.pointwise import pointwise
+
+Rule = Callable[[Operation], Any]  # a lay, or one for every result
+
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(("view", "_unsafe_view", "reshape", "_reshape_alias", "view_copy"), views.viewed),
+    **dict.fromkeys(("transpose", "t", "transpose_copy", "t_copy"), views.transposed),
+    **dict.fromkeys(("detach", "alias", "detach_"), views.same),
+    "copy_": views.copied,
+    "permute": views.permuted,
+    "unsqueeze": views.unsqueezed,
+    "squeeze": views.squeezed,
+    "expand": views.expanded,
+    "repeat": views.repeated,
+    "slice": views.sliced,
+    "select": views.selected,
+    **dict.fromkeys(("split", "split_with_sizes", "chunk"), views.split),
+    "unbind": views.unbound,
+    "slice_backward": views.slice_gradient,
+    "select_backward": views.select_gradient,
+    "constant_pad_nd": views.padded,
+    **dict.fromkeys(("flip", "roll"), views.flipped),
+    **dict.fromkeys(("tril", "triu"), views.triangle),
+    **dict.fromkeys(("mm", "bmm", "mv", "dot"), contractions.product),
+    **dict.fromkeys(("addmm", "baddbmm", "addmv"), contractions.added_product),
+    "_grouped_mm": contractions.grouped,
+    "convolution": contractions.convolved,
+    "convolution_backward": contractions.convolution_gradient,
+    "sum": reductions.summed_up,
+    "mean": reductions.mean,
+    **dict.fromkeys(
+        ("amax", "amin", "max", "min", "argmax", "argmin", "var", "std", "var_mean", "any", "all", "prod", "logsumexp"),
+        reductions.statistic,
+    ),
+    "linalg_vector_norm": reductions.statistic,
+    **dict.fromkeys(
+        ("_softmax", "_log_softmax", "_safe_softmax", "topk", "sort", "cumsum", "argsort", "cumprod"), reductions.along
+    ),
+    **dict.fromkeys(("_softmax_backward_data", "_log_softmax_backward_data"), reductions.softmax_gradient),
+    **dict.fromkeys(("native_layer_norm", "_fused_rms_norm"), reductions.norm),
+    "native_layer_norm_backward": reductions.norm_gradient,
+    "embedding": picking.looked_up,
+    "embedding_dense_backward": picking.lookup_gradient,
+    **dict.fromkeys(("index", "_unsafe_index"), picking.indexed),
+    "index_select": picking.index_selected,
+    **dict.fromkeys(("index_put", "index_put_", "_index_put_impl_", "_unsafe_index_put"), picking.index_put),
+    "gather": picking.gathered,
+    **dict.fromkeys(
+        ("scatter", "scatter_", "scatter_add", "scatter_add_", "index_add", "index_add_", "index_copy"),
+        picking.scattered,
+    ),
+    **dict.fromkeys(("view_as_complex", "view_as_real"), views.as_complex),
+    "linalg_solve_triangular": contractions.solved,
+    "cat": picking.joined,
+    "stack": picking.stacked,
+}
+
+# Operations that give the same number at every place, and those that give numbers nobody sees.
+UNIFORM = frozenset(
+    {"ones", "full", "new_ones", "new_full", "ones_like", "full_like", "scalar_tensor", "fill_", "fill"}
+)
+ZERO = frozenset({"zeros", "new_zeros", "zeros_like", "empty", "new_empty", "empty_like", "empty_strided", "zero_"})
+ZERO |= {"new_empty_strided"}
+
+# Element by element, though torch does not say so of them.
+_POINTWISE = frozenset(
+    {"clone", "_to_copy", "lift_fresh", "native_dropout", "where", "masked_fill"}
+    | {"masked_fill_", "_conj", "native_dropout_backward", "zeros_like"}
+)
+
+
+def rule_of(function: Any, name: str) -> Rule | None:
+    """The rule of an operation of torch, or None."""
+    import torch
+
+    if name in RULES:
+        return RULES[name]
+    return pointwise if name in _POINTWISE or torch.Tag.pointwise in function.tags else None

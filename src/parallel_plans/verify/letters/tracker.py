@@ -1,0 +1,376 @@
+"""The mode that follows a step: every operation that torch runs, forward and backward, every change of letter."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any, cast
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from parallel_plans.collectives import Axis
+from parallel_plans.layouts import Split
+from parallel_plans.verify.flow import Mark
+from parallel_plans.verify.letters.lay import (
+    NOTHING,
+    Block,
+    Lay,
+    Mismatch,
+    NoRule,
+    Shard,
+    unknown,
+    varying,
+    whole,
+)
+from parallel_plans.verify.letters.operation import Operation, tensors_in
+from parallel_plans.verify.letters.picking import onto
+from parallel_plans.verify.letters.rules import UNIFORM, ZERO, rule_of
+from parallel_plans.verify.whereabouts import Whereabouts
+from parallel_plans.views import Views
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """An operation that does not fit: in which module, what, whether in backward."""
+
+    code: str
+    module: str
+    message: str
+    backward: bool
+
+
+def mesh_dims(views: Views) -> dict[str, frozenset[str]]:
+    """Axis -> the dims of the finest mesh that it is made of, by the steps between which they lie."""
+    pairs = list(pairwise(views.steps))
+    return {
+        axis: frozenset(f"{high}/{low}" for high, low in pairs if start <= low and high <= stop)
+        for axis, (start, stop) in views.spans.items()
+    }
+
+
+def shard_of(split: Split, over: frozenset[str], rank: int) -> Shard:
+    """The shard that a rank has of a dim: its ranges are its blocks, each of what all ranks have in that place."""
+    pieces = [[stop - start for start, stop in ranges] for ranges in split.ranges]
+    own = pieces[rank]
+    if all(len(each) == len(own) for each in pieces):
+        blocks = tuple(Block(size, sum(each[at] for each in pieces)) for at, size in enumerate(own))
+    else:
+        blocks = (Block(sum(own), split.size),)
+    return Shard(over=over, blocks=blocks)
+
+
+Seen = dict[tuple[str, bool], list[tuple[int, ...]]]  # module, in backward or not -> what its views gave, in order
+
+
+class ViewsSeen(TorchDispatchMode):
+    """What the views of a model give, module by module; asked for of the whole model, to know which dim is a part."""
+
+    def __init__(self, where: Whereabouts) -> None:
+        super().__init__()
+        self.where, self.seen = where, cast(Seen, {})
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if is_view(func._schema.name.partition("::")[2], args, output):
+            self.seen.setdefault((self.where(), self.where.is_backward), []).append(tuple(output.shape))
+        return output
+
+
+def is_view(name: str, args: tuple[Any, ...], output: Any) -> bool:
+    """Whether an operation gives the same elements in another shape."""
+    return name in ("view", "_unsafe_view", "reshape") and args[0].shape != output.shape
+
+
+class Tracker(TorchDispatchMode):
+    """How every tensor lies, from the parameters on; what does not fit; what nobody knows.
+
+    Args:
+        views: the ranks.
+        where: the module at work.
+        seen: what the views of the whole model give.
+
+    Attributes:
+        problems: what did not fit, in the order of the step.
+        unproven: operation without a rule -> the modules in which it met something that is not whole.
+        marks: the collectives, in the order of the step.
+        numbers: every operation with its numbers and its module, to be compared with another rank's.
+    """
+
+    def __init__(self, views: Views, where: Whereabouts, seen: Seen | None = None) -> None:
+        super().__init__()
+        self.views, self.where, self.dims = views, where, mesh_dims(views)
+        self._seen, self._views_done = seen or {}, cast(dict[tuple[str, bool], int], {})
+        self.problems: list[Problem] = []
+        self.unproven: dict[str, list[str]] = {}
+        self.marks: list[Mark] = []
+        self.numbers: list[tuple[str, str, tuple[Any, ...]]] = []
+        self._lays: dict[tuple[Any, ...], Lay] = {}
+        self._alive: list[Tensor] = []  # a place in memory is known by its storage, which must not go
+        self._storages: dict[int, set[tuple[Any, ...]]] = {}
+        self._slices: dict[tuple[Any, ...], tuple[Tensor, int]] = {}  # place -> what it is a slice of, in which dim
+        self._muted = 0
+        self._before: list[Lay] = []
+
+    # -- how tensors lie
+
+    @staticmethod
+    def _place(tensor: Tensor) -> tuple[Any, ...]:
+        storage: Any = tensor.untyped_storage()
+        return storage._cdata, tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
+
+    def lay(self, tensor: Tensor) -> Lay:
+        """How a tensor lies; whole where nothing else is known."""
+        return self._lays.get(self._place(tensor)) or whole(tensor.dim())
+
+    def put(self, tensor: Tensor, lay: Lay) -> None:
+        """Notes how a tensor lies."""
+        assert len(lay.shards) == tensor.dim(), (lay, tensor.shape)
+        place = self._place(tensor)
+        self._alive.append(tensor)
+        self._lays[place] = lay
+        self._storages.setdefault(place[0], set()).add(place)
+
+    # -- operations
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        output = func(*args, **kwargs)
+        if self._muted:
+            return output
+        name = func._schema.name.partition("::")[2]
+        self._note_numbers(name, args)
+        shape = self._whole_shape(name, args, output)
+        op = Operation(name=name, args=args, kwargs=kwargs, output=output, lay_of=self.lay, whole_shape=shape)
+        self._follow(func, op)
+        return output
+
+    def _whole_shape(self, name: str, args: tuple[Any, ...], output: Any) -> tuple[int, ...] | None:
+        """What this view gives in the whole model; None where no view there is it."""
+        if not is_view(name, args, output):
+            return None
+        key = self.where(), self.where.is_backward
+        at = self._views_done.get(key, 0)
+        lay = self.lay(args[0])
+        size = math.prod(n if s is None else s.whole or n for n, s in zip(args[0].shape, lay.shards, strict=True))
+        for later, shape in enumerate(self._seen.get(key, [])[at:], at):
+            if len(shape) == output.dim() and math.prod(shape) == size:
+                self._views_done[key] = later + 1
+                return shape
+        return None
+
+    def _note_numbers(self, name: str, args: tuple[Any, ...]) -> None:
+        numbers = tuple(arg for arg in args if isinstance(arg, (bool, int, float)))
+        self.numbers.append((name, self.where(), numbers))
+
+    def _follow(self, func: Any, op: Operation) -> None:
+        results = list(tensors_in(op.output))
+        if not results:
+            return
+        lays = [self.lay(tensor) for tensor in op.tensors]
+        written = _written(func, op)
+        if written is not None and op.name in ("copy_", "fill_", "zero_"):
+            lays = lays[1:]  # what was there is gone
+        if op.name == "slice":
+            self._slices[self._place(results[0])] = op.args[0], op.get(1, "dim", 0) % op.args[0].dim()
+        found = self._found(func, op, lays, results)
+        for result, lay in zip(results, found, strict=True):
+            if written is None or result is not written:
+                self._note(op, result, lay)
+                continue
+            try:
+                self._rewrite(op, written, lay)
+            except Mismatch as problem:
+                self.report(problem.code, str(problem))
+            except NoRule:
+                self._say_unproven(op)
+
+    def _note(self, op: Operation, result: Tensor, lay: Lay) -> None:
+        place = self._place(result)
+        if place in self._lays and not lay.is_unknown and any(result is tensor for tensor in op.tensors):
+            return  # the same tensor, handed back
+        if not lay.is_plain or place in self._lays:
+            self.put(result, lay)
+
+    def _found(self, func: Any, op: Operation, lays: list[Lay], results: list[Tensor]) -> list[Lay]:
+        """How each result lies."""
+        if any(lay.is_unknown for lay in lays):
+            return [unknown(result.dim()) for result in results]
+        over = NOTHING.union(*(lay.varies for lay in lays))
+        if over:
+            over = over.union(*(lay.partial | lay.over for lay in lays))
+            return [varying(result.dim(), over) for result in results]
+        if all(lay.is_plain for lay in lays) and op.name != "expand":
+            return [_made(op, result) for result in results]
+        try:
+            return self._by_rule(func, op, lays, results)
+        except Mismatch as problem:
+            self.report(problem.code, str(problem))
+        except NoRule:
+            self._say_unproven(op)
+        return [unknown(result.dim()) for result in results]
+
+    def _by_rule(self, func: Any, op: Operation, lays: list[Lay], results: list[Tensor]) -> list[Lay]:
+        if op.name in ZERO | UNIFORM:
+            return [_made(op, result) for result in results]
+        if any(lay.pieces for lay in lays) and op.name not in ("slice", "split", "split_with_sizes", "detach", "alias"):
+            raise Mismatch("PP302", f"{op.name}: something whole and a partial sum in one tensor")
+        rule = rule_of(func, op.name)
+        are_whole = all(lay.is_whole for lay in lays)
+        if rule is None:
+            if are_whole:
+                return [whole(result.dim()) for result in results]
+            raise NoRule
+        try:
+            lay = rule(op)
+        except (Mismatch, NoRule):
+            if are_whole:
+                return [whole(result.dim()) for result in results]
+            raise
+        found = [lay] * len(results) if isinstance(lay, Lay) else [each for each in lay if each is not None]
+        fitting = [
+            each if len(each.shards) == result.dim() else None for each, result in zip(found, results, strict=False)
+        ]
+        if len(fitting) != len(results) or None in fitting:
+            raise NoRule
+        return [each for each in fitting if each is not None]
+
+    def _rewrite(self, op: Operation, target: Tensor, lay: Lay) -> None:
+        """A tensor that was changed in place lies as what was written; so does what it is a slice of."""
+        place = self._place(target)
+        before = self.lay(target)
+        if lay != before:
+            self.put(target, lay)
+        if place in self._slices:
+            self._write_into(op, *self._slices[place], lay)
+        elif lay != before:
+            for other in self._storages.get(place[0], set()) - {place}:
+                if self._lays[other] != lay or not lay.is_plain:
+                    self._lays[other] = unknown(len(other[2]))
+
+    def _write_into(self, op: Operation, base: Tensor, dim: int, lay: Lay) -> None:
+        """What a tensor is once a slice of it, in a dim, has been written."""
+        before = self.lay(base)
+        if before.is_unknown or lay.is_unknown or before.varies or lay.varies:
+            if before.is_zero or lay != before:
+                over = before.varies | lay.varies
+                self.put(base, varying(base.dim(), over) if over and not lay.is_unknown else unknown(base.dim()))
+            return
+        if before.is_plain and lay.is_plain:
+            return
+        if lay.part(dim) is not None:
+            raise NoRule
+        self._rewrite(op, base, onto(op, before, lay.with_dim(dim, None)))
+
+    def report(self, code: str, message: str) -> None:
+        """Notes what does not fit, where it stands."""
+        problem = Problem(code=code, module=self.where(), message=message, backward=self.where.is_backward)
+        self.problems.append(problem)
+
+    def _say_unproven(self, op: Operation) -> None:
+        modules = self.unproven.setdefault(op.name, [])
+        if self.where() not in modules:
+            modules.append(self.where())
+
+    # -- changes of letter
+
+    def before(self, op: str, axis: Axis, value: Tensor) -> None:
+        """A change of letter begins: what it does inside is its own affair."""
+        self._before.append(self.lay(value))
+        self._muted += 1
+
+    def after(self, op: str, axis: Axis, value: Tensor, result: Tensor, where: tuple[Any, ...]) -> None:
+        """A change of letter has ended."""
+        self._muted -= 1
+        lay = self._before.pop()
+        name = op.removeprefix("_")
+        if not op.startswith("_"):
+            size = value.numel() * value.element_size()
+            mark = Mark(module=self.where(), op=op, axis=axis.name, bytes=size, backward=self.where.is_backward)
+            self.marks.append(mark)
+        over = self.dims[axis.name]
+        try:
+            self.put(result, lay if lay.is_unknown else _CHANGES[name](self, lay, over, axis, result, where))
+        except Mismatch as problem:
+            self.report(problem.code, str(problem))
+            self.put(result, unknown(result.dim()))
+
+    def declared(self, value: Tensor, axis: Axis, letter: str) -> None:
+        """A style vouches for a value."""
+        over, lay = self.dims[axis.name], self.lay(value)
+        if letter == "V":
+            self.put(value, varying(value.dim(), over | lay.varies | lay.partial | lay.over))
+        elif letter == "P":
+            self.put(value, replace(whole(value.dim()), partial=over | lay.partial - over))
+        else:
+            self.put(value, replace(lay, is_unknown=False, varies=lay.varies - over, partial=lay.partial - over))
+
+
+def _made(op: Operation, result: Tensor) -> Lay:
+    """The lay of what is made of nothing, or of what is whole."""
+    return replace(whole(result.dim()), is_zero=op.name in ZERO, is_uniform=op.name in UNIFORM | ZERO)
+
+
+def _written(func: Any, op: Operation) -> Tensor | None:
+    """The tensor that an operation changes in place, where it is its first argument."""
+    arguments = func._schema.arguments
+    info = arguments[0].alias_info if arguments else None
+    first = op.args[0] if op.args else None
+    return first if info is not None and info.is_write and isinstance(first, Tensor) else None
+
+
+def _reduced(tracker: Tracker, lay: Lay, over: frozenset[str], axis: Axis, result: Tensor, where: Any) -> Lay:
+    if lay.over & over:
+        raise Mismatch("PP303", f"all_reduce over {axis.name} adds up different parts of a value")
+    if not over <= lay.partial | lay.varies and not lay.is_zero:
+        raise Mismatch(
+            "PP301", f"all_reduce over {axis.name} of a value that is whole: it gets {axis.size} times too big"
+        )
+    return replace(lay, partial=lay.partial - over, varies=lay.varies - over)
+
+
+def _gathered(tracker: Tracker, lay: Lay, over: frozenset[str], axis: Axis, result: Tensor, where: Any) -> Lay:
+    dim = where[1]
+    if lay.varies & over:
+        return lay
+    shard = lay.shards[dim]
+    if shard is None or shard.over != over:
+        raise Mismatch("PP301", f"all_gather over {axis.name} of a value that is no part of one in dim {dim}")
+    if (shard.local, shard.whole) != (where[0].local_sizes[axis.rank], where[0].size):
+        raise Mismatch("PP303", f"all_gather over {axis.name} puts a dim of {shard} together as {where[0].size}")
+    return lay.with_dim(dim, None)
+
+
+def _scattered(tracker: Tracker, lay: Lay, over: frozenset[str], axis: Axis, result: Tensor, where: Any) -> Lay:
+    if lay.varies & over:
+        return lay
+    if not over <= lay.partial:
+        raise Mismatch("PP301", f"reduce_scatter over {axis.name} of a value that is whole")
+    return replace(lay, partial=lay.partial - over).with_dim(where[1], shard_of(where[0], over, axis.rank))
+
+
+def _taken(tracker: Tracker, lay: Lay, over: frozenset[str], axis: Axis, result: Tensor, where: Any) -> Lay:
+    if lay.varies & over:
+        return lay
+    if over & (lay.partial | lay.over):
+        raise Mismatch("PP302", f"a rank takes its part, over {axis.name}, of what is not whole")
+    return lay.with_dim(where[1], shard_of(where[0], over, axis.rank))
+
+
+def _exchanged(tracker: Tracker, lay: Lay, over: frozenset[str], axis: Axis, result: Tensor, where: Any) -> Lay:
+    return varying(result.dim(), over | lay.varies | lay.over | lay.partial)
+
+
+_CHANGES: dict[str, Callable[..., Lay]] = {
+    "all_reduce": _reduced,
+    "all_gather": _gathered,
+    "reduce_scatter": _scattered,
+    "all_to_all": _exchanged,
+    "own": _taken,
+}
