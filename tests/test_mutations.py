@@ -51,7 +51,7 @@ LIBERTIES = {
     "other split",
     "whole block",
 }
-SLICE = (("llama", "tp2", 1), ("mixtral", "tp2", 1), ("mixtral", "tp2-ep2", 1))  # type, row, mutants of each kind
+SLICE = (("llama", "tp2", 1), ("mixtral", "tp2-ep2", 1))  # type, row, mutants of each kind
 
 
 def text_of(model_type: str) -> str:
