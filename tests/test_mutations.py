@@ -155,7 +155,7 @@ def by_result(trials: list[Trial], result: str) -> list[Trial]:
 
 def test_a_plan_that_real_ranks_get_wrong_is_refused(trials: list[Trial]) -> None:
     assert not by_result(trials, "missed"), _told(by_result(trials, "missed"))
-    assert len(by_result(trials, "caught")) >= 10
+    assert len(by_result(trials, "caught")) >= 5
 
 
 def test_a_plan_that_real_ranks_get_right_passes(trials: list[Trial]) -> None:

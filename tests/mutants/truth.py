@@ -94,7 +94,7 @@ class Model:
         model.double().save_pretrained(self.folder)
         with in_double():
             loaded = Whole.from_pretrained(self.folder, **PLAIN)
-            truths = [truth_of(loaded, batch_of(index), NEW_TOKENS) for index in range(4)]
+            truths = [truth_of(loaded, batch, NEW_TOKENS) for index in range(4) for batch in batches_of(index)]
         torch.save(truths, self.folder / "truths.pt")
         self._count = itertools.count()
 
@@ -120,6 +120,12 @@ def _memory() -> str | None:
 def batch_of(index: int) -> Tensor:
     """The batch of a tp group, `[2, 11]`."""
     return tokens(rows=ROWS_OF_BATCH * 4)[ROWS_OF_BATCH * index :][:ROWS_OF_BATCH]
+
+
+def batches_of(index: int) -> tuple[Tensor, Tensor]:
+    """That batch, and one of a token twice, at which most experts have nothing to do."""
+    batch = batch_of(index)
+    return batch, batch[:1, :1].expand(1, 2)
 
 
 def _joined(results: list[tuple[str, Any]]) -> Outcome:
@@ -156,15 +162,17 @@ def _seen(folder: str, target: str, row: Row) -> dict[str, float]:
     sizes = {"tp_size": row.tp, "ep_size": row.ep, "etp_size": row.etp}
     model = AutoModelForCausalLM.from_pretrained(folder, tp_plan=f"{target}/plan.yaml", **sizes, **arguments, **PLAIN)
     index = dist.get_rank() // row.tp
-    batch, truths = batch_of(index), _truths(folder)
-    truth = truths[index]
-    output = model(input_ids=batch, labels=batch)
-    output.loss.backward()
-    seen = {"logits": _off(output.logits, truth.logits), "loss": _off(output.loss, truth.loss)}
-    average_gradients(model)
-    name, seen["gradients"] = _worst(full_gradients(model), truths[: row.batches])
-    if seen["gradients"] > SAME:
-        seen[f"gradient of {name}"] = seen.pop("gradients")
+    seen: dict[str, float] = {}
+    for at, told in ((1, " of a token twice"), (0, "")):
+        batch, truths = batches_of(index)[at], _truths(folder)[at::2]
+        truth = truths[index]
+        model.zero_grad()
+        output = model(input_ids=batch, labels=batch)
+        output.loss.backward()
+        seen |= {f"logits{told}": _off(output.logits, truth.logits), f"loss{told}": _off(output.loss, truth.loss)}
+        average_gradients(model)
+        name, off = _worst(full_gradients(model), truths[: row.batches])
+        seen[f"gradient{told} of {name}" if off > SAME else f"gradients{told}"] = off
     model.zero_grad()
     made = model.generate(batch, max_new_tokens=NEW_TOKENS, do_sample=False, attention_mask=batch.ne(-1))
     seen["tokens"] = float(made.tolist() != truth.continuation.tolist())
