@@ -14,7 +14,7 @@ from parallel_plans import Finding, verify_plan
 from parallel_plans.cli.verify import app
 from parallel_plans.lookup import bundled_folder
 from parallel_plans.verify.report import LEVELS, Report
-from parallel_plans.verify.verify import trial_views
+from parallel_plans.verify.trial import trial_views
 from parallel_plans.views import Views, views_of
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "models"
@@ -106,10 +106,11 @@ def test_people_are_told_levels_bytes_and_collectives() -> None:
         assert words in result.stdout, result.stdout
 
 
-def test_a_model_of_ones_own_is_looked_at_up_to_its_shapes() -> None:
+def test_a_model_of_ones_own_without_inputs_is_looked_at_up_to_its_shapes() -> None:
     report = verify_plan(Pair(), {"tp_plan": {"up": "colwise", "down": "rowwise"}}, tp=2)
     assert report.ok
     assert report.levels == {"accounting": "passed", "geometry": "passed", "layouts": "not run", "numerics": "not run"}
+    assert [finding.code for finding in report.findings] == ["PP407"]
     assert not verify_plan(Pair(), {"tp_plan": {"up": "colwise"}}, tp=2).ok
 
 

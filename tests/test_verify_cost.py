@@ -225,6 +225,16 @@ def test_memory_is_that_of_arithmetic() -> None:
     assert of_layer == batch * sequence * (norms + attention + feed_forward)
 
 
+@pytest.mark.parametrize(
+    ("name", "sizes"), [("gemma-2-9b", (4,)), ("granite-3.0-1b-a400m", (2, 2)), ("deepseek-v2-lite", (2, 4))], ids=str
+)
+def test_the_parameters_of_a_trace_are_those_of_the_table(name: str, sizes: tuple[int, ...]) -> None:
+    tp, ep = (*sizes, 1)[:2]
+    report = verify_plan(original(name), tp=tp, ep=ep, level="geometry", cost=CostQuestion(sequence=64))
+    assert report.cost is not None, report.no_cost
+    assert max(report.parameters.per_rank_bytes) == 2 * report.cost.memory[0].parameters  # float32 and bfloat16
+
+
 def trace_of_llama(batch: int, sequence: int, tp: int) -> Trace:
     few = few_layers(original("llama-3.1-8b"))
     plan = load_plan(bundled_folder() / "llama.yaml")
@@ -354,8 +364,9 @@ def test_axes_go_by_the_names_that_plans_use(sizes: tuple[int, ...], axes: set[s
 
 @pytest.mark.parametrize(
     ("read", "text", "value"),
-    [(bytes_of, "80GiB", 80 * GIB), (bytes_of, "80 GB", 80 * 10**9), (bytes_of, "512B", 512), (seconds_of, "10us", 1e-5),
-     (seconds_of, "1.5ms", 1.5e-3), (rate_of, "400GB/s", 4e11), (rate_of, "400Gbit/s", 5e10), (rate_of, "1e2MB/s", 1e8)],
+    [(bytes_of, "80GiB", 80 * GIB), (bytes_of, "80 GB", 80 * 10**9), (bytes_of, "512B", 512),
+     (seconds_of, "10us", 1e-5), (rate_of, "400GB/s", 4e11), (rate_of, "400Gbit/s", 5e10),
+     (rate_of, "1e2MB/s", 1e8), (seconds_of, "1.5ms", 1.5e-3)],
 )  # fmt: skip
 def test_a_quantity_is_its_number_times_its_unit(read: Any, text: str, value: float) -> None:
     assert read(text) == pytest.approx(value)
@@ -363,8 +374,8 @@ def test_a_quantity_is_its_number_times_its_unit(read: Any, text: str, value: fl
 
 @pytest.mark.parametrize(
     ("read", "text"),
-    [(bytes_of, "80"), (bytes_of, "80Gi"), (bytes_of, "0GiB"), (bytes_of, "-1GiB"), (bytes_of, ""), (rate_of, "400GB"),
-     (seconds_of, "10m"), (seconds_of, "us")],
+    [(bytes_of, "80"), (bytes_of, "80Gi"), (bytes_of, "0GiB"), (bytes_of, "-1GiB"), (bytes_of, ""),
+     (rate_of, "400GB"), (seconds_of, "10m"), (seconds_of, "us")],
 )  # fmt: skip
 def test_a_quantity_without_its_unit_is_an_error(read: Any, text: str) -> None:
     with pytest.raises(UnitError, match="expected"):
@@ -395,6 +406,8 @@ def test_json_has_the_cost_beside_the_fixed_keys() -> None:
     assert found["memory"][0]["fits"] is True
     assert found["memory"][0]["smallest"] == {"tp": 1, "ep": 1}
     status, text, _ = ran(path, "--tp", "4", "--level", "accounting", "--json")
+    assert (status, json.loads(text)["cost"]) == (0, {"missing": None})
+    status, text, _ = ran(path, "--tp", "4", "--level", "geometry", "--no-cost", "--json")
     assert (status, json.loads(text)["cost"]) == (0, {"missing": None})
 
 

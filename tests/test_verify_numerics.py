@@ -149,7 +149,15 @@ MUTATIONS = (
         "model.layers.*.self_attn.kv_a_proj_with_mqa",
         "mla_kv_a_proj",
     ),
-    ("llama4_text", TP2, "moe_router", "replicate", "PP402", "model.layers.*.feed_forward.router", "moe_router"),
+    (
+        "llama4_text",
+        TP2,
+        "moe_router",
+        "replicate",
+        "PP402",
+        "model.layers.*.feed_forward.router",
+        "never reduced(.|\n)*tried",
+    ),
     ("mixtral", TP2, r"(mlp.experts): moe_experts_allreduce", r"\1: all_reduce", "PP402", EXPERTS, "gate"),
     (
         "qwen3_moe",

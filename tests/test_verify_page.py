@@ -313,6 +313,21 @@ def test_costs_and_sizes_are_on_the_page() -> None:
         assert re.search(rf"{name}\s*{whole:,}\s*{small:,}", text)
 
 
+def test_what_a_step_says_is_drawn_in_both_directions() -> None:
+    report = verify_plan(llama(), tp=2, level="layouts", cost=None)
+    assert report.levels["layouts"] == "passed"
+    boxes = {box.name: box for box in boxes_of(report)}
+    assert [(each.op, each.count) for each in boxes["self_attn.q_proj"].backward] == [("all_reduce", 1)]
+    assert [(each.op, each.count) for each in boxes["mlp.down_proj"].forward] == [("all_reduce", 1)]
+    value = boxes["mlp.up_proj"].value
+    assert value is not None
+    assert (value.letters["tp"][0], value.marked.endswith(", 96@tp]")) == ("S", True)
+    balance = read(page_of(report))
+    shapes = [attributes.get("d") or tag for tag, attributes in balance.tags if attributes.get("class") == "mark"]
+    assert sum(shape == "circle" for shape in shapes) == 4  # embeddings, attention, feed-forward, head
+    assert sum(shape != "circle" for shape in shapes) == 3
+
+
 def test_layers_are_told_as_runs() -> None:
     assert layers_told(("h.4",)) == "1 layer: 4"
     assert layers_told(("h.0", "h.1", "h.3", "h.5", "h.6")) == "5 layers: 0 to 1, 3, 5 to 6"

@@ -129,7 +129,7 @@ def report_uses(report: Report, spec: ModelSpec, assignment: Assignment) -> None
         rule = use.rule
         # a catch-all may find nothing left to catch, but must have had something to look at
         is_spare = "**" in rule.pattern and not use.matches_nothing
-        if _reaches(use) or is_spare or (rule.optional and use.matches_nothing):
+        if reaches(use) or is_spare or (rule.optional and use.matches_nothing):
             continue
         if (buffers := _buffers_of(rule, spec)) and not use.parameters:
             found = f"{len(buffers)} buffer{'s' * (len(buffers) > 1)}, no parameter"
@@ -152,7 +152,7 @@ def _buffers_of(rule: Rule, spec: ModelSpec) -> list[str]:
     return [name for name in spec.buffers if pattern.matches(name) or pattern.matches(name.rpartition(".")[0])]
 
 
-def _reaches(use: RuleUse) -> bool:
+def reaches(use: RuleUse) -> bool:
     """Whether the rule does something: it rules a parameter, or stands on a module for its boundary's sake."""
     style = get_style(use.rule.style)
     return bool(use.parameters) or (use.modules > 0 and (style.acts_on_forward or style.module_only))

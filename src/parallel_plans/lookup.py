@@ -14,12 +14,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from parallel_plans.accounting import reaches
 from parallel_plans.errors import Finding, LaunchError, PlanError
 from parallel_plans.loader import load_plan
 from parallel_plans.matching import assign
 from parallel_plans.messages import tell, warn
 from parallel_plans.model_spec import ModelSpec
-from parallel_plans.plan import EXPERT_SECTIONS, SECTIONS, Plan
+from parallel_plans.plan import EXPERT_SECTIONS, SECTIONS, Plan, Rule
 from parallel_plans.styles import get_style
 
 BESIDE_CHECKPOINT = "parallel_plan.yaml"
@@ -93,7 +94,7 @@ def _bundled(model_type: str | None) -> str | None:
 
 
 def carried_plan(spec: ModelSpec, carried: Carried) -> Plan:
-    """The plan a model's class carries, as ours: what it leaves out stays whole, stale rules are dropped aloud.
+    """The plan a model's class carries, as ours: what it leaves out stays whole, what does nothing is dropped aloud.
 
     Its plan for experts sends tokens to them (`dispatch_plan`), and where ranks share a batch masks routes (`ep_plan`).
 
@@ -102,10 +103,13 @@ def carried_plan(spec: ModelSpec, carried: Carried) -> Plan:
     """
     if not carried.tp and not carried.ep:
         raise LaunchError(_no_plan(spec))
-    sections = {"tp_plan": {**_fresh(spec, carried.tp or {}), "**": "replicate"}}
-    sections |= _dealing(_fresh(spec, carried.ep or {}))
-    plan = load_plan({"version": 1, **sections})
-    return Plan(source=f"carried by the model's class ({spec.model_type})", sections=plan.sections)
+    dense, idle = _useful(spec, carried.tp or {}, "tp_plan")
+    experts, more = _useful(spec, carried.ep or {}, "ep_plan")
+    if dropped := (*idle, *more):
+        told = ", ".join(rule.pattern for rule in dropped)
+        warn("the plan of the model's class has rules that do nothing in this model, dropped: %s", told)
+    plan = load_plan({"version": 1, "tp_plan": {**dense, "**": "replicate"}, **_dealing(experts)})
+    return Plan(source=f"carried by the model's class ({spec.model_type})", sections=plan.sections, dropped=dropped)
 
 
 # what brings tokens to experts: on ranks that share a batch, and on ranks with batches of their own
@@ -125,16 +129,15 @@ def _dealing(carried: Mapping[str, str]) -> dict[str, dict[str, str]]:
     return sections
 
 
-def _fresh(spec: ModelSpec, carried: Mapping[str, str]) -> dict[str, str]:
-    """The rules that match something; the others are told of."""
+def _useful(spec: ModelSpec, carried: Mapping[str, str], section: str) -> tuple[dict[str, str], tuple[Rule, ...]]:
+    """The rules that do something, and those that match nothing, or modules at which their style does nothing."""
     if not carried:
-        return {}
+        return {}, ()
     rules = load_plan({"tp_plan": dict(carried)}).rules("tp_plan")
     uses = assign(rules, list(spec.parameters), list(spec.modules)).uses
-    stale = [use.rule.pattern for use in uses if use.matches_nothing]
-    if stale:
-        warn("the plan of the model's class has rules that match nothing, dropped: %s", ", ".join(stale))
-    return {name: style for name, style in carried.items() if name not in stale}
+    idle = tuple(replace(use.rule, section=section) for use in uses if not (reaches(use) or use.is_shadowed))
+    names = {rule.pattern for rule in idle}
+    return {name: style for name, style in carried.items() if name not in names}, idle
 
 
 def with_experts(plan: Plan, source: PlanSource) -> Plan:

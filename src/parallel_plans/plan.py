@@ -44,7 +44,8 @@ class Rule:
 class Plan:
     """What a plan says: rules in the order of the file, by section. A section that the plan lacks is not a key.
 
-    `source` is for people: the path as shown in messages, or `<mapping>`.
+    `source` is for people: the path as shown in messages, or `<mapping>`. `dropped` are the rules that it does without
+    though they stand in its source: those of a class that do nothing in this model.
     """
 
     source: str
@@ -52,6 +53,7 @@ class Plan:
     version: int = 1
     model_type: str | None = None
     sections: Mapping[str, tuple[Rule, ...]] = field(hash=False)
+    dropped: tuple[Rule, ...] = ()
 
     def __post_init__(self) -> None:
         assert set(self.sections) <= set(SECTIONS), tuple(self.sections)

@@ -49,3 +49,4 @@ Memory = Annotated[
     int | None, _unit("--memory", bytes_of, False, "of a rank, 80GiB: does it fit, on how few ranks would it?")
 ]
 For = Annotated[Purpose, typer.Option("--for", help="what needs the memory")]
+NoCost = Annotated[bool, typer.Option("--no-cost", help="do not work out the cost")]

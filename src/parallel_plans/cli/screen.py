@@ -17,7 +17,7 @@ from parallel_plans.errors import Finding
 from parallel_plans.table import Table
 from parallel_plans.verify.cost_rows import Sheet, cost_sheets, cost_told
 from parallel_plans.verify.flow import Flow, Value
-from parallel_plans.verify.report import FAILED, PASSED, Report, Simulated
+from parallel_plans.verify.report import FAILED, PASSED, UNPROVEN, Report, Simulated
 from parallel_plans.verify.summary import (
     counted,
     in_order,
@@ -34,7 +34,15 @@ ENDLESS = 10_000  # columns, more than any table has
 MOST = 8  # findings in full on one screen
 NARROW = 12  # columns into which text is still folded
 LABEL = 12  # columns of a level's name
-COLOURS = {PASSED: "green", FAILED: "red", "error": "red", "warning": "yellow", "sound": "green", "not sound": "red"}
+COLOURS = {
+    PASSED: "green",
+    FAILED: "red",
+    UNPROVEN: "yellow",
+    "error": "red",
+    "warning": "yellow",
+    "sound": "green",
+    "not sound": "red",
+}
 
 
 def console_for(stream: TextIO | None = None) -> Console:
@@ -122,7 +130,7 @@ class Screen:
         report = self.report
         sheets = [] if report.table is None else [_parameters(report.table)]
         sheets += [] if report.flow is None else [_steps(report.flow)]
-        sheets += [] if report.simulated is None else [_sizes(report.simulated)]
+        sheets += [_sizes(report.simulated)] if report.simulated and report.simulated.sizes else []
         sheets += [] if report.cost is None else cost_sheets(report.cost)
         for sheet in sheets:
             self._line()

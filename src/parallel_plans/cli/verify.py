@@ -22,6 +22,7 @@ from parallel_plans.cli.costs import (
     InternodeLatency,
     Latency,
     Memory,
+    NoCost,
     NodeSize,
     Purpose,
     Sequence,
@@ -67,6 +68,7 @@ def verify(
     internode_bandwidth: InternodeBandwidth = LINK.internode_bandwidth,
     memory: Memory = None,
     purpose: For = Purpose.inference,  # type: ignore[attr-defined]
+    no_cost: NoCost = False,
 ) -> None:
     """Whether a plan is right for a model on so many ranks."""
     if sp:
@@ -94,7 +96,7 @@ def verify(
             name=target,
             strict=strict,
             inputs=subject.inputs,
-            cost=cost,
+            cost=None if no_cost else cost,
         )
         refuse_unaskable(report.findings)
         if page is not None:
@@ -115,7 +117,7 @@ def _fields(settings: list[str]) -> dict[str, Any]:
             raise TargetError(f"--set {setting}: expected key=value")
         try:
             fields[key] = json.loads(value)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):  # no JSON, a number of thousands of digits, thousands of brackets
             fields[key] = value
     return fields
 

@@ -13,6 +13,7 @@ from parallel_plans.verify.compare import (
     GRADIENTS,
     Run,
     first_wrong,
+    letter_at,
     parts_of,
     reached,
     wrong_gradients,
@@ -85,12 +86,36 @@ def suspects(run: Run) -> list[Suspect]:
     assert run.table is not None
     rules = Rules(run.table)
     found: dict[tuple[str, str], Suspect] = {}
-    for module in _modules(run):
+    for module in _with_uncalled(run, run.table, _modules(run)):
         for suspect in rules.of(module):
             about = suspect.name if suspect.rule is None or "**" in suspect.rule.pattern else suspect.rule.pattern
             found.setdefault((about, suspect.section), suspect)
-    ruled = [suspect for suspect in found.values() if suspect.rule is not None]
-    return [*ruled[:MOST], *[suspect for suspect in found.values() if suspect.rule is None][:MOST]]
+    likely = _with_partial_sums(run)
+    first = [suspect for name in likely for suspect in found.values() if suspect.name == name]
+    ruled = [suspect for suspect in found.values() if suspect.rule is not None and suspect not in first]
+    unruled = [suspect for suspect in found.values() if suspect.rule is None and suspect not in first]
+    return [*first, *ruled[:MOST], *unruled[:MOST]]
+
+
+def _with_uncalled(run: Run, table: Table, modules: Iterable[str]) -> Iterator[str]:
+    """The modules, each followed by those in it that are never called: their parameters are used from outside."""
+    called = {name for name, _ in run.truths[0].values}
+    for module in modules:
+        yield module
+        yield from (name for name in table.spec.modules if _block(name) == module and name not in called)
+
+
+def _with_partial_sums(run: Run) -> list[str]:
+    """The modules that gave parts of a sum just before a value was wrong: somebody forgot to add them up."""
+    right, event = first_wrong(run)
+    events = list(run.truths[0].values)
+    given = [each for each in events[:right] if each[1] == "delivers"] if event is not None else []
+    last: list[str] = []
+    for each in reversed(given):
+        if letter_at(run, each) != "P":
+            break
+        last.insert(0, each[0])
+    return last
 
 
 def _modules(run: Run) -> Iterable[str]:

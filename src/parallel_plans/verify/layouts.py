@@ -117,6 +117,8 @@ def follow(subject: Subject, rank: int, views: Seen | None = None) -> Followed:
         except Exception as error:  # the code of a model raises any kind
             followed.crash = running.where(), error
             return followed
+        finally:
+            _catch_up(followed)
         tracker._muted += 1
         followed.output = _about_logits(tracker, output)
         wanted = partial(lay_of, running.table, views=subject.views, rank=rank, tracker=tracker)

@@ -6,6 +6,7 @@ tried. The rule whose change makes all right is the one to blame, and the change
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -115,7 +116,8 @@ def is_right(repair: Repair) -> bool:
 
 def _worth(repair: Repair) -> tuple[int, int]:
     share = repair.table.sharded_bytes / max(repair.table.spec.bytes, 1)
-    return round(share * SHARES), -_said(repair)  # a bias more or less does not count
+    # a bias that is split too, or a few routing weights that are summed too, do not count
+    return round(share * SHARES), -round(math.log(max(_said(repair), 1)) * SHARES)
 
 
 def _said(repair: Repair) -> int:
@@ -147,6 +149,8 @@ def _usual(suspect: Suspect, table: Table) -> set[str]:
     kind = _kind(suspect.name, table.spec)
     found = {style.name for style, _ in styles() if style.module_only == (kind == "empty") and not style.options}
     found |= {style.name for style, _ in styles() if kind in style.serves and "parts" not in style.defaults}
+    if suspect.name in table.spec.parameters:
+        found |= {style.name for style, _ in styles() if style.parameter_only}
     for name, entry in table.parameters.items():
         kinds = (_kind(name, table.spec), _kind(name.rpartition(".")[0], table.spec))
         found |= {get_style(use.rule.style).name for use in entry.uses if kind in kinds}
@@ -202,7 +206,8 @@ def _instead_of(suspect: Suspect, plan: Plan, spec: ModelSpec) -> Iterator[Rule 
     own = suspect.rule
     name = suspect.name if own is None or _CATCH_ALL in own.pattern else own.pattern
     shape = spec.parameters[suspect.name].shape if suspect.name in spec.parameters else None
-    for style, _ in styles():
+    # of styles that do the same here, one that is for a part of the sequence is not the one that is meant
+    for style, _ in sorted(styles(), key=lambda each: each[0].arrives == "S(1)"):
         is_for_modules = shape is None and (style.module_only or own is not None)
         if suspect.section in style.sections and (is_for_modules or (shape is not None and not style.module_only)):
             for options in _options(style, suspect, plan, spec):

@@ -38,7 +38,7 @@ class Traffic:
 class Simulated:
     """What numerics ran: as many ranks by axis, these layers of the model, each number of its config that was shrunk.
 
-    `sizes` are field -> (in the model, in the shrunken one).
+    `sizes` are field -> (in the model, in the shrunken one). There are neither where a model of one's own ran as it is.
     """
 
     ranks: Mapping[str, int]

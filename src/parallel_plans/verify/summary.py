@@ -12,7 +12,7 @@ from parallel_plans.verify.flow import Value
 from parallel_plans.verify.report import FAILED, LEVELS, NOT_RUN, Report
 from parallel_plans.views import views_of
 
-UNPROVEN = "?"  # the letter of a value whose layout nothing vouches for
+UNKNOWN = "?"  # the letter of a value whose layout nothing vouches for
 SEVERITIES = ("error", "warning")
 
 
@@ -127,13 +127,15 @@ def _counted_by_severity(findings: Sequence[Finding]) -> str:
 
 def _accounting(report: Report) -> str:
     held = report.parameters
-    if report.table is None or not held.per_rank_bytes:
+    if report.table is None:
         return ""
     rules = {use.rule for entry in report.table.parameters.values() for use in entry.uses}
+    told = f"{counted(len(report.table.parameters), 'parameter')} under {counted(len(rules), 'rule')}"
+    if not held.per_rank_bytes:
+        return told
     most = max(held.per_rank_bytes)
     return (
-        f"{counted(len(report.table.parameters), 'parameter')} under {counted(len(rules), 'rule')}; "
-        f"whole model {held.total_bytes:,} bytes, {held.sharded_bytes / held.total_bytes:.1%} of them split; "
+        f"{told}; whole model {held.total_bytes:,} bytes, {held.sharded_bytes / held.total_bytes:.1%} of them split; "
         f"a rank holds {most:,} at most, {most / held.total_bytes:.1%}"
     )
 
@@ -153,7 +155,7 @@ def _layouts(report: Report) -> str:
         return ""
     values = [step for step in report.flow.steps if isinstance(step, Value)]
     marks = len(report.flow.steps) - len(values)
-    unproven = sum(UNPROVEN in value.letters.values() for value in values)
+    unproven = sum(UNKNOWN in value.letters.values() for value in values)
     told = f"{counted(len(values), 'value')} and {counted(marks, 'collective')} of a step at real widths followed"
     return f"{told}, {counted(unproven, 'value')} unproven" if unproven else told
 
@@ -163,9 +165,8 @@ def _numerics(report: Report) -> str:
         return ""
     ranks = ", ".join(f"{axis} = {size}" for axis, size in report.simulated.ranks.items())
     layers = ", ".join(str(layer) for layer in report.simulated.layers)
-    return (
-        f"outputs, loss, gradients, a continuation and gathered weights are those of one process; "
-        f"simulated: {ranks}; layers {layers}, shrunken"
+    return f"outputs, gradients, texts and gathered weights are those of one process; simulated: {ranks}; " + (
+        f"layers {layers}, shrunken" if layers else "the model as it is"
     )
 
 

@@ -164,7 +164,10 @@ class _Tracer:
     def _parameters(self) -> tuple[dict[str, int], dict[str, int]]:
         sizes: dict[str, int] = {}
         numbers: dict[str, int] = {}
+        assert self.running.table is not None
         for name, parameter in self.model.named_parameters():
+            if name in self.running.table.spec.tied:
+                continue  # on fake tensors they are two
             module = name.rpartition(".")[0]
             sizes[module] = sizes.get(module, 0) + parameter.numel() * parameter.element_size()
             numbers[module] = numbers.get(module, 0) + parameter.numel()

@@ -19,7 +19,8 @@ from parallel_plans.model_spec import ModelSpec, describe
 from parallel_plans.plan import Plan
 from parallel_plans.resolve import resolve
 from parallel_plans.table import Table
-from parallel_plans.verify.numerics import ModelFailed, Outcome, Trial, check_numerics, truths_of
+from parallel_plans.verify.compare import RIGHT, reached
+from parallel_plans.verify.numerics import ModelFailed, Outcome, Trial, check_numerics, run_trial, truths_of
 from parallel_plans.verify.observed import Inputs
 from parallel_plans.verify.own import OwnModel
 from parallel_plans.verify.shrink import CannotShrink, shrunken
@@ -222,11 +223,9 @@ def _few_tokens(trial: Trial) -> Inputs | None:
 
 
 def _weighed(findings: Sequence[Finding], even: Trial | None, table: Table) -> list[Finding]:
-    """The findings of a trial: those it has with even sizes too, else warnings where the model's own sizes are even."""
-    if even is None:
+    """The findings of a trial; warnings where it is right with even sizes, and the model's own are even."""
+    if even is None or reached(run_trial(even, truths_of(even)))[0] != RIGHT:
         return list(findings)
-    if also := check_numerics(even).findings:
-        return also
     return [
         each
         if _is_uneven(each.name or "", table)

@@ -74,17 +74,27 @@ def verify_plan(
         report.settle("accounting", error.findings)
         return report
     report.plan = found.source
+    report.findings += _dropped(found)
     table = _settle_shapes(report, found, spec, views, ep_plan == "dispatch")
     if table is None:
         return report
     question = _Question(plan=found, table=table, subject=subject, views=views, dispatch=ep_plan == "dispatch")
-    report.table, report.parameters = table, _parameters(table, views)
+    report.parameters = _parameters(table, views)
     if cost is not None and level != "accounting":
         question.add_cost(report, cost)
     for each, settle in (("layouts", question.settle_layouts), ("numerics", question.settle_numerics)):
         if LEVELS.index(each) <= LEVELS.index(level):
             settle(report)
     return report
+
+
+def _dropped(plan: Plan) -> list[Finding]:
+    """The warning that a class carries rules which do nothing in this model: for other configs, or out of date."""
+    if not plan.dropped:
+        return []
+    told = ", ".join(dict.fromkeys(rule.pattern for rule in plan.dropped))
+    message = f"the model's class has rules that do nothing in this model, dropped: {told}"
+    return [Finding(code="PP101", severity="warning", message=message, rule=plan.dropped[0].pattern)]
 
 
 def _model_and_subject(target: Any, inputs: Any) -> tuple[nn.Module, Any]:
@@ -109,6 +119,7 @@ def _settle_shapes(report: Report, plan: Plan, spec: ModelSpec, views: Views, di
         if by_level["geometry"]:
             report.settle("geometry", by_level["geometry"])
         return None
+    report.table = table
     report.settle("accounting", check_accounting(table))
     report.settle("geometry", check_geometry(table))
     return None if FAILED in report.levels.values() else table

@@ -1,0 +1,89 @@
+"""What the plans are worth that the model classes of transformers carry: writes docs/builtin_plans.md.
+
+python benchmarks/builtin_plans.py [--types TYPE ...] [--json FILE] [--runs FILE] [--jobs N] [--no-run]
+
+Every type that `AutoModelForCausalLM` builds and whose class carries a plan is judged by `verify_plan(..., "builtin")`,
+and run by transformers itself on two real ranks; what the two say is held against each other. A type takes some
+seconds, all of them a quarter of an hour. With `--types` the page is left as it is, and the lines are printed.
+
+Exit status 1 where the verifier and the run differ and nobody has said why (`WHY` in benchmarks/carried/why.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from carried.cases import types
+from carried.children import asked
+from carried.gather import Row, rows_of
+from carried.page import COLUMNS, differing, line_of, page
+from carried.why import UNKNOWN, why
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "builtin_plans.md"
+SECONDS = 1200.0  # for one type
+
+
+def gathered(
+    kinds: Sequence[str],
+    *,
+    jobs: int = 1,
+    with_runs: bool = True,
+    known: Mapping[str, Mapping[str, str]] | None = None,
+    into: Path | None = None,
+) -> tuple[dict[str, list[Row]], dict[str, str]]:
+    """Type -> its rows, and type -> why there are none; types whose class carries no plan are in neither.
+
+    `known` are runs of before, by key; `into` is a file for all that was found, written after each type.
+    """
+    found, without = dict[str, list[Row]](), dict[str, str]()
+    calls = [(kind, with_runs, known or {}) for kind in kinds]
+    for kind, answer in zip(kinds, asked(rows_of, calls, jobs, SECONDS), strict=True):
+        if answer.problem is not None or isinstance(answer.value, str):
+            without[kind] = answer.problem or answer.value
+        elif answer.value is not None:
+            found[kind] = answer.value
+            print(" | ".join(line_of(answer.value)), file=sys.stderr, flush=True)
+        if into is not None:
+            rows = {kind: [dataclasses.asdict(row) for row in rows] for kind, rows in found.items()}
+            into.write_text(json.dumps({"rows": rows, "without": without}, indent=1), encoding="utf-8")
+    return found, without
+
+
+def runs_in(path: Path | None) -> dict[str, dict[str, str]]:
+    """Key -> run, of what `--json` has written before."""
+    told = {} if path is None else json.loads(path.read_text(encoding="utf-8"))["rows"]
+    return {row["key"]: row["run"] for rows in told.values() for row in rows}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--types", nargs="+", choices=types(), metavar="TYPE", help="these alone; writes no page")
+    parser.add_argument("--json", type=Path, help="where to write all that was found")
+    parser.add_argument("--runs", type=Path, help="a file of --json: its runs of the same configs are not made again")
+    parser.add_argument("--jobs", type=int, default=1, help="types at once; each runs on two ranks")
+    parser.add_argument("--no-run", action="store_true", help="the verifier alone; writes no page")
+    arguments = parser.parse_args()
+    started = time.monotonic()
+    found, without = gathered(
+        arguments.types or types(),
+        jobs=arguments.jobs,
+        with_runs=not arguments.no_run,
+        known=runs_in(arguments.runs),
+        into=arguments.json,
+    )
+    if arguments.types or arguments.no_run:
+        print("\n".join(" | ".join(cells) for cells in (COLUMNS, *map(line_of, found.values()))))
+    else:
+        PAGE.write_text(page(found, without), encoding="utf-8")
+    print(f"{len(found)} types in {time.monotonic() - started:.0f} s", file=sys.stderr)
+    return 1 if any(why(row) == UNKNOWN for rows in found.values() for row in differing(rows)) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,129 @@
+"""What is looked at: every causal language model of transformers whose class carries a plan, with each of its parts."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+
+from parallel_plans.verify.shrink import CannotShrink, shrunken
+
+AS_IT_IS = "as it is"
+TIE = "tie_word_embeddings"
+
+# What the default config of a type lacks before a model can be built from it, runs, or has experts.
+LACKING: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [9, 18, 27]},
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"] * 10,
+        "rope_parameters": {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4}, "full_attention": None},
+    },
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8, "kv_n_heads": 8}},
+    "deepseek_v2": {"num_experts_per_tok": 6},
+    "dots1": {"n_routed_experts": 128, "n_shared_experts": 2, "num_experts_per_tok": 6},
+    "gemma4_text": {"enable_moe_block": True, "num_experts": 128, "top_k_experts": 8, "moe_intermediate_size": 704},
+    "granitemoehybrid": {
+        "layer_types": ["linear_attention", "linear_attention", "full_attention", "linear_attention"] * 8
+    },
+    "hunyuan_v1_dense": {"head_dim": 128},
+    "hunyuan_v1_moe": {"head_dim": 128},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
+    "ministral": {"head_dim": 128},
+    "nemotron": {"num_key_value_heads": 8},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 4,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 256,
+        "indexer_budget": 512,
+        "indexer_compress_ratio": 16,
+    },
+}
+LACKING["qwen4_exp"] = {"text_config": LACKING["qwen4_exp_text"]}
+LACKING["gemma4"] = {"text_config": LACKING["gemma4_text"]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A model of a type. `changes` are what its config says besides what the type's has by itself."""
+
+    kind: str
+    changes: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """What it is called in a table."""
+        return ", ".join(f"{name}={value}" for name, value in self.changes.items()) or AS_IT_IS
+
+    def config(self) -> Any:
+        """Its config, at the size that the type has by default."""
+        given = copy.deepcopy(LACKING.get(self.kind, {}))
+        parts = getattr(CONFIG_MAPPING[self.kind], "sub_configs", {})
+        if self.changes and "text_config" in parts:
+            given["text_config"] = {**given.get("text_config", {}), **self.changes}
+            given |= {name: value for name, value in self.changes.items() if name == TIE}
+        else:
+            given |= self.changes
+        return CONFIG_MAPPING[self.kind](**given)
+
+
+def types() -> tuple[str, ...]:
+    """Every type of model that `AutoModelForCausalLM` builds, in alphabetical order."""
+    return tuple(sorted({config.model_type for config in MODEL_FOR_CAUSAL_LM_MAPPING}))
+
+
+def built(config: Any) -> Any:
+    """The model of a config, on `meta`."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def cases_of(kind: str) -> Iterator[tuple[Case, Any]]:
+    """The type as it is, then with each part that a switch of its config adds, takes away or makes anew.
+
+    Each comes with its model, on `meta`. Raises what the type as it is raises.
+    """
+    first = Case(kind=kind)
+    yield first, built(first.config())
+    try:
+        small = shrunken(first.config(), {"tp": 2}).config
+    except CannotShrink:
+        return
+    for name, value in _switches(small):
+        case = Case(kind=kind, changes={name: not value})
+        try:
+            model = built(case.config())
+        except Exception:  # a type may refuse a change, in many ways
+            continue
+        yield case, model
+
+
+def _switches(config: Any) -> Iterator[tuple[str, bool]]:
+    """The fields that are true or false and decide about parameters, with their values."""
+    before = _parts(config)
+    for name, value in vars(config.get_text_config()).items():
+        if not isinstance(value, bool):
+            continue
+        changed = copy.deepcopy(config)
+        setattr(changed.get_text_config(), name, not value)
+        if name == TIE:
+            setattr(changed, name, not value)
+        try:
+            after = _parts(changed)
+        except Exception:  # a part that this type has no code for, or cannot have without another
+            continue
+        if after != before:
+            yield name, value
+
+
+def _parts(config: Any) -> tuple[Any, ...]:
+    """What there is in a model: names and shapes of parameters, and which are one.
+
+    Biases are left out: each stands under the rule of its weight.
+    """
+    model = built(config)
+    shapes = {name: tuple(given.shape) for name, given in model.named_parameters() if not name.endswith("bias")}
+    return shapes, dict(getattr(model, "all_tied_weights_keys", {}))
