@@ -45,6 +45,7 @@ KINDS = {
         "`PlanError`. The plan names what is there, and it cannot be cut that way. PP207 and PP208 are warnings, which "
         "`verify_plan` reports.",
     ),
+    "PP3": ("How values lie on the ranks", "None: `verify_plan` reports them. PP306 is a warning."),
     "PP4": ("What the model computes", "None: `verify_plan` reports them."),
     "PP6": ("Checkpoints", "`CheckpointError`."),
     "PP7": ("Launching", "`LaunchError`; for a folder that holds an adapter, PP703 is a `CheckpointError`."),

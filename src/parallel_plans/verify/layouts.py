@@ -27,7 +27,7 @@ from parallel_plans.plan import Rule
 from parallel_plans.table import Table, wildcarded
 from parallel_plans.verify.blame import rule_at
 from parallel_plans.verify.flow import Flow, Mark, Value
-from parallel_plans.verify.letters.lay import Lay, Shard
+from parallel_plans.verify.letters.lay import Lay, Shard, varying
 from parallel_plans.verify.letters.tracker import Seen, Tracker, ViewsSeen, shard_of
 from parallel_plans.verify.observed import tensors_of
 from parallel_plans.verify.real_size import Running, Subject, fake_rank, whole_model
@@ -130,6 +130,10 @@ def lay_of(table: Table, name: str, views: Views, rank: int, tracker: Tracker) -
     """How a parameter lies on a rank."""
     entry, coordinates = table.parameters[name], views.coordinates(rank)
     shards: list[Shard | None] = [None] * len(entry.info.shape)
+    dealt = [use.axis for use in entry.uses if use.letter == "S" and use.style.role is not None]
+    if dealt:  # whole experts: which of them a rank has, its router knows
+        over = frozenset().union(*(tracker.dims[split.axis] for split in entry.layout.splits))
+        return varying(len(entry.info.shape), over)
     for split in entry.layout.splits:
         shard = shard_of(split, tracker.dims[split.axis], coordinates[split.axis])
         units = _units(table, name, len(shard.blocks))
@@ -235,11 +239,12 @@ def _wrong(found: Lay, wanted: Lay) -> str | None:
         return None
     if found.partial:
         return "is never summed over the ranks"
-    if found.varies - wanted.over:
+    if found.varies - wanted.over - wanted.varies:
         return "is not the same on the ranks"
-    if found.varies:
+    if found.varies or wanted.varies:
         return None
-    for dim, (one, other) in enumerate(zip(found.shards, wanted.shards, strict=True)):
+    for dim in range(len(wanted.shards)):
+        one, other = found.part(dim), wanted.part(dim)
         if (one is None) != (other is None):
             return f"lies otherwise than the parameter in dim {dim}: {one or 'whole'}, not {other or 'whole'}"
         if one is not None and other is not None and one.agreeing(other) is None:

@@ -6,6 +6,7 @@ in less than a second, on a laptop. A model of transformers keeps as few layers 
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -167,10 +168,23 @@ def fake_rank(subject: Subject, rank: int, *listeners: Listener) -> Iterator[Run
 
 
 @contextmanager
+def _without_torchs_log() -> Iterator[None]:
+    """Inside the block torch does not print tracebacks of its own for a shape that does not fit: a finding tells it."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+@contextmanager
 def _running(subject: Subject, mesh: DeviceMesh | None) -> Iterator[Running]:
     views = subject.views
     with warnings.catch_warnings(), ExitStack() as stack:
         warnings.simplefilter("ignore")  # torch's, of what fake tensors cannot know
+        stack.enter_context(_without_torchs_log())
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         with nullcontext() if subject.computes else mode:
             model = subject.make()

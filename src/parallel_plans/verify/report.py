@@ -56,7 +56,8 @@ class Report:
         mesh: axis -> ranks, as asked.
         levels: level -> `passed`, `failed`, `unproven` (nothing wrong found, but some operation has no rule) or `not
             run`; a level that could not be run says why among the findings.
-        findings: what is wrong (`error`) or worth knowing (`warning`), in the order of the levels.
+        findings: what is wrong (`error`) or worth knowing (`warning`), in the order of the levels; what
+            `numerics` finds comes before what `layouts` saw of the same.
         parameters: bytes, at the model's own size; zeros where the plan does not fit.
         forward, backward: the collectives of one rank in one training step, at the model's own size; empty where `cost`
             is None.

@@ -157,7 +157,7 @@ def _text(batch: Mapping[str, Tensor], prompt: int | None = None) -> Inputs:
 
 def _seldom(usual: Trial, config: Any, table: Table) -> tuple[Trial, Trial | None]:
     """The second trial, as much of it as the model allows, and the same in even sizes."""
-    uneven = Views(world=3, tp=3, etp=3)  # what was made small for 2 ranks is dealt unevenly over 3
+    even, uneven = usual, Views(world=3, tp=3, etp=3)  # what was made small for 2 ranks is dealt unevenly over 3
     if usual.views.sizes == TWO.sizes and _is_uneven("", table) and _resolves(usual, usual.model, uneven):
         usual = replace(usual, views=uneven)
     odd = _odd_model(usual, config)
@@ -165,7 +165,9 @@ def _seldom(usual: Trial, config: Any, table: Table) -> tuple[Trial, Trial | Non
     few = _few_tokens(trial)
     if few is not None:
         trial = replace(trial, batches=[few] * len(usual.batches))
-    return trial, None if odd is None else replace(trial, model=usual.model)
+    if odd is None and usual is even:
+        return trial, None
+    return trial, replace(trial, model=even.model, views=even.views)
 
 
 def _odd_model(usual: Trial, config: Any) -> Any:
@@ -228,7 +230,7 @@ def _weighed(findings: Sequence[Finding], even: Trial | None, table: Table) -> l
         return list(findings)
     return [
         each
-        if _is_uneven(each.name or "", table)
+        if each.name and _is_uneven(each.name, table)
         else replace(each, severity="warning", message=f"with sizes that do not divide evenly, {each.message}")
         for each in findings
     ]

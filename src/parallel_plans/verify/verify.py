@@ -169,7 +169,11 @@ class _Question:
         except CannotTry as problem:
             report.findings.append(problem.finding)
             return
+        # the rule that numerics finds by trying is the better guess than the one nearest to what layouts saw
+        after = [finding for finding in report.findings if finding.level == "layouts"] if outcome.findings else []
+        report.findings = [finding for finding in report.findings if finding not in after]
         report.settle("numerics", outcome.findings)
+        report.findings += after
         small = outcome.trial
         if small is not None and not isinstance(self.subject, OwnModel):
             report.simulated = Simulated(

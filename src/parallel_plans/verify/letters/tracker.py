@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, cast
@@ -62,7 +62,8 @@ def shard_of(split: Split, over: frozenset[str], rank: int) -> Shard:
     return Shard(over=over, blocks=blocks)
 
 
-Seen = dict[tuple[str, bool], list[tuple[int, ...]]]  # module, in backward or not -> what its views gave, in order
+# module, in backward or not, whether it repeats -> what the operations gave that show a dim in another shape, in order
+Seen = dict[tuple[str, bool, bool], list[tuple[int, ...]]]
 
 
 class ViewsSeen(TorchDispatchMode):
@@ -76,14 +77,14 @@ class ViewsSeen(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         output = func(*args, **(kwargs or {}))
-        if is_view(func._schema.name.partition("::")[2], args, output):
-            self.seen.setdefault((self.where(), self.where.is_backward), []).append(tuple(output.shape))
+        name = func._schema.name.partition("::")[2]
+        if name in SHOWING:
+            key = self.where(), self.where.is_backward, name == "expand"
+            self.seen.setdefault(key, []).append(tuple(output.shape))
         return output
 
 
-def is_view(name: str, args: tuple[Any, ...], output: Any) -> bool:
-    """Whether an operation gives the same elements in another shape."""
-    return name in ("view", "_unsafe_view", "reshape") and args[0].shape != output.shape
+SHOWING = ("view", "_unsafe_view", "reshape", "expand")  # the same elements in another shape, or the same ones again
 
 
 class Tracker(TorchDispatchMode):
@@ -104,7 +105,7 @@ class Tracker(TorchDispatchMode):
     def __init__(self, views: Views, where: Whereabouts, seen: Seen | None = None) -> None:
         super().__init__()
         self.views, self.where, self.dims = views, where, mesh_dims(views)
-        self._seen, self._views_done = seen or {}, cast(dict[tuple[str, bool], int], {})
+        self._seen: Seen = {key: list(shapes) for key, shapes in (seen or {}).items()}
         self.problems: list[Problem] = []
         self.unproven: dict[str, list[str]] = {}
         self.marks: list[Mark] = []
@@ -152,18 +153,36 @@ class Tracker(TorchDispatchMode):
         return output
 
     def _whole_shape(self, name: str, args: tuple[Any, ...], output: Any) -> tuple[int, ...] | None:
-        """What this view gives in the whole model; None where no view there is it."""
-        if not is_view(name, args, output):
+        """What this view, or repetition, gives in the whole model; None where nothing there is it."""
+        if name not in SHOWING or (name != "expand" and self.lay(args[0]).is_plain):
             return None
-        key = self.where(), self.where.is_backward
-        at = self._views_done.get(key, 0)
-        lay = self.lay(args[0])
-        size = math.prod(n if s is None else s.whole or n for n, s in zip(args[0].shape, lay.shards, strict=True))
-        for later, shape in enumerate(self._seen.get(key, [])[at:], at):
-            if len(shape) == output.dim() and math.prod(shape) == size:
-                self._views_done[key] = later + 1
-                return shape
+        is_it = self._repeats if name == "expand" else self._shows
+        left = self._seen.get((self.where(), self.where.is_backward, name == "expand"), [])
+        for at, shape in enumerate(left):
+            if len(shape) == output.dim() and is_it(args[0], output, shape):
+                return left.pop(at)
         return None
+
+    def _shows(self, value: Tensor, output: Tensor, shape: tuple[int, ...]) -> bool:
+        """Whether a shape can be that of a view in the whole model: as many elements, dims in proportion."""
+        lay = self.lay(value)
+        parts = [lay.part(dim) for dim in range(value.dim())]
+        ratios = {(1, 1)} | {(part.whole, part.local) for part in parts if part is not None}
+        in_proportion = all(
+            any(wanted * local == size * whole_ for whole_, local in ratios)
+            for size, wanted in zip(output.shape, shape, strict=True)
+        )
+        return in_proportion and math.prod(shape) == math.prod(_whole_sizes(value, parts))
+
+    def _repeats(self, value: Tensor, output: Tensor, shape: tuple[int, ...]) -> bool:
+        """Whether a shape can be that of the whole model where a tensor is repeated: alike in all that is not."""
+        more = output.dim() - value.dim()
+        for dim, (size, wanted) in enumerate(zip(output.shape, shape, strict=True)):
+            part = None if dim < more else self.lay(value).part(dim - more)
+            is_repeated = dim < more or value.shape[dim - more] == 1
+            if wanted != (size if part is None else part.whole) and (part is not None or not is_repeated):
+                return False
+        return True
 
     def _note_numbers(self, name: str, args: tuple[Any, ...]) -> None:
         numbers = tuple(arg for arg in args if isinstance(arg, (bool, int, float)))
@@ -305,11 +324,17 @@ class Tracker(TorchDispatchMode):
         """A style vouches for a value."""
         over, lay = self.dims[axis.name], self.lay(value)
         if letter == "V":
-            self.put(value, varying(value.dim(), over | lay.varies | lay.partial | lay.over))
+            made = varying(value.dim(), over | lay.varies | lay.partial | lay.over)
+            self.put(value, replace(made, is_zero=lay.is_zero))
         elif letter == "P":
             self.put(value, replace(whole(value.dim()), partial=over | lay.partial - over))
         else:
             self.put(value, replace(lay, is_unknown=False, varies=lay.varies - over, partial=lay.partial - over))
+
+
+def _whole_sizes(value: Tensor, parts: Sequence[Shard | None]) -> list[int]:
+    """The sizes of a tensor's dims in the whole model."""
+    return [size if part is None else part.whole for size, part in zip(value.shape, parts, strict=True)]
 
 
 def _made(op: Operation, result: Tensor) -> Lay:

@@ -21,7 +21,12 @@ def viewed(op: Operation) -> Lay:
     """`view` and `reshape`: dims are taken apart and put together, and a shard must stay one."""
     value, lay = _first(op)
     shards: list[Shard | None] = [None] * op.result.dim()
-    for before, after in _groups(tuple(value.shape), tuple(op.result.shape)):
+    old, new = tuple(value.shape), tuple(op.result.shape)
+    if op.whole_shape is not None:  # where a rank has one head, only the whole model shows which dim it is in
+        parts = [lay.part(dim) for dim in range(value.dim())]
+        old = tuple(size if part is None else part.whole for size, part in zip(old, parts, strict=True))
+        new = op.whole_shape
+    for before, after in _groups(old, new):
         if not any(lay.shards[dim] for dim in before):
             continue
         if not any(lay.part(dim) for dim in before):
@@ -95,9 +100,9 @@ def _taken_apart(shard: Shard, sizes: Sequence[int], wholes: Sequence[int] | Non
     shards: list[Shard | None] = [None] * len(sizes)
     if not sizes:
         raise Mismatch("PP303", f"{name}: a part of a dim is taken for all of it")
-    dim = 0
-    while dim < len(sizes) and sizes[dim] > 1 and len(shard.blocks) % sizes[dim] == 0 and len(shard.blocks) > 1:
-        if not _is_even(shard.blocks, sizes[dim]):
+    dim, last = 0, len(sizes) - 1
+    while dim < last and sizes[dim] > 1 and _is_even(shard.blocks, sizes[dim]):
+        if wholes is not None and wholes[dim] != sizes[dim]:
             break
         shard = replace(shard, blocks=shard.blocks[: len(shard.blocks) // sizes[dim]])  # each has the same blocks
         dim += 1
@@ -131,7 +136,7 @@ def _place_of(shard: Shard, sizes: Sequence[int], first: int, wholes: Sequence[i
 def _is_even(blocks: Sequence[Block], times: int) -> bool:
     """Whether the blocks are so many times the same ones."""
     each = len(blocks) // times
-    return all(blocks[at] == blocks[at % each] for at in range(len(blocks)))
+    return each * times == len(blocks) and all(blocks[at] == blocks[at % each] for at in range(len(blocks)))
 
 
 def same(op: Operation) -> Lay:
@@ -191,8 +196,11 @@ def expanded(op: Operation) -> Lay:
     more = op.result.dim() - value.dim()
     sizes, shards = op.result.shape, [*(None,) * more, *lay.shards]
     for dim, size in enumerate(sizes):
-        is_repeated = dim < more or size != value.shape[dim - more]
         shard = shards[dim]
+        is_more_in_all = (
+            op.whole_shape is not None and op.whole_shape[dim] != size and not (shard is not None and shard.over)
+        )
+        is_repeated = dim < more or size != value.shape[dim - more] or is_more_in_all
         if is_repeated and shard is not None and shard.over:
             raise Mismatch("PP303", f"{op.name}: a part of a dim, {shard}, is repeated as if it were all of it")
         if is_repeated:
