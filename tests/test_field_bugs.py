@@ -312,14 +312,7 @@ def test_uneven_heads(tmp_path: Path) -> None:
     bug.assert_caught("PP2..", r"self_attn\.[qkvo]_proj")
 
 
-TORN_IN_TRIAL = "the heads of the shrunken model do not divide by the ranks of the trial, as those of the model do by 3"
-
-
-@pytest.mark.parametrize(
-    ("fields", "tp"),
-    [(GQA, 8), pytest.param(UNEVEN, 3, marks=pytest.mark.xfail(strict=True, reason=TORN_IN_TRIAL))],
-    ids=["gqa-8", "uneven-3"],
-)
+@pytest.mark.parametrize(("fields", "tp"), [(GQA, 8), (UNEVEN, 3)], ids=["gqa-8", "uneven-3"])
 def test_heads_that_divide_may_be_split_as_features(fields: dict[str, int], tp: int, tmp_path: Path) -> None:
     report = verify_plan(config_of("llama", **fields), plain(tmp_path), tp=tp)
     assert report.ok, "\n".join(map(str, report.findings))

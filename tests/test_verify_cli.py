@@ -43,7 +43,7 @@ def test_a_sound_plan_gives_0_and_one_json_object() -> None:
     assert report["mesh"] == {"tp": 8, "ep": 1}
     assert report["plan"].endswith("plans/llama.yaml")
     assert report["levels"] == {
-        "accounting": "passed", "geometry": "passed", "layouts": "not run", "numerics": "passed"
+        "accounting": "passed", "geometry": "passed", "layouts": "passed", "numerics": "passed"
     }  # fmt: skip
     assert report["findings"] == []
     held = report["parameters"]
@@ -62,7 +62,8 @@ def test_a_wrong_plan_gives_1_and_findings_with_file_and_line(tmp_path: Path) ->
     assert status == 1
     assert report["ok"] is False
     assert report["levels"]["numerics"] == "failed"
-    (finding,) = report["findings"]
+    finding, seen = report["findings"]
+    assert (seen["code"], seen["level"], seen["name"]) == ("PP301", "layouts", "model.layers.0.mlp")
     found = (finding["code"], finding["rule"], finding["name"])
     assert found == ("PP401", "model.layers.*.mlp", "model.layers.0.mlp")
     assert (finding["level"], finding["severity"]) == ("numerics", "error")

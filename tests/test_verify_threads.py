@@ -93,7 +93,7 @@ def test_a_plan_that_makes_ranks_wait_is_refused_with_where_each_waits(tmp_path:
     before = time.monotonic()
     report = verify_plan(model, path, tp=2, inputs=(torch.randn(2, 4),))
     assert time.monotonic() - before < 30
-    (finding,) = report.findings
+    (finding,) = (each for each in report.findings if each.level == "numerics")
     assert finding.code == "PP406"
     assert finding.rule == "1"
     assert "rank 0 in all_reduce" in finding.message

@@ -128,8 +128,10 @@ def _make_local(name: str, module: nn.Module, table: Table, place: Place) -> Non
         entry = table.parameters.get(joined(name, own))
         for use in () if entry is None else entry.uses:
             attribute = use.style.local_count
-            is_local = use.letter == "S" and "unit" not in use.rule.options
-            if entry is not None and is_local and attribute and hasattr(module, attribute):
+            if entry is None or use.letter != "S" or attribute is None or not hasattr(module, attribute):
+                continue
+            # with units the dim may count rows of experts, not experts
+            if "unit" not in use.rule.options or getattr(module, attribute) == entry.info.shape[0]:
                 localize_counts(module, {attribute: entry.layout.local_shape(place.ranks)[0]})
     for acting in table.modules.get(name, ()):
         counts: Any = acting.options.get("counts", {})

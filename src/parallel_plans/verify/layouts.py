@@ -71,7 +71,7 @@ def check_layouts(subject: Subject, times: dict[str, int]) -> Layouts:
     """The findings of a step at real widths.
 
     Raises:
-        Exception: whatever a model raises that does not run on shapes alone, before any of its layers is split.
+        Exception: whatever a model raises that does not run by itself, on shapes alone.
     """
     ranks = sorted({0, subject.views.world - 1})
     views = views_of_whole(subject)
@@ -94,8 +94,8 @@ def _is_told(finding: Finding, findings: Sequence[Finding]) -> bool:
 
 
 def views_of_whole(subject: Subject) -> Seen:
-    """What the views of the whole model give, as far as it runs."""
-    with whole_model(subject) as running, ViewsSeen(running.where) as views, suppress(Exception):
+    """What the views of the whole model give, up to where values are looked at; raises what the model raises."""
+    with whole_model(subject) as running, ViewsSeen(running.where) as views, suppress(*LOOKS_AT_VALUES):
         running.step()
     return views.seen
 

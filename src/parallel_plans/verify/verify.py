@@ -82,9 +82,10 @@ def verify_plan(
     report.parameters = _parameters(table, views)
     if cost is not None and level != "accounting":
         question.add_cost(report, cost)
-    for each, settle in (("layouts", question.settle_layouts), ("numerics", question.settle_numerics)):
-        if LEVELS.index(each) <= LEVELS.index(level):
-            settle(report)
+    if level in ("layouts", "numerics"):
+        question.settle_layouts(report, is_last=level == "layouts")
+    if level == "numerics":
+        question.settle_numerics(report)
     return report
 
 
@@ -148,14 +149,15 @@ class _Question:
             return
         report.forward, report.backward = (traffic_of(report.cost.passes[name]) for name in ("forward", "backward"))
 
-    def settle_layouts(self, report: Report) -> None:
+    def settle_layouts(self, report: Report, is_last: bool) -> None:
         """How values lie, or why it could not be followed."""
         if self.views.world == 1:
             return
         try:
             found = followed(self.plan, self.subject, self.views, self.dispatch)
         except Exception as error:  # as above
-            report.findings.append(not_followed(error))
+            if is_last or not isinstance(self.subject, OwnModel):  # numerics will say the same of it
+                report.findings.append(not_followed(error))
             return
         report.flow = found.flow
         report.settle("layouts", found.findings)
