@@ -40,7 +40,7 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from parallel_plans import PlanError, forks, load_plan, local_parameters, resolve
-from parallel_plans.collectives import replicate
+from parallel_plans.collectives import Axis, replicate
 from parallel_plans.experts import dispatch, routing
 from parallel_plans.experts.routing import Ownership, RouterBoundary, is_ids, masked_routes
 from parallel_plans.geometry import Geometry
@@ -294,7 +294,7 @@ def biases_everywhere() -> AbstractContextManager[None]:
 def routes_clamped() -> AbstractContextManager[None]:
     """A route to an expert of another rank goes to one of this rank's, with its weight."""
 
-    def clamped(ids: Tensor, weights: Tensor, owned: Ownership) -> tuple[Tensor, Tensor]:
+    def clamped(ids: Tensor, weights: Tensor, owned: Ownership, axis: Axis) -> tuple[Tensor, Tensor]:
         return (ids - owned.start).clamp(0, owned.count - 1), weights
 
     return patched((routing, "masked_routes", clamped))
@@ -357,8 +357,8 @@ def clamping(model: Any) -> Any:
 def unmasked() -> AbstractContextManager[None]:
     """Weights stay what they are at routes to other ranks: only the sentinel says which these are."""
 
-    def masked(ids: Tensor, weights: Tensor, owned: Ownership) -> tuple[Tensor, Tensor]:
-        return masked_routes(ids, weights, owned)[0], weights
+    def masked(ids: Tensor, weights: Tensor, owned: Ownership, axis: Axis) -> tuple[Tensor, Tensor]:
+        return masked_routes(ids, weights, owned, axis)[0], weights
 
     return patched((routing, "masked_routes", masked))
 
@@ -369,7 +369,7 @@ def masked_before() -> AbstractContextManager[None]:
     def route(self: RouterBoundary, items: list[Any], *_: Any) -> None:
         ids = next(at for at, item in enumerate(items) if is_ids(item))
         weights = next(at for at in range(len(items)) if at != ids and items[at].shape == items[ids].shape)
-        items[ids], masked = masked_routes(items[ids], items[weights], self.owned)  # type: ignore[arg-type]
+        items[ids], masked = masked_routes(items[ids], items[weights], self.owned, self.site.own)  # type: ignore[arg-type]
         items[weights] = replicate(masked, self.site.axis)
         routing.remember_replicated(items[weights], self.site.axis, masked)
 
