@@ -18,10 +18,9 @@ from parallel_plans.collectives import all_reduce
 from parallel_plans.lookup import bundled_folder
 from parallel_plans.styles import Style, base
 from parallel_plans.verify.flow import Mark, Value
-from parallel_plans.verify.letters.lay import Block, Mismatch, Shard, alike
+from parallel_plans.verify.letters.lay import Block, Lay, Mismatch, Shard, alike
 from parallel_plans.verify.letters.operation import Operation
 from parallel_plans.verify.letters.rules import RULES
-from parallel_plans.verify.letters.tracker import Lay
 from parallel_plans.verify.report import Report
 
 TP = frozenset({"tp"})

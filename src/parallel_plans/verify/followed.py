@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
-
-import torch
-from torch import nn
 
 from parallel_plans.errors import Finding
 from parallel_plans.plan import Plan
@@ -16,7 +12,7 @@ from parallel_plans.verify.own import OwnModel
 from parallel_plans.verify.real_size import FewLayers, Subject, causal_lm, few_layers, tokens_of
 from parallel_plans.verify.shrink import CannotShrink, shrunken
 from parallel_plans.verify.trial import trial_views
-from parallel_plans.verify.weights import example_batch
+from parallel_plans.verify.weights import example_batch, random_model
 from parallel_plans.views import Views
 
 TOKENS = (2, 32)  # batch and sequence: values lie the same way whatever these are
@@ -33,7 +29,7 @@ def followed(plan: Plan, subject: Any, views: Views, dispatch: bool) -> Layouts:
     few = few_layers(subject)
 
     def run(config: Any, ranks: Views, *, computes: bool) -> Subject:
-        make = _seeded(config) if computes else (lambda: causal_lm(config))
+        make = (lambda: random_model(config)) if computes else (lambda: causal_lm(config))  # the same every time
         inputs = {**example_batch(config), "use_cache": False} if computes else tokens_of(*TOKENS)
         return Subject(plan=plan, views=ranks, make=make, inputs=inputs, dispatch=dispatch, computes=computes)
 
@@ -49,17 +45,6 @@ def followed(plan: Plan, subject: Any, views: Views, dispatch: bool) -> Layouts:
     # what other ranks send is not there, so that code may fail which it would not fail with
     has_failed = any(finding.code == "PP405" for finding in again.findings)
     return found if has_failed or found.errors else again
-
-
-def _seeded(config: Any) -> Callable[[], nn.Module]:
-    """Makes the same small model every time, with weights that route tokens to all experts."""
-
-    def make() -> nn.Module:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return causal_lm(copy.deepcopy(config), dtype=torch.float32)
-
-    return make
 
 
 def _times(few: FewLayers) -> dict[str, int]:

@@ -27,8 +27,10 @@ from parallel_plans.plan import Rule
 from parallel_plans.table import Table, wildcarded
 from parallel_plans.verify.blame import rule_at
 from parallel_plans.verify.flow import Flow, Mark, Value
+from parallel_plans.verify.letters.changes import shard_of
 from parallel_plans.verify.letters.lay import Lay, Shard, varying
-from parallel_plans.verify.letters.tracker import Seen, Tracker, ViewsSeen, shard_of
+from parallel_plans.verify.letters.shown import Seen, ViewsSeen
+from parallel_plans.verify.letters.tracker import Tracker
 from parallel_plans.verify.observed import tensors_of
 from parallel_plans.verify.real_size import Running, Subject, fake_rank, whole_model
 from parallel_plans.views import EXPERT_AXIS, EXPERT_TENSOR_AXIS, TENSOR_AXIS, Views

@@ -207,6 +207,11 @@ class Lay:
             at += size
         return None
 
+    def whole_sizes(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The sizes of the dims in the whole model, of a tensor of this shape."""
+        parts = (self.part(dim) for dim in range(len(shape)))
+        return tuple(size if part is None else part.whole for size, part in zip(shape, parts, strict=True))
+
     def part(self, dim: int) -> Shard | None:
         """The shard of a dim of which each rank has a part; None where the dim is whole."""
         shard = self.shards[dim]

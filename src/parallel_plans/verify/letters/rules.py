@@ -78,7 +78,7 @@ ZERO |= {"new_empty_strided"}
 # Element by element, though torch does not say so of them.
 _POINTWISE = frozenset(
     {"clone", "_to_copy", "lift_fresh", "native_dropout", "where", "masked_fill"}
-    | {"masked_fill_", "_conj", "native_dropout_backward", "zeros_like"}
+    | {"masked_fill_", "_conj", "native_dropout_backward"}
 )
 
 

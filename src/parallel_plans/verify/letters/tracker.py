@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from itertools import pairwise
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from parallel_plans.collectives import Axis
-from parallel_plans.layouts import Split
 from parallel_plans.verify.flow import Mark
+from parallel_plans.verify.letters.changes import CHANGES, mesh_dims
 from parallel_plans.verify.letters.lay import (
     NOTHING,
-    Block,
     Lay,
     Mismatch,
     NoRule,
-    Shard,
     unknown,
     varying,
     whole,
@@ -28,6 +24,7 @@ from parallel_plans.verify.letters.lay import (
 from parallel_plans.verify.letters.operation import Operation, tensors_in
 from parallel_plans.verify.letters.picking import onto
 from parallel_plans.verify.letters.rules import UNIFORM, ZERO, rule_of
+from parallel_plans.verify.letters.shown import SHOWING, Seen, repeats, shows
 from parallel_plans.verify.whereabouts import Whereabouts
 from parallel_plans.views import Views
 
@@ -40,51 +37,6 @@ class Problem:
     module: str
     message: str
     backward: bool
-
-
-def mesh_dims(views: Views) -> dict[str, frozenset[str]]:
-    """Axis -> the dims of the finest mesh that it is made of, by the steps between which they lie."""
-    pairs = list(pairwise(views.steps))
-    return {
-        axis: frozenset(f"{high}/{low}" for high, low in pairs if start <= low and high <= stop)
-        for axis, (start, stop) in views.spans.items()
-    }
-
-
-def shard_of(split: Split, over: frozenset[str], rank: int) -> Shard:
-    """The shard that a rank has of a dim: its ranges are its blocks, each of what all ranks have in that place."""
-    pieces = [[stop - start for start, stop in ranges] for ranges in split.ranges]
-    own = pieces[rank]
-    if all(len(each) == len(own) for each in pieces):
-        blocks = tuple(Block(size, sum(each[at] for each in pieces)) for at, size in enumerate(own))
-    else:
-        blocks = (Block(sum(own), split.size),)
-    return Shard(over=over, blocks=blocks)
-
-
-# module, in backward or not, whether it repeats -> what the operations gave that show a dim in another shape, in order
-Seen = dict[tuple[str, bool, bool], list[tuple[int, ...]]]
-
-
-class ViewsSeen(TorchDispatchMode):
-    """What the views of a model give, module by module; asked for of the whole model, to know which dim is a part."""
-
-    def __init__(self, where: Whereabouts) -> None:
-        super().__init__()
-        self.where, self.seen = where, cast(Seen, {})
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        output = func(*args, **(kwargs or {}))
-        name = func._schema.name.partition("::")[2]
-        if name in SHOWING:
-            key = self.where(), self.where.is_backward, name == "expand"
-            self.seen.setdefault(key, []).append(tuple(output.shape))
-        return output
-
-
-SHOWING = ("view", "_unsafe_view", "reshape", "expand")  # the same elements in another shape, or the same ones again
 
 
 class Tracker(TorchDispatchMode):
@@ -156,33 +108,12 @@ class Tracker(TorchDispatchMode):
         """What this view, or repetition, gives in the whole model; None where nothing there is it."""
         if name not in SHOWING or (name != "expand" and self.lay(args[0]).is_plain):
             return None
-        is_it = self._repeats if name == "expand" else self._shows
+        is_it, lay = repeats if name == "expand" else shows, self.lay(args[0])
         left = self._seen.get((self.where(), self.where.is_backward, name == "expand"), [])
         for at, shape in enumerate(left):
-            if len(shape) == output.dim() and is_it(args[0], output, shape):
+            if len(shape) == output.dim() and is_it(args[0], lay, output, shape):
                 return left.pop(at)
         return None
-
-    def _shows(self, value: Tensor, output: Tensor, shape: tuple[int, ...]) -> bool:
-        """Whether a shape can be that of a view in the whole model: as many elements, dims in proportion."""
-        lay = self.lay(value)
-        parts = [lay.part(dim) for dim in range(value.dim())]
-        ratios = {(1, 1)} | {(part.whole, part.local) for part in parts if part is not None}
-        in_proportion = all(
-            any(wanted * local == size * whole_ for whole_, local in ratios)
-            for size, wanted in zip(output.shape, shape, strict=True)
-        )
-        return in_proportion and math.prod(shape) == math.prod(_whole_sizes(value, parts))
-
-    def _repeats(self, value: Tensor, output: Tensor, shape: tuple[int, ...]) -> bool:
-        """Whether a shape can be that of the whole model where a tensor is repeated: alike in all that is not."""
-        more = output.dim() - value.dim()
-        for dim, (size, wanted) in enumerate(zip(output.shape, shape, strict=True)):
-            part = None if dim < more else self.lay(value).part(dim - more)
-            is_repeated = dim < more or value.shape[dim - more] == 1
-            if wanted != (size if part is None else part.whole) and (part is not None or not is_repeated):
-                return False
-        return True
 
     def _note_numbers(self, name: str, args: tuple[Any, ...]) -> None:
         numbers = tuple(arg for arg in args if isinstance(arg, (bool, int, float)))
@@ -315,7 +246,7 @@ class Tracker(TorchDispatchMode):
             self.marks.append(mark)
         over = self.dims[axis.name]
         try:
-            self.put(result, lay if lay.is_unknown else _CHANGES[name](self, lay, over, axis, result, where))
+            self.put(result, lay if lay.is_unknown else CHANGES[name](lay, over, axis, result, where))
         except Mismatch as problem:
             self.report(problem.code, str(problem))
             self.put(result, unknown(result.dim()))
@@ -332,11 +263,6 @@ class Tracker(TorchDispatchMode):
             self.put(value, replace(lay, is_unknown=False, varies=lay.varies - over, partial=lay.partial - over))
 
 
-def _whole_sizes(value: Tensor, parts: Sequence[Shard | None]) -> list[int]:
-    """The sizes of a tensor's dims in the whole model."""
-    return [size if part is None else part.whole for size, part in zip(value.shape, parts, strict=True)]
-
-
 def _made(op: Operation, result: Tensor) -> Lay:
     """The lay of what is made of nothing, or of what is whole."""
     return replace(whole(result.dim()), is_zero=op.name in ZERO, is_uniform=op.name in UNIFORM | ZERO)
@@ -348,54 +274,3 @@ def _written(func: Any, op: Operation) -> Tensor | None:
     info = arguments[0].alias_info if arguments else None
     first = op.args[0] if op.args else None
     return first if info is not None and info.is_write and isinstance(first, Tensor) else None
-
-
-def _reduced(tracker: Tracker, lay: Lay, over: frozenset[str], axis: Axis, result: Tensor, where: Any) -> Lay:
-    if lay.over & over:
-        raise Mismatch("PP303", f"all_reduce over {axis.name} adds up different parts of a value")
-    if not over <= lay.partial | lay.varies and not lay.is_zero:
-        raise Mismatch(
-            "PP301", f"all_reduce over {axis.name} of a value that is whole: it gets {axis.size} times too big"
-        )
-    return replace(lay, partial=lay.partial - over, varies=lay.varies - over)
-
-
-def _gathered(tracker: Tracker, lay: Lay, over: frozenset[str], axis: Axis, result: Tensor, where: Any) -> Lay:
-    dim = where[1]
-    if lay.varies & over:
-        return lay
-    shard = lay.shards[dim]
-    if shard is None or shard.over != over:
-        raise Mismatch("PP301", f"all_gather over {axis.name} of a value that is no part of one in dim {dim}")
-    if (shard.local, shard.whole) != (where[0].local_sizes[axis.rank], where[0].size):
-        raise Mismatch("PP303", f"all_gather over {axis.name} puts a dim of {shard} together as {where[0].size}")
-    return lay.with_dim(dim, None)
-
-
-def _scattered(tracker: Tracker, lay: Lay, over: frozenset[str], axis: Axis, result: Tensor, where: Any) -> Lay:
-    if lay.varies & over:
-        return lay
-    if not over <= lay.partial:
-        raise Mismatch("PP301", f"reduce_scatter over {axis.name} of a value that is whole")
-    return replace(lay, partial=lay.partial - over).with_dim(where[1], shard_of(where[0], over, axis.rank))
-
-
-def _taken(tracker: Tracker, lay: Lay, over: frozenset[str], axis: Axis, result: Tensor, where: Any) -> Lay:
-    if lay.varies & over:
-        return lay
-    if over & (lay.partial | lay.over):
-        raise Mismatch("PP302", f"a rank takes its part, over {axis.name}, of what is not whole")
-    return lay.with_dim(where[1], shard_of(where[0], over, axis.rank))
-
-
-def _exchanged(tracker: Tracker, lay: Lay, over: frozenset[str], axis: Axis, result: Tensor, where: Any) -> Lay:
-    return varying(result.dim(), over | lay.varies | lay.over | lay.partial)
-
-
-_CHANGES: dict[str, Callable[..., Lay]] = {
-    "all_reduce": _reduced,
-    "all_gather": _gathered,
-    "reduce_scatter": _scattered,
-    "all_to_all": _exchanged,
-    "own": _taken,
-}

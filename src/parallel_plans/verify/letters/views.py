@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from parallel_plans.verify.letters.lay import Block, Lay, Mismatch, NoRule, Shard, alike, whole
+from parallel_plans.verify.letters.lay import Block, Lay, Mismatch, NoRule, Shard, alike
 from parallel_plans.verify.letters.operation import Operation
 
 
@@ -23,9 +23,7 @@ def viewed(op: Operation) -> Lay:
     shards: list[Shard | None] = [None] * op.result.dim()
     old, new = tuple(value.shape), tuple(op.result.shape)
     if op.whole_shape is not None:  # where a rank has one head, only the whole model shows which dim it is in
-        parts = [lay.part(dim) for dim in range(value.dim())]
-        old = tuple(size if part is None else part.whole for size, part in zip(old, parts, strict=True))
-        new = op.whole_shape
+        old, new = lay.whole_sizes(old), op.whole_shape
     for before, after in _groups(old, new):
         if not any(lay.shards[dim] for dim in before):
             continue
@@ -357,8 +355,3 @@ def as_complex(op: Operation) -> Lay:
     if lay.part(value.dim() - 1) is not None:
         raise Mismatch("PP303", f"{op.name}: pairs of which each rank has a part")
     return replace(lay, shards=lay.shards[:-1])
-
-
-def fresh(op: Operation) -> Lay:
-    """`zeros_like` and the like: as wide as what it is made after, of which it says nothing else."""
-    return whole(op.result.dim())

@@ -1,0 +1,60 @@
+"""What the views of the whole model give: where a rank has one head, only they show which dim it is in."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from parallel_plans.verify.letters.lay import Lay
+from parallel_plans.verify.whereabouts import Whereabouts
+
+# module, in backward or not, whether it repeats -> what the operations gave that show a dim in another shape, in order
+Seen = dict[tuple[str, bool, bool], list[tuple[int, ...]]]
+
+
+class ViewsSeen(TorchDispatchMode):
+    """What the views of a model give, module by module; asked for of the whole model, to know which dim is a part."""
+
+    def __init__(self, where: Whereabouts) -> None:
+        super().__init__()
+        self.where = where
+        self.seen: Seen = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        name = func._schema.name.partition("::")[2]
+        if name in SHOWING:
+            key = self.where(), self.where.is_backward, name == "expand"
+            self.seen.setdefault(key, []).append(tuple(output.shape))
+        return output
+
+
+SHOWING = ("view", "_unsafe_view", "reshape", "expand")  # the same elements in another shape, or the same ones again
+
+
+def shows(value: Tensor, lay: Lay, output: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether a shape can be that of a view in the whole model: as many elements, dims in proportion."""
+    parts = [lay.part(dim) for dim in range(value.dim())]
+    ratios = {(1, 1)} | {(part.whole, part.local) for part in parts if part is not None}
+    in_proportion = all(
+        any(wanted * local == size * whole_ for whole_, local in ratios)
+        for size, wanted in zip(output.shape, shape, strict=True)
+    )
+    return in_proportion and math.prod(shape) == math.prod(lay.whole_sizes(value.shape))
+
+
+def repeats(value: Tensor, lay: Lay, output: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether a shape can be that of the whole model where a tensor is repeated: alike in all that is not."""
+    more = output.dim() - value.dim()
+    for dim, (size, wanted) in enumerate(zip(output.shape, shape, strict=True)):
+        part = None if dim < more else lay.part(dim - more)
+        is_repeated = dim < more or value.shape[dim - more] == 1
+        if wanted != (size if part is None else part.whole) and (part is not None or not is_repeated):
+            return False
+    return True
