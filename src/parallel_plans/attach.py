@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from parallel_plans.boundary import Boundary, Forward, Site
 from parallel_plans.collectives import Axis
 from parallel_plans.counts import localize_counts
-from parallel_plans.forks import fork_scope
+from parallel_plans.forks import fork_scope, opens_fork_scope
 from parallel_plans.local_parameters import LocalParameters
 from parallel_plans.mesh import Place
 from parallel_plans.partial import whole_tree
@@ -52,35 +52,38 @@ class ParallelForward:
         self.own, self.reached, self.boundaries = own, reached, boundaries
         self.has_forks, self.has_sums = has_forks, has_sums
         self.forward = own.module.forward
+        self._run: Forward | None = None
         functools.update_wrapper(self, self.forward)
 
+    def _composed(self) -> Forward:
+        """What every call runs, put together by the first one: a module pays for what it needs and for nothing else."""
+        forward = self.forward
+        for boundary in reversed(self.boundaries):
+            forward = boundary.around(forward)
+        for reached in self.reached:
+            forward = reached.around(forward)
+        self._run = self.own.around(forward)
+        return self._run
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.boundaries and sums_wait():
+            args, kwargs = whole_tree(args), whole_tree(kwargs)
+        if self.has_sums or (self.has_forks and opens_fork_scope()):
+            return self._in_scopes(args, kwargs)
+        return (self._run or self._composed())(*args, **kwargs)
+
+    def _in_scopes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self.has_forks:
             return self._with_sums(args, kwargs)
         with fork_scope():
             return self._with_sums(args, kwargs)
 
     def _with_sums(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self.boundaries and sums_wait():
-            args, kwargs = whole_tree(args), whole_tree(kwargs)
+        run = self._run or self._composed()
         if not self.has_sums:
-            return self._run(args, kwargs)
+            return run(*args, **kwargs)
         with sum_scope():
-            return whole_tree(self._run(args, kwargs))
-
-    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        originals, added = self.own.lay_out()
-        below = [(reached.module, reached.lay_out()[0]) for reached in self.reached]
-        try:
-            forward = self.forward
-            for boundary in reversed(self.boundaries[1:]):
-                forward = functools.partial(_crossed, boundary, forward)
-            output = self.boundaries[0](forward, args, kwargs) if self.boundaries else forward(*args, **kwargs)
-        finally:
-            self.own.module._parameters.update(originals)
-            for module, parameters in below:
-                module._parameters.update(parameters)
-        return output if added is None else output + added.to(output.dtype)  # under autocast they differ
+            return whole_tree(run(*args, **kwargs))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ParallelForward:
         """The same around the copied module, which the copy has made by now; never around the original."""
@@ -92,12 +95,8 @@ class ParallelForward:
         twin.has_forks, twin.has_sums = self.has_forks, self.has_sums
         twin.forward = getattr(type(copied), inner.__name__).__get__(copied) if hasattr(inner, "__self__") else inner
         functools.update_wrapper(twin, twin.forward)
+        twin._run = None
         return twin
-
-
-def _crossed(boundary: Boundary, forward: Forward, *args: Any, **kwargs: Any) -> Any:
-    """What a module gives across one more boundary."""
-    return boundary(forward, args, kwargs)
 
 
 def attach_forwards(model: nn.Module, table: Table, place: Place) -> None:

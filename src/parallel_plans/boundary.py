@@ -6,10 +6,12 @@ A `Boundary` is forward-only: it finds the parameters already sharded and never 
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
+import torch
 from torch import Tensor, nn
 
 from parallel_plans.collectives import TRANSITIONS, Axis, replicate
@@ -120,14 +122,51 @@ class Boundary:
         twin.module = module
         return twin
 
-    def __call__(self, forward: Forward, args: Arguments, kwargs: Keywords) -> Any:
-        """The module's output as the style delivers it; `forward` computes it from the arguments."""
+    def around(self, forward: Forward) -> Forward:
+        """`forward` across this boundary; itself where nothing is to do."""
+        if type(self).__call__ is not Boundary.__call__:
+            return functools.partial(_crossed, self, forward)
+        if self.deliver is not None:
+            forward = _delivered(forward, self.deliver)
         if self.arrive is not None:
-            if args and isinstance(args[0], Tensor):
-                args = (self.arrive(args[0]), *args[1:])
-            else:
-                args, kwargs = change_first(self.arrive, args, kwargs)
+            forward = _arrived(
+                forward, self.arrive, only_back=(self.site.style.arrives, self.site.style.needs) == ("I", "R")
+            )
+        return forward
+
+    def __call__(self, forward: Forward, args: Arguments, kwargs: Keywords) -> Any:
+        """The module's output as the style delivers it; `forward` computes it from the arguments.
+
+        A kind of boundary with one of its own runs that; here the two halves are put around the forward once and for
+        all, so that a module pays for what its letters ask for and for nothing else.
+        """
+        return self.around(forward)(*args, **kwargs)
+
+
+def _crossed(boundary: Boundary, forward: Forward, *args: Any, **kwargs: Any) -> Any:
+    """What a module gives across a boundary of a kind of its own."""
+    return boundary(forward, args, kwargs)
+
+
+def _arrived(forward: Forward, arrive: Callable[[Tensor], Tensor], *, only_back: bool) -> Forward:
+    """`forward` of the first tensor as `arrive` gives it; `only_back` where that acts on the gradient alone."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if only_back and not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        if args and isinstance(args[0], Tensor):
+            return forward(arrive(args[0]), *args[1:], **kwargs)
+        args, kwargs = change_first(arrive, args, kwargs)
+        return forward(*args, **kwargs)
+
+    return run
+
+
+def _delivered(forward: Forward, deliver: Callable[[Tensor], Tensor]) -> Forward:
+    """`forward`, and its output as `deliver` gives it."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
         output = forward(*args, **kwargs)
-        if self.deliver is None:
-            return output
-        return self.deliver(output) if isinstance(output, Tensor) else change_output(self.deliver, output)
+        return deliver(output) if isinstance(output, Tensor) else change_output(deliver, output)
+
+    return run

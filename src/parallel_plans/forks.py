@@ -50,6 +50,7 @@ class _Forks:
 
     replicated: dict[tuple[int, ...], tuple[Any, Tensor]] = field(default_factory=dict)  # value and axis -> its R
     whole: dict[_Key, _Replicated] = field(default_factory=dict)
+    latest: tuple[Tensor, int, Axis, Tensor] | None = None  # a value, its version, an axis, its R: asked for in a row
 
 
 class _Scope(threading.local):
@@ -60,10 +61,15 @@ class _Scope(threading.local):
 _scope = _Scope()
 
 
+def opens_fork_scope() -> bool:
+    """Whether a `fork_scope` would open here, and be more than the scope around it."""
+    return _scope.forks is None and not _scope.is_barred and torch.is_grad_enabled()
+
+
 @contextmanager
 def fork_scope() -> Iterator[None]:
     """Inside the block, `replicate_once` gives one R per value. A scope within a scope is part of the outer one."""
-    if _scope.forks is not None or _scope.is_barred or not torch.is_grad_enabled():
+    if not opens_fork_scope():
         yield
         return
     _scope.forks = _Forks()
@@ -112,6 +118,15 @@ def replicate_once(value: Tensor, axis: Axis) -> Tensor:
     forks = _scope.forks
     if forks is None or not (torch.is_grad_enabled() and value.requires_grad):
         return replicate(value, axis)
+    latest = forks.latest
+    if latest is not None and latest[0] is value and latest[1] == value._version and latest[2] is axis:
+        return latest[3]
+    replicated = _replicated_once(forks, value, axis)
+    forks.latest = (value, value._version, axis, replicated)
+    return replicated
+
+
+def _replicated_once(forks: _Forks, value: Tensor, axis: Axis) -> Tensor:
     key, maker = _key(value)
     if key in forks.whole:
         if forks.whole[key].axis is axis:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from parallel_plans.collectives import Axis, replicate
 from parallel_plans.partial import contribute
 from parallel_plans.storage import local_tensor
+
+if TYPE_CHECKING:
+    from parallel_plans.boundary import Forward
 
 
 class LocalParameters:
@@ -30,32 +34,62 @@ class LocalParameters:
         after: tuple[str, ...] = (),
     ) -> None:
         self.module, self.summed, self.once, self.after = module, summed, once, after
-
-    @property
-    def is_special(self) -> bool:
-        """Whether any is used in another letter than that in which it lies."""
-        return bool(self.summed or self.once or self.after)
+        self.is_special = bool(summed or once or after)  # any is used in another letter than that in which it lies
 
     def on(self, module: nn.Module) -> LocalParameters:
         """The same for a copy of the module."""
         return LocalParameters(module, self.summed, self.once, self.after)
 
-    def lay_out(self) -> tuple[dict[str, Any], Tensor | None]:
+    def around(self, forward: Forward) -> Forward:
+        """`forward` with local tensors in the parameters' place while it runs; itself where they lie there anyway."""
+        if self.is_special:
+            return self._around_special(forward)
+        if not any(isinstance(parameter, DTensor) for parameter in self.module._parameters.values()):
+            return forward
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            kept: dict[str, Any] = self.module._parameters
+            originals = list(kept.items())
+            for name, parameter in originals:
+                if isinstance(parameter, DTensor):
+                    kept[name] = local_tensor(parameter)
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                for name, parameter in originals:
+                    kept[name] = parameter
+
+        return run
+
+    def _around_special(self, forward: Forward) -> Forward:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            kept: dict[str, Any] = self.module._parameters
+            originals, added = self._lay_out(kept)
+            try:
+                output = forward(*args, **kwargs)
+            finally:
+                kept.update(originals)
+            return output if added is None else output + added.to(output.dtype)  # under autocast they differ
+
+        return run
+
+    def _lay_out(self, kept: dict[str, Any]) -> tuple[dict[str, Any], Tensor | None]:
         """Puts local tensors in the parameters' place; gives what was there, and what is to be added to the output."""
-        kept: dict[str, Any] = self.module._parameters
         originals, added = kept.copy(), None
         for name, parameter in originals.items():
             if parameter is None:
                 continue
-            local = parameter
-            if isinstance(parameter, nn.Parameter):  # if not, a module around this one has laid it out
-                local = local_tensor(parameter)
-                for axis in self.summed.get(name, ()):
-                    local = replicate(local, axis)
-                for axis in self.once.get(name, ()):
-                    local = contribute(local, axis)
-            kept[name] = local
+            local = kept[name] = local_tensor(parameter)
+            if isinstance(parameter, nn.Parameter):  # if not, a module around has laid it out
+                local = kept[name] = self._in_use(name, local)
             if name in self.after:
                 # some layers cannot do without a bias: they get one that adds nothing
                 added, kept[name] = local, None if isinstance(self.module, nn.Linear) else torch.zeros_like(local)
         return originals, added
+
+    def _in_use(self, name: str, local: Tensor) -> Tensor:
+        for axis in self.summed.get(name, ()):
+            local = replicate(local, axis)
+        for axis in self.once.get(name, ()):
+            local = contribute(local, axis)
+        return local
