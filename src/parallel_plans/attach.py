@@ -57,12 +57,13 @@ class ParallelForward:
 
     def _composed(self) -> Forward:
         """What every call runs, put together by the first one: a module pays for what it needs and for nothing else."""
-        forward = self.forward
+        forward = self.forward if self.own.is_special else self.own.around(self.forward)
         for boundary in reversed(self.boundaries):
             forward = boundary.around(forward)
         for reached in self.reached:
             forward = reached.around(forward)
-        self._run = self.own.around(forward)
+        # what is added to the output is added to what the boundaries deliver
+        self._run = self.own.around(forward) if self.own.is_special else forward
         return self._run
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

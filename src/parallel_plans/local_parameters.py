@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn import functional
 
 from parallel_plans.collectives import Axis, replicate
 from parallel_plans.partial import contribute
@@ -44,6 +45,8 @@ class LocalParameters:
         """`forward` with local tensors in the parameters' place while it runs; itself where they lie there anyway."""
         if self.is_special:
             return self._around_special(forward)
+        if getattr(forward, "__func__", None) is nn.Linear.forward:
+            return self._linear
         if not any(isinstance(parameter, DTensor) for parameter in self.module._parameters.values()):
             return forward
 
@@ -61,8 +64,19 @@ class LocalParameters:
 
         return run
 
+    def _linear(self, input: Tensor) -> Tensor:
+        """What `nn.Linear` computes: most of a model's modules are that, and need nothing put in anything's place."""
+        kept: dict[str, Any] = self.module._parameters
+        weight, bias = kept["weight"], kept["bias"]
+        return functional.linear(input, local_tensor(weight), None if bias is None else local_tensor(bias))
+
     def _around_special(self, forward: Forward) -> Forward:
+        only_gradients = not (self.once or self.after)
+        are_plain = not any(isinstance(parameter, DTensor) for parameter in self.module._parameters.values())
+
         def run(*args: Any, **kwargs: Any) -> Any:
+            if only_gradients and are_plain and not torch.is_grad_enabled():
+                return forward(*args, **kwargs)
             kept: dict[str, Any] = self.module._parameters
             originals, added = self._lay_out(kept)
             try:

@@ -56,7 +56,8 @@ class ExpertsBoundary(Boundary):
 
     def __call__(self, forward: Forward, args: Arguments, kwargs: Keywords) -> Any:
         axis, call = self.site.axis, ExpertsCall(args, kwargs)
-        if call.ids is not None or not self.site.options["is_in_block"]:
+        # I -> R changes nothing but gradients
+        if torch.is_grad_enabled() and (call.ids is not None or not self.site.options["is_in_block"]):
             call = self._used(call, axis)
         output = self._run(forward, call)
         return change_output(lambda value: self._delivered(value, call, axis), output)
@@ -91,7 +92,8 @@ class ExpertsBoundary(Boundary):
         if not self.site.options["is_routed"]:
             ids, weights = masked_routes(ids, weights, self.owned, self.site.own)
         if self._has_room_for_sentinel():
-            call = call.replaced(call.hidden, ids, weights)
+            if not self.site.options["is_routed"]:
+                call = call.replaced(call.hidden, ids, weights)
             return forward(*call.args, **call.kwargs)
 
         def experts(hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -27,11 +28,22 @@ class ExpertsCall:
     args: Arguments
     kwargs: Keywords
 
-    def _first(self, fits: Callable[[Any], bool], skip: _Place | None = None) -> _Place | None:
+    @cached_property
+    def _places(self) -> dict[str, _Place]:
+        """Where the call has what."""
+        found: dict[str, _Place] = {}
         items: list[tuple[_Place, Any]] = [*enumerate(self.args), *self.kwargs.items()]
-        return next((place for place, value in items if place != skip and fits(value)), None)
+        for place, value in items:
+            if isinstance(value, list):
+                found.setdefault("sizes", place)
+            elif is_weights(value):
+                found.setdefault("weights" if "hidden" in found else "hidden", place)
+            elif is_ids(value):
+                found.setdefault("ids", place)
+        return found
 
-    def _at(self, place: _Place | None) -> Any:
+    def _at(self, what: str) -> Any:
+        place = self._places.get(what)
         if place is None:
             return None
         return self.args[place] if isinstance(place, int) else self.kwargs[place]
@@ -39,7 +51,7 @@ class ExpertsCall:
     @property
     def hidden(self) -> Tensor:
         """The hidden states or rows."""
-        found = self._at(self._first(is_weights))
+        found = self._at("hidden")
         if found is None:
             raise TypeError("experts were called without hidden states")
         return found
@@ -47,17 +59,17 @@ class ExpertsCall:
     @property
     def ids(self) -> Tensor | None:
         """The experts' ids, where the call has them."""
-        return self._at(self._first(is_ids))
+        return self._at("ids")
 
     @property
     def weights(self) -> Tensor | None:
         """The routing weights, where the call has them."""
-        return self._at(self._first(is_weights, skip=self._first(is_weights)))
+        return self._at("weights")
 
     @property
     def sizes(self) -> list[int] | None:
         """The rows of each expert, where the call has them."""
-        return self._at(self._first(lambda value: isinstance(value, list)))
+        return self._at("sizes")
 
     def mapped(self, function: Callable[[Tensor], Tensor]) -> ExpertsCall:
         """The call with every float tensor changed."""
@@ -71,13 +83,7 @@ class ExpertsCall:
         self, hidden: Tensor, ids: Tensor | None = None, weights: Tensor | None = None, sizes: list[int] | None = None
     ) -> ExpertsCall:
         """The call with these in the place of its own."""
-        at_hidden = self._first(is_weights)
-        new = {
-            at_hidden: hidden,
-            self._first(is_ids): ids,
-            self._first(is_weights, skip=at_hidden): weights,
-            self._first(lambda value: isinstance(value, list)): sizes,
-        }
-        new = {place: value for place, value in new.items() if place is not None and value is not None}
+        given = {"hidden": hidden, "ids": ids, "weights": weights, "sizes": sizes}
+        new = {self._places[what]: value for what, value in given.items() if value is not None and what in self._places}
         args = tuple(new.get(place, value) for place, value in enumerate(self.args))
         return ExpertsCall(args, {key: new.get(key, value) for key, value in self.kwargs.items()})
