@@ -8,7 +8,7 @@ from parallel_plans.accounting import Report
 from parallel_plans.errors import Finding
 from parallel_plans.experts.alignment import ALIGNMENT
 from parallel_plans.layouts import Split
-from parallel_plans.pairing import Piece, is_cut_at
+from parallel_plans.pieces import Piece, is_cut_at
 from parallel_plans.table import Table
 from parallel_plans.together import in_order, wrong_cuts
 
