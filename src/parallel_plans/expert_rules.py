@@ -135,8 +135,7 @@ class ExpertRules:
             ways: dict[object, list[str]] = {}
             for name, split in splits.items():
                 ways.setdefault(tuple(ranges[:1] for ranges in split.ranges), []).append(name)
-            # of as many each, those that count the experts as the config does are right
-            usual = max(ways.values(), key=lambda each: (len(each), self._is_known(splits[each[0]].size, each[0])))
+            usual = max(ways.values(), key=lambda each: self._likelihood(each, splits[each[0]].size), default=())
             yield from ((name, usual[0]) for name in splits if name not in usual)
 
     def _beside(self) -> Iterable[list[str]]:
@@ -148,9 +147,13 @@ class ExpertRules:
             together.setdefault(own[-1] if own else name, []).append(name)
         return together.values()
 
-    def _is_known(self, count: int, name: str) -> bool:
-        """Whether the config says that there are so many experts."""
-        return any("expert" in field and value == count for field, value in self.spec.fields_at(name).items())
+    def _likelihood(self, weights: Sequence[str], count: int) -> tuple[int, bool, int]:
+        """How likely weights that are dealt alike are dealt right: by how many they are, by the config, by the count.
+
+        The config may say that there are so many experts; of several such numbers, that of all experts is the largest.
+        """
+        numbers = self.spec.fields_at(weights[0]).items()
+        return len(weights), any("expert" in field and value == count for field, value in numbers), count
 
     def _split_or_none(self, name: str) -> Split | None:
         try:
@@ -226,7 +229,7 @@ def report_incomplete(report: Report, spec: ModelSpec, experts: ExpertRules) -> 
             f"{rule.style} deals experts over ranks, and nothing brings tokens to them",
             rule,
             name=module,
-            found=f"{weight.rpartition('.')[2]} {Layout(spec.parameters[weight].shape)}",
+            found=f"with {weight.removeprefix(f'{module}.')} {Layout(spec.parameters[weight].shape)}",
             expected=f"a rule for the experts' module in {rule.section}",
             fix=f"add `{wildcarded(module)}: {style_name}` to {rule.section}",
         )

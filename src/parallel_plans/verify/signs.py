@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from parallel_plans.expert_rules import is_within
+from parallel_plans.matching import Pattern
 from parallel_plans.model_spec import ModelSpec
 from parallel_plans.sum_rules import layer_of
 from parallel_plans.table import ParameterEntry, Table, wildcarded
@@ -50,14 +51,20 @@ def block_of(name: str, spec: ModelSpec) -> str:
 
 
 def _caught(block: str, entries: list[ParameterEntry]) -> Iterator[Sign]:
-    """What a catch-all leaves whole beside what rules split."""
-    split = [entry for entry in entries if entry.uses[0].letter == "S" and CATCH_ALL not in entry.rule.pattern]
+    """What a catch-all, or a rule on the block itself, leaves whole beside what rules of their own split."""
+    split = [entry for entry in entries if entry.uses[0].letter == "S" and not _has_none(block, entry)]
     for entry in entries:
         model = next((each for each in split if len(each.info.shape) == len(entry.info.shape)), None)
-        if model is not None and CATCH_ALL in entry.rule.pattern and entry.uses[0].letter != "S":
+        if model is not None and _has_none(block, entry) and entry.uses[0].letter != "S":
             beside = wildcarded(model.info.name)
             about = f"{wildcarded(entry.info.name)} has no rule of its own and stays whole beside {beside}"
             yield Sign(entry=entry, block=block, about=about)
+
+
+def _has_none(block: str, entry: ParameterEntry) -> bool:
+    """Whether no rule is written for the parameter or its layer alone."""
+    pattern = entry.rule.pattern
+    return CATCH_ALL in pattern or Pattern.of(pattern).matches(block)
 
 
 def _bare(block: str, entries: list[ParameterEntry], spec: ModelSpec) -> Iterator[Sign]:
