@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from parallel_plans.matching import Assignment, assign
 from parallel_plans.plan import Rule
+from parallel_plans.sum_rules import layer_of
 from parallel_plans.table import Table, wildcarded
 from parallel_plans.verify.compare import (
     FORWARD,
@@ -152,9 +153,11 @@ def _before_wrong(run: Run) -> list[str]:
     before = [name for name, what in reversed(events[: right + 1]) if what == "delivers"]
     around = _block(start)
     beside = [name for name in _in_order(run) if name.startswith((f"{around}.", f"{start}."))]
+    outer = f"{_block(around)}." if layer_of(around) != around else f"{around}."
+    joined = [name for name in _in_order(run) if name.startswith(outer)]  # sums that wait are joined by later ones
     first = [start] if event is None or event[1] == "delivers" else []
     near = [name for name in before if name.startswith((f"{around}.", f"{start}."))]
-    return list(dict.fromkeys([*first, *near, start, *beside, around, *before[:MOST]]))
+    return list(dict.fromkeys([*first, *near, start, *beside, around, *joined, *before[:MOST]]))
 
 
 def _first_unlike_row(run: Run, right: int) -> int | None:
