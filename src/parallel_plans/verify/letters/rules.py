@@ -74,11 +74,13 @@ UNIFORM = frozenset(
 )
 ZERO = frozenset({"zeros", "new_zeros", "zeros_like", "empty", "new_empty", "empty_like", "empty_strided", "zero_"})
 ZERO |= {"new_empty_strided"}
+NUMBER_AT = {"scalar_tensor": 0, "full": 1, "full_like": 1, "new_full": 2}  # the number, which may be zero too
 
 # Element by element, though torch does not say so of them.
 _POINTWISE = frozenset(
     {"clone", "_to_copy", "lift_fresh", "native_dropout", "where", "masked_fill"}
-    | {"masked_fill_", "_conj", "native_dropout_backward"}
+    | {"masked_fill_", "_conj", "native_dropout_backward", "softplus_backward", "hardtanh_backward", "elu_backward"}
+    | {"leaky_relu_backward", "hardswish_backward", "hardsigmoid_backward", "mish_backward"}
 )
 
 
