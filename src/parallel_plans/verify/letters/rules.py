@@ -9,28 +9,28 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from parallel_plans.verify.letters import contractions, picking, reductions, views
+from parallel_plans.verify.letters import contractions, picking, reductions, reshaping, stretches, views
 from parallel_plans.verify.letters.operation import Operation
 from parallel_plans.verify.letters.pointwise import pointwise
 
 Rule = Callable[[Operation], Any]  # a lay, or one for every result
 
 RULES: dict[str, Rule] = {
-    **dict.fromkeys(("view", "_unsafe_view", "reshape", "_reshape_alias", "view_copy"), views.viewed),
+    **dict.fromkeys(("view", "_unsafe_view", "reshape", "_reshape_alias", "view_copy"), reshaping.viewed),
     **dict.fromkeys(("transpose", "t", "transpose_copy", "t_copy"), views.transposed),
     **dict.fromkeys(("detach", "alias", "detach_"), views.same),
-    "copy_": views.copied,
+    "copy_": reshaping.copied,
     "permute": views.permuted,
     "unsqueeze": views.unsqueezed,
     "squeeze": views.squeezed,
-    "expand": views.expanded,
-    "repeat": views.repeated,
-    "slice": views.sliced,
-    "select": views.selected,
-    **dict.fromkeys(("split", "split_with_sizes", "chunk"), views.split),
-    "unbind": views.unbound,
-    "slice_backward": views.slice_gradient,
-    "select_backward": views.select_gradient,
+    "expand": reshaping.expanded,
+    "repeat": reshaping.repeated,
+    "slice": stretches.sliced,
+    "select": stretches.selected,
+    **dict.fromkeys(("split", "split_with_sizes", "chunk"), stretches.split),
+    "unbind": stretches.unbound,
+    "slice_backward": stretches.slice_gradient,
+    "select_backward": stretches.select_gradient,
     "constant_pad_nd": views.padded,
     **dict.fromkeys(("flip", "roll"), views.flipped),
     **dict.fromkeys(("tril", "triu"), views.triangle),
