@@ -23,6 +23,7 @@ RULES: dict[str, Rule] = {
     "permute": views.permuted,
     "unsqueeze": views.unsqueezed,
     "squeeze": views.squeezed,
+    "as_strided": views.strided,
     "expand": reshaping.expanded,
     "repeat": reshaping.repeated,
     "slice": stretches.sliced,
@@ -36,7 +37,8 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("tril", "triu"), views.triangle),
     **dict.fromkeys(("mm", "bmm", "mv", "dot"), contractions.product),
     **dict.fromkeys(("addmm", "baddbmm", "addmv"), contractions.added_product),
-    "_grouped_mm": contractions.grouped,
+    **dict.fromkeys(("_grouped_mm", "grouped_mm_fallback"), contractions.grouped),
+    "grouped_mm_fallback_backward": contractions.grouped_gradient,
     "convolution": contractions.convolved,
     "convolution_backward": contractions.convolution_gradient,
     "sum": reductions.summed_up,
@@ -78,7 +80,9 @@ ZERO |= {"new_empty_strided"}
 # Element by element, though torch does not say so of them.
 _POINTWISE = frozenset(
     {"clone", "_to_copy", "lift_fresh", "native_dropout", "where", "masked_fill"}
-    | {"masked_fill_", "_conj", "native_dropout_backward"}
+    | {"masked_fill_", "_conj", "native_dropout_backward", "polar", "log_sigmoid_forward"}
+    | {"softplus_backward", "hardtanh_backward", "elu_backward", "leaky_relu_backward", "log_sigmoid_backward"}
+    | {"hardswish_backward", "hardsigmoid_backward", "mish_backward"}
 )
 
 
