@@ -43,11 +43,25 @@ class Followed:
     steps: list[Value | Mark] = field(default_factory=list)
 
 
-def views_of_whole(subject: Subject) -> Seen:
-    """What the views of the whole model give, up to where values are looked at; raises what the model raises."""
-    with whole_model(subject) as running, ViewsSeen(running.where) as views, suppress(*LOOKS_AT_VALUES):
-        running.step()
-    return views.seen
+@dataclass(frozen=True, kw_only=True)
+class Whole:
+    """What a step of the whole model shows: what its views give, and the parameters that get no gradient."""
+
+    views: Seen
+    unused: frozenset[str]
+
+
+def seen_of_whole(subject: Subject, most: float = math.inf) -> Whole:
+    """What a step of the whole model shows, up to where values are looked at; raises what the model raises.
+
+    Raises:
+        TooLong: it has more than `most` operations.
+    """
+    with whole_model(subject) as running, ViewsSeen(running.where, most) as views:
+        with suppress(*LOOKS_AT_VALUES):
+            running.step()
+        unused = (name for name, parameter in running.model.named_parameters() if parameter.grad is None)
+        return Whole(views=views.seen, unused=frozenset(unused))
 
 
 def follow(subject: Subject, rank: int, views: Seen | None = None) -> Followed:

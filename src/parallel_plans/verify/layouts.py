@@ -6,6 +6,7 @@ the rules in `parallel_plans.verify.letters`; then the two are compared.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +16,10 @@ from parallel_plans.plan import Rule
 from parallel_plans.table import Table, wildcarded
 from parallel_plans.verify.blame import rule_at
 from parallel_plans.verify.flow import Flow
-from parallel_plans.verify.following import LOOKS_AT_VALUES, Followed, follow, views_of_whole
+from parallel_plans.verify.following import LOOKS_AT_VALUES, Followed, follow, seen_of_whole
+from parallel_plans.verify.letters.shown import Seen
 from parallel_plans.verify.real_size import Subject
+from parallel_plans.verify.short_steps import TooLong
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,14 +41,17 @@ class Layouts:
         return not any(finding.code == "PP306" for finding in self.findings)
 
 
-def check_layouts(subject: Subject, times: dict[str, int]) -> Layouts:
-    """The findings of a step at real widths.
+MOST = 5000  # operations of a step of the whole model that are followed where a shorter one shows the same
+
+
+def check_layouts(subject: Subject, times: dict[str, int], shorter: Subject | None = None) -> Layouts:
+    """The findings of a step at real widths; `shorter` is taken where that is long, if it leaves nothing out.
 
     Raises:
         Exception: whatever a model raises that does not run by itself, on shapes alone.
     """
     ranks = sorted({0, subject.views.world - 1})
-    views = views_of_whole(subject)
+    subject, views = _short_enough(subject, shorter)
     seen = [follow(subject, rank, views) for rank in ranks]
     findings = [finding for each in seen[:1] for finding in _of_rank(each)]
     findings += [each for each in _of_rank(seen[-1]) if not _is_told(each, findings)] if len(seen) > 1 else []
@@ -58,6 +64,19 @@ def check_layouts(subject: Subject, times: dict[str, int]) -> Layouts:
     findings += [_unproven(seen[0].table, name, modules) for name, modules in unproven.items()]
     depends = any(each.crash is not None and isinstance(each.crash[1], LOOKS_AT_VALUES) for each in seen)
     return Layouts(findings=findings, flow=Flow(steps=tuple(seen[0].steps), times=times), depends_on_values=depends)
+
+
+def _short_enough(subject: Subject, shorter: Subject | None) -> tuple[Subject, Seen]:
+    """The subject to follow, and what the views of the whole model give in a step of it.
+
+    The shorter step is taken where every parameter has a part in it: what runs once in so many tokens would be missing.
+    """
+    try:
+        return subject, seen_of_whole(subject, math.inf if shorter is None else MOST).views
+    except TooLong:
+        assert shorter is not None
+    whole = seen_of_whole(shorter)
+    return (subject, seen_of_whole(subject).views) if whole.unused else (shorter, whole.views)
 
 
 def _is_told(finding: Finding, findings: Sequence[Finding]) -> bool:
