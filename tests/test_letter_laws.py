@@ -171,6 +171,23 @@ def test_strides_that_show_all_of_a_value_again_move_its_parts_and_others_have_n
     args = turned(value)
     (found,) = assert_holds(operation, args, {0: lay(None, None, partial=True)})
     assert found.partial == TP
-    for wrong in ([value, [5, 4], [8, 1]], [value, [4, 8], [8, 1], 8], [value, [39], [1]], [value, [8], [1]]):
+    for wrong in ([value, [39], [1]], [value, [8], [1]], [value, [5, 4], [8, 2]], [value, [4, 8], [8, 1], 4]):
         with pytest.raises(NoRule):
             said(operation, wrong, {0: lay(None, shard(8))}, operation(*wrong))
+
+
+def test_strides_that_cut_a_box_out_of_a_value_are_stretches_of_its_dims() -> None:
+    value, operation = drawn(6, 5, 8), ATEN.as_strided.default
+    heads = lay(shard(6), None, None)
+    for width, start in ((3, 0), (5, 3), (4, 8)):  # the last begins in the second row
+        for rank in range(RANKS):
+            own = of_rank(value, heads, rank)
+            rows = 5 - start // 8
+            args = [own, [3, rows, width], list(own.stride()), start]
+            (found,) = said(operation, args, {0: heads}, operation(*args))
+            assert found == heads
+            right = of_rank(value, heads, rank)[:, start // 8 :, start % 8 : start % 8 + width]
+            torch.testing.assert_close(operation(*args), right)
+    args = [value, [6, 5, 2], list(value.stride()), 1]
+    with pytest.raises(Mismatch, match="cuts through the parts of a dim"):
+        said(operation, args, {0: lay(None, None, shard(16))}, operation(*args))

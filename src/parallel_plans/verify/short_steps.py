@@ -50,8 +50,9 @@ def _chunked(model: nn.Module) -> list[FunctionType]:
     values = (value for name in files if name in sys.modules for value in list(vars(sys.modules[name]).values()))
     found: dict[int, FunctionType] = {}
     for value in values:
-        if isinstance(value, FunctionType) and value.__defaults__ and not hasattr(value, "__wrapped__"):
-            parameter = inspect.signature(value).parameters.get(_NAME)
+        function = inspect.unwrap(value) if callable(value) else value  # what a kernel would stand in for is wrapped
+        if isinstance(function, FunctionType) and function.__defaults__:
+            parameter = inspect.signature(function).parameters.get(_NAME)
             if parameter is not None and _has_default(parameter) and isinstance(parameter.default, int):
-                found[id(value)] = value
+                found[id(function)] = function
     return list(found.values())

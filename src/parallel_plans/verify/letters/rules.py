@@ -23,7 +23,7 @@ RULES: dict[str, Rule] = {
     "permute": views.permuted,
     "unsqueeze": views.unsqueezed,
     "squeeze": views.squeezed,
-    "as_strided": views.strided,
+    "as_strided": stretches.strided,
     "expand": reshaping.expanded,
     "repeat": reshaping.repeated,
     "slice": stretches.sliced,

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from parallel_plans.verify.letters.lay import Block, Lay, Mismatch, Shard
+from parallel_plans.verify.letters.lay import Block, Lay, Mismatch, NoRule, Shard, alike
 from parallel_plans.verify.letters.operation import Operation, first
 
 
@@ -111,3 +111,39 @@ def select_gradient(op: Operation) -> Lay:
     _, lay = first(op)
     dim = op.args[2] % len(op.args[1])
     return replace(lay, shards=(*lay.shards[:dim], None, *lay.shards[dim:]))
+
+
+def strided(op: Operation) -> Lay:
+    """`as_strided`: where it shows a value or a box cut out of it, with dims in another order or repeated.
+
+    An element lies where the value's own strides put it, so a step in memory tells the dim in which it is one.
+
+    Raises:
+        NoRule: it looks at memory otherwise.
+    """
+    value, lay = first(op)
+    begins = op.get(3, "storage_offset")
+    offset = 0 if begins is None else begins - value.storage_offset()
+    left = {value.stride(dim): dim for dim in range(value.dim()) if value.shape[dim] > 1}
+    dims = [None if size == 1 or step == 0 else left.pop(step, -1) for size, step in zip(*op.args[1:3], strict=True)]
+    starts = _starts(value, offset)
+    ones = (dim for dim in range(value.dim()) if value.shape[dim] == 1)
+    if starts is None or left or -1 in dims or any(lay.part(dim) is not None for dim in ones):
+        raise NoRule
+    shards: list[Shard | None] = []
+    for size, dim in zip(op.args[1], dims, strict=True):
+        if dim is None:
+            shards.append(None if size == 1 else alike(size))
+        elif starts[dim] + size > value.shape[dim]:
+            raise NoRule
+        else:
+            shards.append(_stretch(op, value, lay, dim, starts[dim], starts[dim] + size))
+    return replace(lay, shards=tuple(shards))
+
+
+def _starts(value: Tensor, offset: int) -> dict[int, int] | None:
+    """For each dim the index at which an offset into a value lies; None where it is not within."""
+    starts: dict[int, int] = {}
+    for dim in sorted((dim for dim in range(value.dim()) if value.stride(dim)), key=value.stride, reverse=True):
+        starts[dim], offset = divmod(offset, value.stride(dim))
+    return None if offset or any(not 0 <= at < value.shape[dim] for dim, at in starts.items()) else starts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from parallel_plans.verify.letters.lay import Lay, Mismatch, NoRule, Shard, alike
+from parallel_plans.verify.letters.lay import Lay, Mismatch
 from parallel_plans.verify.letters.operation import Operation, first
 
 
@@ -85,28 +85,3 @@ def as_complex(op: Operation) -> Lay:
     if lay.part(value.dim() - 1) is not None:
         raise Mismatch("PP303", f"{op.name}: pairs of which each rank has a part")
     return replace(lay, shards=lay.shards[:-1])
-
-
-def strided(op: Operation) -> Lay:
-    """`as_strided`: where it shows all of a value again, with its dims in another order or repeated, they stay.
-
-    Raises:
-        NoRule: it looks at stretches, or at memory that is not the value's.
-    """
-    value, lay = first(op)
-    begins = op.get(3, "storage_offset")
-    if begins is not None and begins != value.storage_offset():
-        raise NoRule
-    left = {value.stride(dim): dim for dim in range(value.dim()) if value.shape[dim] > 1}
-    shards: list[Shard | None] = []
-    for size, step in zip(op.args[1], op.args[2], strict=True):
-        if size == 1 or step == 0:
-            shards.append(None if size == 1 else alike(size))
-            continue
-        dim = left.pop(step, None)
-        if dim is None or value.shape[dim] != size:
-            raise NoRule
-        shards.append(lay.shards[dim])
-    if left or any(lay.part(dim) is not None for dim in range(value.dim()) if value.shape[dim] == 1):
-        raise NoRule  # something is left out, or the part of a rank is one element, and nobody sees where it stands
-    return replace(lay, shards=tuple(shards))
