@@ -135,7 +135,7 @@ class ExpertRules:
             ways: dict[object, list[str]] = {}
             for name, split in splits.items():
                 ways.setdefault(tuple(ranges[:1] for ranges in split.ranges), []).append(name)
-            usual = max(ways.values(), key=lambda each: self._likelihood(each, splits[each[0]].size), default=())
+            usual = max(ways.values(), key=lambda each: self._likelihood(each, splits[each[0]].size), default=[])
             yield from ((name, usual[0]) for name in splits if name not in usual)
 
     def _beside(self) -> Iterable[list[str]]:

@@ -19,7 +19,7 @@ from fractions import Fraction
 from parallel_plans.accounting import Report
 from parallel_plans.layouts import Split, merged, split_dim
 from parallel_plans.model_spec import ModelSpec
-from parallel_plans.pairing import Piece, is_cut_at
+from parallel_plans.pieces import Piece, is_cut_at
 
 FUSED = ("qkv_proj", "query_key_value", "Wqkv", "wqkv", "qkv", "c_attn", "qkv_linear")
 
@@ -122,6 +122,7 @@ def _with_unit(found: FusedHeads, sizes: str) -> str:
     piece, units = found.piece, [found.width * (found.heads // found.groups), found.width, found.width]
     by_head = f"`unit: {found.unit}`, what goes with one key/value head"
     in_parts = f"`parts: {list(found.parts)}, unit: {units}`"
+    tried: list[tuple[str, Sequence[int], Sequence[int]]]
     if piece.parts != 1:
         tried = [(in_parts, found.parts, units)]
     else:

@@ -200,6 +200,7 @@ def _with(plan: Plan, suspect: Suspect, rule: Rule | None) -> Plan:
     if is_same or _is_on_module(suspect, rule):
         changed = tuple(each for old in rules for each in ((rule,) if old is suspect.rule else (old,)) if each)
     else:
+        assert rule is not None
         changed = (rule, *rules)
     return replace(plan, sections={**plan.sections, suspect.section: changed})
 
