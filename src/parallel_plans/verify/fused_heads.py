@@ -122,6 +122,7 @@ def _with_unit(found: FusedHeads, sizes: str) -> str:
     piece, units = found.piece, [found.width * (found.heads // found.groups), found.width, found.width]
     by_head = f"`unit: {found.unit}`, what goes with one key/value head"
     in_parts = f"`parts: {list(found.parts)}, unit: {units}`"
+    tried: list[tuple[str, Sequence[int], Sequence[int]]]
     if piece.parts != 1:
         tried = [(in_parts, found.parts, units)]
     else:
