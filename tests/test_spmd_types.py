@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
+from first_rank import RANKS, first_rank
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from parallel_plans.verify.letters.lay import Block, Lay, Shard, whole
 from parallel_plans.verify.letters.shown import Seen, ViewsSeen
@@ -31,7 +31,6 @@ pytest.importorskip("spmd_types.checker")
 
 Letter = str | int  # R, I, P, or the dim of which each rank has a part
 REFUSED, UNPROVEN = "refused", "unproven"
-RANKS = 2
 DUAL = {"R": "P", "P": "R", "I": "I"}  # of a value -> of its gradient; a part's is the same part
 
 
@@ -183,12 +182,10 @@ DIFFERENCES: dict[str, dict[tuple[Letter, ...], tuple[Letter, Letter, str]]] = {
 }
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def mesh() -> Iterator[DeviceMesh]:
-    """Two ranks of which this is the first; nothing is ever sent."""
-    dist.init_process_group(backend="fake", rank=0, world_size=RANKS)
-    yield init_device_mesh("cpu", (RANKS,), mesh_dim_names=("tp",))
-    dist.destroy_process_group()
+    with first_rank() as mesh:
+        yield mesh
 
 
 def theirs(called: Callable[..., Tensor], given: tuple[Given, ...], letters: tuple[Letter, ...], mesh: Any) -> Letter:

@@ -167,6 +167,50 @@ def test_ranks_that_say_different_things_would_wait_for_each_other() -> None:
     assert codes[0] in ("PP301", "PP305"), [str(finding) for finding in report.findings]
 
 
+class Chosen(nn.Module):
+    """Two layers, then as many rows as have a positive sum, and a number of the rank's own before or after that."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.pair, self.where = Pair(), where
+
+    def forward(self, value: Tensor) -> Tensor:
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        inner = self.pair(value * (1 + rank) if self.where == "before" else value)
+        rows = inner[inner.sum(-1) > 0]
+        return inner.sum() + rows[: max(1, rows.shape[0] - 1)].sum()
+
+
+def test_numbers_that_come_of_values_behind_a_collective_are_nobodys_mistake() -> None:
+    plan = {"tp_plan": {"pair.up": "colwise", "pair.down": "rowwise"}}
+    torch.manual_seed(0)
+    counts = []
+    for where, codes in (("behind", []), ("before", ["PP307"])):
+        model = Chosen(where)
+        inputs = {"value": torch.randn(64, 8)}
+        report = verify_plan(model, plan, tp=2, inputs=inputs, level="layouts")
+        assert [code for code, severity, _ in of_layouts(report) if severity == "error"] == codes, report.findings
+        ranks = [slice(0, 8), slice(8, 16)]
+        half = [(model.pair.up.weight[own], model.pair.up.bias[own], model.pair.down.weight[:, own]) for own in ranks]
+        for up, bias, down in half:  # what a rank of which nobody answers goes on with
+            counts.append(int(((inputs["value"] @ up.t() + bias).relu() @ down.t()).sum(-1).gt(0).sum()))
+    assert counts[0] != counts[1]  # else the ranks would have had the same numbers
+
+
+def test_a_small_model_of_jetmoe_whose_tokens_travel_is_not_refused_for_its_routing() -> None:
+    config = tiny_model("jetmoe", tied=False).config
+    report = verify_plan(config, tp=1, ep=2, ep_plan="dispatch", level="layouts", cost=None)
+    assert not [finding for finding in report.findings if finding.severity == "error"], report.findings
+
+
+@pytest.mark.parametrize("width", [36, 40])
+def test_experts_of_a_width_that_grouped_products_do_not_take_are_proven(width: int) -> None:
+    config = tiny_model("qwen3_moe", tied=False).config
+    config.moe_intermediate_size = width  # 18 and 20 rows a rank, and neither is a multiple of 16 bytes
+    report = verify_plan(config, tp=2, level="layouts", cost=None)
+    assert (report.levels["layouts"], of_layouts(report)) == ("passed", [])
+
+
 def test_the_flow_tells_values_and_collectives_in_their_order() -> None:
     report = judged("llama")
     assert report.flow is not None

@@ -249,3 +249,18 @@ def test_the_correction_bias_of_a_router_is_in_its_place_beside_dealt_experts() 
 def test_every_style_stands_on_the_kinds_it_serves_and_is_refused_on_all_others(style: str) -> None:
     """Over the whole registry: a style that is new, or a kind, must be entered in the table."""
     assert {kind for kind in KINDS if not refused(style, kind)} == set(STANDS[style])
+
+
+def test_buffers_that_checkpoints_hold_are_among_the_bytes_of_every_rank() -> None:
+    class Biased(nn.Module):
+        def __init__(self, is_persistent: bool) -> None:
+            super().__init__()
+            self.up = nn.Linear(8, 16, bias=False)
+            self.register_buffer("offset", torch.zeros(6, dtype=torch.float64), persistent=is_persistent)
+
+    plan = {"tp_plan": {"up": "colwise"}}
+    with_buffer, without = (verify_plan(Biased(each), plan, tp=2, level="geometry") for each in (True, False))
+    assert without.parameters.per_rank_bytes == (256, 256)
+    assert with_buffer.parameters.per_rank_bytes == (256 + 48, 256 + 48)
+    assert with_buffer.parameters.total_bytes == without.parameters.total_bytes + 48 == 512 + 48
+    assert with_buffer.parameters.sharded_bytes == 512

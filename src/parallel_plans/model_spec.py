@@ -29,11 +29,17 @@ class ParameterInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class BufferInfo:
-    """A buffer: its full name, its shape, and whether checkpoints hold it."""
+    """A buffer: its full name, its shape, the bytes of one element, and whether checkpoints hold it."""
 
     name: str
     shape: tuple[int, ...]
+    itemsize: int
     is_persistent: bool
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the buffer, which every rank has whole."""
+        return self.itemsize * math.prod(self.shape)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +86,11 @@ class ModelSpec:
     def bytes(self) -> int:
         """Bytes of all parameters, tied ones counted once."""
         return sum(info.bytes for name, info in self.parameters.items() if name not in self.tied)
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes of the buffers that checkpoints hold."""
+        return sum(buffer.bytes for buffer in self.buffers.values() if buffer.is_persistent)
 
 
 def _kind(module: nn.Module) -> str:
@@ -144,7 +155,12 @@ def _buffers(modules: Mapping[str, nn.Module]) -> dict[str, BufferInfo]:
         passing = module._non_persistent_buffers_set
         for own, buffer in module.named_buffers(recurse=False):
             full = f"{name}.{own}" if name else own
-            found[full] = BufferInfo(name=full, shape=tuple(buffer.shape), is_persistent=own not in passing)
+            found[full] = BufferInfo(
+                name=full,
+                shape=tuple(buffer.shape),
+                itemsize=buffer.element_size(),
+                is_persistent=own not in passing,
+            )
     return found
 
 

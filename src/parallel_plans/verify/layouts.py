@@ -166,9 +166,11 @@ def _compared(one: Followed, other: Followed) -> Iterator[Finding]:
 
 def _numbers(one: Followed, other: Followed) -> Iterator[Finding]:
     table, told = one.table, set()
-    if len(one.tracker.numbers) != len(other.tracker.numbers) or _is_uneven(table):
+    looks = one.tracker.sure is not None or other.tracker.sure is not None
+    if _is_uneven(table) or (len(one.tracker.numbers) != len(other.tracker.numbers) and not looks):
         return
-    for (name, module, mine), (_, _, others) in zip(one.tracker.numbers, other.tracker.numbers, strict=True):
+    sure, others_sure = (each.tracker.numbers[: each.tracker.sure] for each in (one, other))
+    for (name, module, mine), (_, _, others) in zip(sure, others_sure, strict=False):
         if mine == others or _vouches(table, module) or wildcarded(module) in told:
             continue
         told.add(wildcarded(module))

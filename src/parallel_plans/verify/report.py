@@ -17,7 +17,7 @@ NOT_RUN, PASSED, FAILED, UNPROVEN = "not run", "passed", "failed", "unproven"
 
 @dataclass(frozen=True, kw_only=True)
 class Parameters:
-    """Bytes of a model's parameters: all of them, of those that are split, and what each rank holds."""
+    """Bytes of what a checkpoint holds, parameters and buffers: of all, of what is split, and what each rank holds."""
 
     total_bytes: int = 0
     sharded_bytes: int = 0

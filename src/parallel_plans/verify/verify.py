@@ -127,8 +127,10 @@ def _settle_shapes(report: Report, plan: Plan, spec: ModelSpec, views: Views, di
 
 
 def _parameters(table: Table, views: Views) -> Parameters:
-    held = [table.rank_bytes(views.coordinates(rank)) for rank in range(views.holders)]
-    return Parameters(total_bytes=table.spec.bytes, sharded_bytes=table.sharded_bytes, per_rank_bytes=tuple(held))
+    whole = table.spec.buffer_bytes  # of buffers that checkpoints hold, every rank has all
+    held = tuple(whole + table.rank_bytes(views.coordinates(rank)) for rank in range(views.holders))
+    total = whole + table.spec.bytes
+    return Parameters(total_bytes=total, sharded_bytes=table.sharded_bytes, per_rank_bytes=held)
 
 
 class _Question:

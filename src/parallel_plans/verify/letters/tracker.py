@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -39,6 +40,9 @@ class Problem:
     backward: bool
 
 
+_LOOKING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+
+
 class Tracker(TorchDispatchMode):
     """How every tensor lies, from the parameters on; what does not fit; what nobody knows.
 
@@ -52,6 +56,8 @@ class Tracker(TorchDispatchMode):
         unproven: operation without a rule -> the modules in which it met something that is not whole.
         marks: the collectives, in the order of the step.
         numbers: every operation with its numbers and its module, to be compared with another rank's.
+        sure: how many of them cannot come of values that other ranks would have a part in: those before code looks at
+            values behind a collective, which here nobody answers.
     """
 
     def __init__(self, views: Views, where: Whereabouts, seen: Seen | None = None) -> None:
@@ -62,6 +68,7 @@ class Tracker(TorchDispatchMode):
         self.unproven: dict[str, list[str]] = {}
         self.marks: list[Mark] = []
         self.numbers: list[tuple[str, str, tuple[Any, ...]]] = []
+        self.sure: int | None = None
         self._lays: dict[tuple[Any, ...], Lay] = {}
         self._alive: list[Tensor] = []  # a place in memory is known by its storage, which must not go
         self._storages: dict[int, set[tuple[Any, ...]]] = {}
@@ -98,7 +105,7 @@ class Tracker(TorchDispatchMode):
         if self._muted:
             return output
         name = func._schema.name.partition("::")[2]
-        self._note_numbers(name, args)
+        self._note_numbers(func, name, args)
         shape = self._whole_shape(name, args, output)
         op = Operation(name=name, args=args, kwargs=kwargs, output=output, lay_of=self.lay, whole_shape=shape)
         self._follow(func, op)
@@ -115,7 +122,9 @@ class Tracker(TorchDispatchMode):
                 return left.pop(at)
         return None
 
-    def _note_numbers(self, name: str, args: tuple[Any, ...]) -> None:
+    def _note_numbers(self, func: Any, name: str, args: tuple[Any, ...]) -> None:
+        if self.sure is None and self.marks and _LOOKING & set(func.tags):
+            self.sure = len(self.numbers)
         numbers = tuple(arg for arg in args if isinstance(arg, (bool, int, float)))
         self.numbers.append((name, self.where(), numbers))
 
