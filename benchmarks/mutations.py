@@ -132,6 +132,13 @@ def parsed() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def _without_log(given: Sequence[str]) -> list[str]:
+    """The arguments that say what was asked, without those that say where it is kept and what is made again."""
+    places = {at + shift for at, each in enumerate(given) if each in ("--log", "--json") for shift in (0, 1)}
+    told = [each for at, each in enumerate(given) if at not in places]
+    return [each for each in told if each not in ("--write", "--again", "--logged")]
+
+
 def main() -> None:
     arguments = parsed()
     transformers.utils.logging.set_verbosity_error()
@@ -146,7 +153,7 @@ def main() -> None:
     if arguments.json:
         Path(arguments.json).write_text(json.dumps({"all": summary(records), "trials": records}, indent=1) + "\n")
     if arguments.write:
-        shown = [each for each in sys.argv[1:] if each not in ("--write", "--again", "--logged")]
+        shown = _without_log(sys.argv[1:])
         PAGE.write_text(page_of(records, ABOUT, " ".join(["python benchmarks/mutations.py", *shown])))
     raise SystemExit(any(each["result"] in ("missed", "false alarm") for each in records))
 
