@@ -187,17 +187,15 @@ class Scaled(nn.Embedding):
 class Looking(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.embed, self.head = Scaled(), nn.Linear(8, 6)
+        self.embed, self.bend, self.head = Scaled(), nn.Tanh(), nn.Linear(8, 6)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.head(self.embed(tokens))  # type: ignore[no-any-return]
+        return self.head(self.bend(self.embed(tokens)))  # type: ignore[no-any-return]
 
 
 def test_what_a_split_vocabulary_computes_before_it_is_masked_is_not_blamed() -> None:
-    plan = {"tp_plan": {"embed": "embedding_rowwise", "embed.inner": "replicate", "head": "rowwise"}}
-    inputs = (torch.tensor([[0, 3, 7, 11]]),)
-    report = verify_plan(Looking(), plan, tp=2, inputs=inputs)
-    errors = [each for each in report.findings if each.level == "numerics"]
-    assert errors
-    assert "embed.inner" not in errors[0].message
-    assert errors[0].rule == "head"
+    rules = {"embed": "embedding_rowwise", "embed.inner": "replicate", "bend": "all_reduce", "head": "replicate"}
+    report = verify_plan(Looking(), {"tp_plan": rules}, tp=2, inputs=(torch.tensor([[0, 3, 7, 11]]),))
+    finding = next(each for each in report.findings if each.level == "numerics")
+    assert "the first value that differs is that of bend, which is 2 times too big" in finding.message
+    assert finding.rule == "bend"
