@@ -114,8 +114,13 @@ class ExpertRules:
     def out_of_reach(self) -> Iterator[tuple[str, Rule]]:
         """The weights that are dealt and to which nothing brings tokens, each with its rule."""
         for name, rule in self.weights.items():
-            if not any(prefix in self.blocks or prefix in self.around for prefix in prefixes(name)):
+            if not any(prefix in self.blocks or self._sums(prefix) for prefix in prefixes(name)):
                 yield name, rule
+
+    def _sums(self, block: str) -> bool:
+        """Whether a rule around experts adds up what those of all ranks give."""
+        rule = self.around.get(block)
+        return rule is not None and get_style(rule.style).leaves == "P"
 
     def bringing(self, weight: str) -> tuple[str, str]:
         """The module and the style that would bring tokens to a weight that is dealt."""

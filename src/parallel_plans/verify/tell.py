@@ -131,7 +131,9 @@ def _finding(table: Table, wrong: Wrong, run: Run, repair: Repair | None) -> Fin
     if repair is None:
         return _unrepaired(table, wrong, run)
     if (sign := _overlooked(table, repair)) is not None:
-        return _signed(table, wrong, sign, f"give it one, or {repair.told()}: tried, nothing is wrong then")
+        other = repair.suspect.rule.pattern if repair.suspect.rule else wildcarded(repair.suspect.name)
+        fix = f"give it one, or for `{other}` {repair.told()}: tried, nothing is wrong then"
+        return _signed(table, wrong, sign, fix)
     rule, name = repair.suspect.rule, repair.suspect.name
     own = "" if rule is not None and "**" not in rule.pattern else f"; {wildcarded(name)} has no rule of its own"
     found, expected = _letters(run, repair)
