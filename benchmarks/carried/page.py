@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import torch
 import transformers
 
-from carried.gather import DENSE, EXPERTS, Row
+from carried.gather import DENSE, EXPERTS, TOO_LONG, Row
 from carried.run import OTHERWISE, RIGHT
 from carried.verdict import SOUND, UNFIT, UNJUDGED, WRONG, Verdict
 from carried.why import why
@@ -23,7 +23,8 @@ INTRODUCTION = (
     "Many model classes of transformers carry a plan of their own. This page says what they are worth: it is "
     "`verify_tp_plan TYPE --plan builtin --tp 2`, and with `--ep 2` where the class carries a plan for experts too, "
     "for every type that `AutoModelForCausalLM` builds.",
-    "A type is looked at as its config is by default, and then with each switch of the config turned that adds, takes "
+    "A type is looked at as its config is by default (with what that lacks to make a model that runs, and for gemma4 "
+    "with its experts switched on), and then with each switch of the config turned that adds, takes "
     "away or ties parameters; biases aside, which stand under the rules of their weights. Beside each verdict stands a "
     "run that shares no code with the verifier: transformers' own `from_pretrained(..., distributed_config=...)` on "
     "two gloo ranks, with a shrunken config and random weights, in float64, against one process. Held against each "
@@ -91,7 +92,9 @@ def line_of(rows: Sequence[Row]) -> tuple[str, ...]:
         cells += [_summary(of_sizes), _share(of_sizes)]
     ran = [row for row in rows if was_run(row)]
     agreeing = sum(agrees(row) for row in ran)
-    return (*cells, f"{agreeing} of {len(ran)} agree" if ran else "none")
+    late = sum(TOO_LONG in told for row in rows for told in row.run.values())
+    told = ", ".join([f"{agreeing} of {len(ran)} agree"] * bool(ran) + [f"{late} took too long"] * bool(late))
+    return (*cells, told or "none")
 
 
 def _summary(rows: Sequence[Row]) -> str:
