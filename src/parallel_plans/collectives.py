@@ -162,14 +162,19 @@ def all_reduce(value: Tensor, axis: Axis, *, in_place: bool = False) -> Tensor:
     """The sum of every rank's `value`; `in_place` only where nobody else holds `value`."""
     if not in_place or not value.is_contiguous():
         value = value.clone(memory_format=torch.contiguous_format)
+    _add_up(value, axis)
+    return value
+
+
+def _add_up(value: Tensor, axis: Axis) -> None:
+    """Puts the sum of every rank's contiguous `value` in its place."""
     if axis.group is None or value.is_complex() or torch.compiler.is_compiling():
         dist.all_reduce(value, group=axis.group)
-        return value
+        return
     # `dist.all_reduce` does this and looks for what cannot be here, which takes longer than to start the collective
     work = axis.group.allreduce([value], _SUM)
     if work is not None:  # as there: groups that wait by themselves give none
         work.wait()
-    return value
 
 
 @_heard

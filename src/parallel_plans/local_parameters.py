@@ -47,7 +47,7 @@ class LocalParameters:
             return self._around_special(forward)
         if getattr(forward, "__func__", None) is nn.Linear.forward:
             return self._linear
-        if not any(isinstance(parameter, DTensor) for parameter in self.module._parameters.values()):
+        if self._are_plain():
             return forward
 
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -70,9 +70,14 @@ class LocalParameters:
         weight, bias = kept["weight"], kept["bias"]
         return functional.linear(input, local_tensor(weight), None if bias is None else local_tensor(bias))
 
+    def _are_plain(self) -> bool:
+        """Whether the module keeps what it computes with; not where a module around it has laid that out just now."""
+        kept = [parameter for parameter in self.module._parameters.values() if parameter is not None]
+        return all(isinstance(each, nn.Parameter) and not isinstance(each, DTensor) for each in kept)
+
     def _around_special(self, forward: Forward) -> Forward:
         only_gradients = not (self.once or self.after)
-        are_plain = not any(isinstance(parameter, DTensor) for parameter in self.module._parameters.values())
+        are_plain = self._are_plain()
 
         def run(*args: Any, **kwargs: Any) -> Any:
             if only_gradients and are_plain and not torch.is_grad_enabled():
