@@ -24,6 +24,8 @@ from parallel_plans.partial_tensor import Kept, Partial, Rule, delayed, whole
 
 def _fits(part: Tensor, other: Any) -> bool:
     """Whether `part` with `other` has the shape and the dtype of `part`."""
+    if type(other) is Tensor and other.shape == part.shape and other.dtype == part.dtype:
+        return other.device == part.device
     if torch.result_type(part, other) != part.dtype:
         return False
     if not isinstance(other, Tensor) or other.dim() == 0:

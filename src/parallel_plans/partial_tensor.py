@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, NoReturn
 
@@ -20,6 +21,14 @@ from parallel_plans.collectives import Axis, reduce, reduce_together
 
 Step = Callable[[Tensor], Tensor]
 Rule = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
+
+
+def _recording(wanted: bool) -> AbstractContextManager[Any]:
+    """Inside the block autograd records, or does not; nothing where that is so already, which is most of the time."""
+    return _AS_IT_IS if torch.is_grad_enabled() == wanted else torch.set_grad_enabled(wanted)
+
+
+_AS_IT_IS = nullcontext()
 
 
 class Kept:
@@ -63,7 +72,7 @@ class Link:
         return all(kept.is_same for kept in self._uses)
 
     def value(self) -> Tensor:
-        with torch.set_grad_enabled(self._graded):
+        with _recording(self._graded):
             return self._step(self.source.held).contiguous()
 
 
@@ -146,7 +155,7 @@ class Delayed:
         if not self.is_reduced:
             if self.tally is not None:
                 self.tally.made(self.tensor.nbytes)
-            with torch.set_grad_enabled(self.requires_grad):  # it is remembered, also where the first to ask has none
+            with _recording(self.requires_grad):  # it is remembered, also where the first to ask has none
                 self.take(reduce(self.tensor, self.axis))
         return self.tensor
 
@@ -250,7 +259,7 @@ class Partial(Tensor):
         """Of a tensor like the one in the shared state, the view that this is."""
         if self._parent is None or self._step is None:
             return base
-        with torch.set_grad_enabled(self._graded):
+        with _recording(self._graded):
             return self._step(self._parent.view_of(base))
 
     def change(self, part: Step | None, beside: Step | None) -> Partial:
@@ -310,7 +319,7 @@ def delayed(
     if beside is not None and beside.shape != part.shape:
         beside = beside.broadcast_to(part.shape)
     if part.is_contiguous():
-        kept = None if beside is None else Kept(beside.to(part).contiguous())
+        kept = None if beside is None else Kept(_beside(beside, part))
         link = None if copy_of is None else Link(*copy_of, uses)
         return Partial(Delayed(part, axis, kept, link, is_lent, tally))
     dims = sorted(range(part.dim()), key=part.stride, reverse=True)
@@ -327,6 +336,15 @@ def delayed(
     return Partial(x.state, x, lambda value: value.permute(back))
 
 
+def _beside(value: Tensor, part: Tensor) -> Tensor:
+    """The value as it is kept beside the part: of its dtype, and lying in memory like it."""
+    if value.dtype != part.dtype or value.device != part.device:
+        value = value.to(part)
+    if value.requires_grad and not torch.is_grad_enabled():
+        value = value.detach()  # a parameter says that it requires a gradient also where nothing records
+    return value if value.is_contiguous() else value.contiguous()
+
+
 def whole(value: Any) -> Any:
     """The reduced value of a `Partial` as a plain tensor; anything else as it is."""
     if not isinstance(value, Partial):
@@ -338,17 +356,26 @@ def whole(value: Any) -> Any:
 SMALL = 2**18  # bytes of a sum of which several are reduced as one: what they take is the time to begin
 
 
-def live_in(tree: Any) -> Iterator[Delayed]:
+def live_in(tree: Any) -> list[Delayed]:
     """What is to be reduced for the sums in a tree of tuples, lists and dicts, each as often as it is asked for."""
-    if isinstance(tree, Partial):
+    found: list[Delayed] = []
+    _collect(tree, found)
+    return found
+
+
+def _collect(tree: Any, found: list[Delayed]) -> None:
+    kind = type(tree)
+    if kind is Tensor or tree is None:  # nearly always
+        return
+    if kind is Partial:
         if not tree.state.is_reduced:
-            yield tree.state.root
+            found.append(tree.state.root)
     elif isinstance(tree, (tuple, list)):
         for item in tree:
-            yield from live_in(item)
+            _collect(item, found)
     elif isinstance(tree, dict):
         for item in tree.values():
-            yield from live_in(item)
+            _collect(item, found)
 
 
 def _reduce_together(states: Iterable[Delayed]) -> None:
@@ -364,7 +391,7 @@ def _reduce_together(states: Iterable[Delayed]) -> None:
         tally, parts = together[0].tally, [state.tensor for state in together]
         if tally is not None:
             tally.made(sum(part.nbytes for part in parts))
-        with torch.set_grad_enabled(together[0].requires_grad):
+        with _recording(together[0].requires_grad):
             for state, total in zip(together, reduce_together(parts, together[0].axis), strict=True):
                 state.take(total)
 
