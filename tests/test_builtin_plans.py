@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -86,3 +87,46 @@ def test_every_difference_between_the_verifier_and_the_run_has_its_reason() -> N
     heading = "## Where the run differs from the verdict\n"
     assert heading in PAGE
     assert "| not known |" not in PAGE.partition(heading)[2].partition("\n## ")[0]
+
+
+def _ended(pid: int) -> bool:
+    try:
+        return (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere what a child has forked may outlive it")
+def test_a_call_that_takes_too_long_is_ended_with_all_that_it_has_forked(tmp_path: Path) -> None:
+    from carried.children import Child, asked
+
+    told = tmp_path / "pid"
+
+    def slow() -> None:
+        inner = Child(time.sleep, (60.0,))
+        told.write_text(str(inner.process.pid))
+        time.sleep(60.0)
+
+    first, second = asked(lambda call: call(), [(slow,), (lambda: "done",)], 2, 3.0)
+    assert (first.is_late, first.problem) == (True, "nothing for 3 s")
+    assert (second.is_late, second.value) == (False, "done")
+    end = time.monotonic() + 20
+    while not _ended(int(told.read_text())) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert _ended(int(told.read_text()))
+
+
+def test_what_was_run_before_is_not_run_again_but_for_what_took_too_long(tmp_path: Path) -> None:
+    from builtin_plans import _write, runs_in
+    from carried.gather import TOO_LONG, Row
+    from carried.verdict import SOUND, Verdict
+
+    verdict, path = Verdict(outcome=SOUND), tmp_path / "found.json"
+    runs = {"one": {"alone": "right"}, "two": {"alone": f"{TOO_LONG}nothing for 3 s"}, "three": {}}
+    rows = [
+        Row(kind="llama", case="as it is", sizes=DENSE, verdict=verdict, small=verdict, run=run, key=key)
+        for key, run in runs.items()
+    ]
+    assert runs_in(path) == {}
+    _write(path, {"llama": rows}, {}, {"before": {"alone": "right"}})
+    assert runs_in(path) == {"before": {"alone": "right"}, "one": {"alone": "right"}}

@@ -11,6 +11,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from parallel_plans import Finding, verify_plan
+from parallel_plans.cli.lacking import LACKING
 from parallel_plans.cli.verify import app
 from parallel_plans.lookup import bundled_folder
 from parallel_plans.verify.report import LEVELS, Report
@@ -145,3 +146,17 @@ def test_the_ranks_of_a_trial_do_what_the_ranks_asked_for_do() -> None:
         assert (asked.tp > 1, asked.ep > 1, asked.etp > 1) == (trial.tp > 1, trial.ep > 1, trial.etp > 1)
         assert asked.shares_batch == trial.shares_batch
     assert trial_views(Views(world=8, tp=4, ep=4, etp=2)).sizes["etp"] == 2
+
+
+def test_a_model_that_keeps_a_part_of_its_config_is_judged_to_the_end() -> None:
+    status, report = ran("emu3", "--plan", "builtin", "--no-cost", "--set", "tie_word_embeddings=false")
+    assert status == 0
+    assert report["levels"] == dict.fromkeys(LEVELS, "passed")
+    assert [finding["code"] for finding in report["findings"]] == ["PP117"]
+
+
+@pytest.mark.parametrize("model_type", sorted(LACKING))
+def test_a_type_whose_default_config_makes_no_model_that_runs_can_be_asked_about(model_type: str) -> None:
+    status, report = ran(model_type, "--plan", "builtin", "--level", "geometry", "--no-cost")
+    assert status in (0, 1)
+    assert report["levels"]["accounting"] == "passed"

@@ -22,7 +22,7 @@ from parallel_plans.geometry import sizes_that_do
 from parallel_plans.layouts import Split, split_dim
 from parallel_plans.lookup import bundled_folder
 from parallel_plans.model_spec import ModelSpec, describe
-from parallel_plans.pairing import pairs_up
+from parallel_plans.pieces import pairs_up
 from parallel_plans.plan import Plan
 from parallel_plans.resolve import resolve
 from parallel_plans.styles import styles

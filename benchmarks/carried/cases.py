@@ -10,40 +10,15 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
+from parallel_plans.cli.lacking import lacking
 from parallel_plans.verify.shrink import CannotShrink, shrunken
 
 AS_IT_IS = "as it is"
 TIE = "tie_word_embeddings"
 
-# What the default config of a type lacks before a model can be built from it, runs, or has experts.
-LACKING: dict[str, dict[str, Any]] = {
-    "bamba": {"attn_layer_indices": [9, 18, 27]},
-    "cohere_compass_text": {
-        "layer_types": ["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"] * 10,
-        "rope_parameters": {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4}, "full_attention": None},
-    },
-    "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8, "kv_n_heads": 8}},
-    "deepseek_v2": {"num_experts_per_tok": 6},
-    "dots1": {"n_routed_experts": 128, "n_shared_experts": 2, "num_experts_per_tok": 6},
-    "gemma4_text": {"enable_moe_block": True, "num_experts": 128, "top_k_experts": 8, "moe_intermediate_size": 704},
-    "granitemoehybrid": {
-        "layer_types": ["linear_attention", "linear_attention", "full_attention", "linear_attention"] * 8
-    },
-    "hunyuan_v1_dense": {"head_dim": 128},
-    "hunyuan_v1_moe": {"head_dim": 128},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
-    "ministral": {"head_dim": 128},
-    "nemotron": {"num_key_value_heads": 8},
-    "qwen4_exp_text": {
-        "indexer_n_heads": 4,
-        "indexer_kv_heads": 1,
-        "indexer_head_dim": 256,
-        "indexer_budget": 512,
-        "indexer_compress_ratio": 16,
-    },
-}
-LACKING["qwen4_exp"] = {"text_config": LACKING["qwen4_exp_text"]}
-LACKING["gemma4"] = {"text_config": LACKING["gemma4_text"]}
+# Switched on besides what the command line takes for a type: its experts, for which its class has a plan.
+WITH_EXPERTS = {"enable_moe_block": True, "num_experts": 128, "top_k_experts": 8, "moe_intermediate_size": 704}
+BESIDES: dict[str, dict[str, Any]] = {"gemma4_text": WITH_EXPERTS, "gemma4": {"text_config": WITH_EXPERTS}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +35,7 @@ class Case:
 
     def config(self) -> Any:
         """Its config, at the size that the type has by default."""
-        given = copy.deepcopy(LACKING.get(self.kind, {}))
+        given = lacking(self.kind) | copy.deepcopy(BESIDES.get(self.kind, {}))
         parts = getattr(CONFIG_MAPPING[self.kind], "sub_configs", {})
         if self.changes and "text_config" in parts:
             given["text_config"] = {**given.get("text_config", {}), **self.changes}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import pickle
 import signal
@@ -18,18 +19,20 @@ import torch
 
 # a process forked from one that has started no threads is ready at once: transformers takes seconds to import
 _FORK = get_context("fork")
+_PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What came of a call: its value, or in one line what went wrong."""
+    """What came of a call: its value, or in one line what went wrong; `is_late` where it was ended for its time."""
 
     value: Any = None
     problem: str | None = None
+    is_late: bool = False
 
 
 class Child:
-    """A call in a process of its own, which leads a group of its own: with it end those that it has forked."""
+    """A call in a process of its own, which leads a group of its own; what it has forked ends with it."""
 
     def __init__(self, function: Callable[..., Any], args: Sequence[Any]) -> None:
         self.started = time.monotonic()
@@ -59,6 +62,7 @@ class Child:
 
 def _work(connection: Connection, function: Callable[..., Any], args: Sequence[Any]) -> None:
     os.setpgid(0, 0)
+    _end_with_parent()
     torch.set_num_threads(1)  # makes torch's pool anew, which threads that come first would find half made
     try:
         given = Answer(value=function(*args))
@@ -69,6 +73,12 @@ def _work(connection: Connection, function: Callable[..., Any], args: Sequence[A
     os._exit(0)  # not what the parent has registered for its own end
 
 
+def _end_with_parent() -> None:
+    """Lets the process be ended when its parent is: one that is killed for its time cannot end what it has forked."""
+    with suppress(OSError, AttributeError):  # Linux alone has this
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def in_one_line(error: BaseException) -> str:
     """An exception for a table."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
@@ -76,16 +86,26 @@ def in_one_line(error: BaseException) -> str:
 
 def asked(function: Callable[..., Any], calls: Iterable[Sequence[Any]], jobs: int, seconds: float) -> Iterator[Answer]:
     """The answer to every call, in their order; at most `jobs` run at once, each for so many seconds."""
-    waiting = dict(enumerate(calls))
-    order, given = list(waiting), dict[int, Answer]()
-    running: dict[int, Child] = {}
-    for index in order:
+    calls = list(calls)
+    given = dict[int, Answer]()
+    coming = asked_at_once(function, calls, jobs, seconds)
+    for index in range(len(calls)):
         while index not in given:
-            while waiting and len(running) < jobs:
-                first = next(iter(waiting))
-                running[first] = Child(function, waiting.pop(first))
-            given |= _next_answers(running, seconds)
+            given |= [next(coming)]
         yield given.pop(index)
+
+
+def asked_at_once(
+    function: Callable[..., Any], calls: Iterable[Sequence[Any]], jobs: int, seconds: float
+) -> Iterator[tuple[int, Answer]]:
+    """The same, each with the number of its call, as they come."""
+    waiting = dict(enumerate(calls))
+    running: dict[int, Child] = {}
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            first = next(iter(waiting))
+            running[first] = Child(function, waiting.pop(first))
+        yield from _next_answers(running, seconds).items()
 
 
 def _next_answers(running: dict[int, Child], seconds: float) -> dict[int, Answer]:
@@ -97,7 +117,7 @@ def _next_answers(running: dict[int, Child], seconds: float) -> dict[int, Answer
             answers[index] = child.answer()
         elif time.monotonic() - child.started > seconds:
             child.stop()
-            answers[index] = Answer(problem=f"nothing for {seconds:.0f} s")
+            answers[index] = Answer(problem=f"nothing for {seconds:.0f} s", is_late=True)
         else:
             continue
         del running[index]

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,11 +17,13 @@ import transformers
 
 from carried.cases import Case, cases_of
 from carried.children import Answer, asked, in_one_line
-from carried.run import run
+from carried.run import PHASES, run
 from carried.verdict import SOUND, UNFIT, UNJUDGED, Verdict, verdict
 from parallel_plans.verify.shrink import CannotShrink, shrunken
 
-SECONDS = 240.0  # for one verdict
+SECONDS = 180.0  # for one verdict, and for one run
+PATIENCE = 900.0  # for a type: what is left of it then is not looked at
+TOO_LONG = "it took too long: "  # how a verdict or a run says so that was ended for its time
 DENSE, EXPERTS = {"tp": 2}, {"tp": 2, "ep": 2}
 
 
@@ -58,13 +61,13 @@ def rows_of(kind: str, with_runs: bool, known: Mapping[str, Mapping[str, str]]) 
     `known` are runs of before, by key.
     """
     _quiet()
-    rows = []
+    rows, end = [], time.monotonic() + PATIENCE
     try:
         for case, model in cases_of(kind):
             if not model.tp_plan and not model.ep_plan:
                 return None
             for sizes in _sizes(case, model):
-                rows.append(_row(case, sizes, with_runs, known))
+                rows.append(_row(case, sizes, with_runs, known) if time.monotonic() < end else _left(case, sizes))
     except Exception as error:  # the code of a model raises any kind
         return in_one_line(error)
     return rows or None
@@ -108,16 +111,31 @@ def key_of(config: Any, sizes: Mapping[str, int]) -> str:
     return f"{content} {dict(sizes)} transformers {transformers.__version__} torch {torch.__version__}"
 
 
+def _left(case: Case, sizes: Mapping[str, int]) -> Row:
+    """The row of a case for which there was no time left."""
+    none = _unjudged(f"{TOO_LONG}the others of this type took {PATIENCE:.0f} s")
+    return Row(kind=case.kind, case=case.name, sizes=sizes, verdict=none, small=none, run={}, key="")
+
+
+def _unjudged(told: str) -> Verdict:
+    failure = {"code": "", "severity": "error", "rule": None, "message": told}
+    return Verdict(outcome=UNJUDGED, findings=(failure,))
+
+
 def _judged(config: Any, sizes: Mapping[str, int]) -> Verdict:
     """The verdict, or that the verifier failed."""
     answer: Answer = next(asked(verdict, [(config, sizes)], 1, SECONDS))
     if answer.problem is None:
         found: Verdict = answer.value
         return found
-    failure = {"code": "", "severity": "error", "rule": None, "message": f"the verifier failed: {answer.problem}"}
-    return Verdict(outcome=UNJUDGED, findings=(failure,))
+    return _unjudged(f"{TOO_LONG if answer.is_late else 'the verifier failed: '}{answer.problem}")
 
 
 def _run(config: Any, sizes: Mapping[str, int]) -> dict[str, str]:
     with tempfile.TemporaryDirectory() as folder:
-        return run(config, {f"{axis}_size": ranks for axis, ranks in sizes.items()}, folder)
+        call = config, {f"{axis}_size": ranks for axis, ranks in sizes.items()}, folder
+        answer = next(asked(run, [call], 1, SECONDS))
+    if answer.problem is None:
+        found: dict[str, str] = answer.value
+        return found
+    return {PHASES[0]: f"{TOO_LONG if answer.is_late else ''}{answer.problem}"}

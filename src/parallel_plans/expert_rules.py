@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -80,10 +80,12 @@ class ExpertRules:
         ranges = tuple(tuple((start // unit, stop // unit) for start, stop in rank) for rank in split.ranges)
         return replace(split, size=split.size // unit, ranges=ranges)
 
-    def left_whole(self) -> Iterator[tuple[str, Rule]]:
+    def left_whole(self) -> Iterator[tuple[str, Rule, str | None]]:
         """Parameters of experts that no rule deals though it should, each with a rule that deals the others.
 
         These are all that lie within the module of such experts; in a block around them, those that stack experts.
+        Where one lies away from those that are dealt, the rule of the block stands too high: it comes with that rule,
+        and with the module in which experts are dealt.
         """
         for block, rule in {**self._dense_around, **self.around, **self.blocks}.items():
             dealt = self._below(block)
@@ -93,7 +95,15 @@ class ExpertRules:
                 if not is_within(name, block) or name in self.weights:
                     continue
                 if block in self.blocks or self._stacks(name):
-                    yield name, self.weights[dealt[0]] if dealt else rule
+                    home = self._home(name, dealt)
+                    yield name, self.weights[dealt[0]] if dealt and home is None else rule, home
+
+    def _home(self, name: str, dealt: Sequence[str]) -> str | None:
+        """The module of the weights that are dealt, where a parameter lies away from them; None where it does not."""
+        owners = [each.rpartition(".")[0] for each in dealt]
+        # weights that stack experts may have a module each, which then stand side by side
+        near = [owner.rpartition(".")[0] for owner in owners] if self._stacks(name) else owners
+        return owners[0] if owners and not any(is_within(name, each) for each in near) else None
 
     def _stacks(self, name: str) -> bool:
         """Whether a parameter stacks experts, as its rule in `tp_plan` says, outside of the modules that run them."""
@@ -119,15 +129,31 @@ class ExpertRules:
         return next(runs_or_reduces, (owner, "moe_experts_allreduce"))
 
     def dealt_otherwise(self) -> Iterator[tuple[str, str]]:
-        """The weights of which a rank holds other experts than of another weight beside, each with that one."""
-        for block in self.blocks:
-            splits = {name: split for name in self._below(block) if (split := self._split_or_none(name)) is not None}
-            if not splits:
-                continue
-            model = min(splits, key=lambda name: splits[name].size)
+        """The weights of which a rank holds other experts than of most beside, each with one of these."""
+        for names in self._beside():
+            splits = {name: split for name in names if (split := self._split_or_none(name)) is not None}
+            ways: dict[object, list[str]] = {}
             for name, split in splits.items():
-                if [ranges[:1] for ranges in split.ranges] != [ranges[:1] for ranges in splits[model].ranges]:
-                    yield name, model
+                ways.setdefault(tuple(ranges[:1] for ranges in split.ranges), []).append(name)
+            usual = max(ways.values(), key=lambda each: self._likelihood(each, splits[each[0]].size), default=[])
+            yield from ((name, usual[0]) for name in splits if name not in usual)
+
+    def _beside(self) -> Iterable[list[str]]:
+        """The weights that are dealt, those of the same experts together."""
+        around = {**self._dense_around, **self.around}
+        together: dict[str, list[str]] = {}
+        for name in self.weights:
+            own = [prefix for prefix in prefixes(name) if prefix in around or prefix in self.blocks]
+            together.setdefault(own[-1] if own else name, []).append(name)
+        return together.values()
+
+    def _likelihood(self, weights: Sequence[str], count: int) -> tuple[int, bool, int]:
+        """How likely weights that are dealt alike are dealt right: by how many they are, by the config, by the count.
+
+        The config may say that there are so many experts; of several such numbers, that of all experts is the largest.
+        """
+        numbers = self.spec.fields_at(weights[0]).items()
+        return len(weights), any("expert" in field and value == count for field, value in numbers), count
 
     def _split_or_none(self, name: str) -> Split | None:
         try:
@@ -181,7 +207,7 @@ def is_within(name: str, prefix: str) -> bool:
 
 def report_incomplete(report: Report, spec: ModelSpec, experts: ExpertRules) -> None:
     """Reports experts that are dealt in part: weights that stay whole, weights that nothing brings tokens to."""
-    for name, rule in experts.left_whole():
+    for name, rule, home in experts.left_whole():
         style = get_style(rule.style)
         report.add(
             "PP110",
@@ -192,16 +218,18 @@ def report_incomplete(report: Report, spec: ModelSpec, experts: ExpertRules) -> 
             name=name,
             found=str(Layout(spec.parameters[name].shape)),
             expected="every parameter of the experts split by expert",
-            fix=f"add `{wildcarded(name)}: grouped_gemm` to {rule.section}",
+            fix=f"add `{wildcarded(name)}: grouped_gemm` to {rule.section}"
+            if home is None
+            else f"write the rule on the module of the experts, `{wildcarded(home)}`, or on what holds them alone",
         )
-    for name, rule in experts.out_of_reach():
-        module, style_name = experts.bringing(name)
+    for weight, rule in experts.out_of_reach():
+        module, style_name = experts.bringing(weight)
         report.add(
             "PP110",
             f"{rule.style} deals experts over ranks, and nothing brings tokens to them",
             rule,
-            name=name,
-            found=str(Layout(spec.parameters[name].shape)),
+            name=module,
+            found=f"with {weight.removeprefix(f'{module}.')} {Layout(spec.parameters[weight].shape)}",
             expected=f"a rule for the experts' module in {rule.section}",
             fix=f"add `{wildcarded(module)}: {style_name}` to {rule.section}",
         )

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
+from parallel_plans.cli.lacking import lacking
 from parallel_plans.lookup import BESIDE_CHECKPOINT, Carried, carried_by
 from parallel_plans.model_spec import ModelSpec, describe
 from parallel_plans.nodes import shown
@@ -120,12 +121,12 @@ def _pair(made: Any) -> tuple[Any, Any]:
 
 
 def _default_config(text: str, path: Path) -> Any:
-    """The config that a model type has where nothing is said."""
+    """The config that a model type has where nothing is said, with what a model needs besides."""
     if text not in CONFIG_MAPPING:
         link = "the link leads nowhere" if text and path.is_symlink() else "no such folder or file"
         raise TargetError(f"{shown(text) or '(nothing)'}: {link}, and no model type of transformers")
     try:
-        return CONFIG_MAPPING[text]()
+        return CONFIG_MAPPING[text](**lacking(text))
     except Exception as error:
         raise TargetError(f"{text}: this model type has no config by default: {_told(error)}") from None
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from parallel_plans.matching import Assignment, assign
 from parallel_plans.plan import Rule
-from parallel_plans.table import Table
+from parallel_plans.sum_rules import layer_of
+from parallel_plans.table import Table, wildcarded
 from parallel_plans.verify.compare import (
     FORWARD,
     GRADIENTS,
@@ -20,6 +21,7 @@ from parallel_plans.verify.compare import (
     wrong_weights,
 )
 from parallel_plans.verify.diagnose import letter_of
+from parallel_plans.verify.signs import signs_of
 
 MOST = 14  # suspects that are looked at
 NEXT = 4  # modules that come next after a wrong gradient, and may have made it wrong
@@ -86,12 +88,13 @@ def suspects(run: Run) -> list[Suspect]:
     assert run.table is not None
     rules = Rules(run.table)
     found: dict[tuple[str, str], Suspect] = {}
-    for module in _with_uncalled(run, run.table, _modules(run)):
+    likely = {wildcarded(sign.owner): sign.owner for sign in reversed(signs_of(run.table))}
+    for module in (*reversed(likely.values()), *_with_uncalled(run, run.table, _modules(run))):
         for suspect in rules.of(module):
             about = suspect.name if suspect.rule is None or "**" in suspect.rule.pattern else suspect.rule.pattern
             found.setdefault((about, suspect.section), suspect)
-    likely = _with_partial_sums(run)
-    first = [suspect for name in likely for suspect in found.values() if suspect.name == name]
+    partial = _with_partial_sums(run)
+    first = [suspect for name in partial for suspect in found.values() if suspect.name == name]
     ruled = [suspect for suspect in found.values() if suspect.rule is not None and suspect not in first]
     unruled = [suspect for suspect in found.values() if suspect.rule is None and suspect not in first]
     return [*first, *ruled[:MOST], *unruled[:MOST]]
@@ -150,9 +153,11 @@ def _before_wrong(run: Run) -> list[str]:
     before = [name for name, what in reversed(events[: right + 1]) if what == "delivers"]
     around = _block(start)
     beside = [name for name in _in_order(run) if name.startswith((f"{around}.", f"{start}."))]
+    outer = f"{_block(around)}." if layer_of(around) != around else f"{around}."
+    joined = [name for name in _in_order(run) if name.startswith(outer)]  # sums that wait are joined by later ones
     first = [start] if event is None or event[1] == "delivers" else []
     near = [name for name in before if name.startswith((f"{around}.", f"{start}."))]
-    return list(dict.fromkeys([*first, *near, start, *beside, around, *before[:MOST]]))
+    return list(dict.fromkeys([*first, *near, start, *beside, around, *joined, *before[:MOST]]))
 
 
 def _first_unlike_row(run: Run, right: int) -> int | None:

@@ -8,18 +8,21 @@ from parallel_plans.accounting import Report
 from parallel_plans.errors import Finding
 from parallel_plans.experts.alignment import ALIGNMENT
 from parallel_plans.layouts import Split
-from parallel_plans.pairing import Piece, is_cut_at
+from parallel_plans.pieces import Piece, is_cut_at
 from parallel_plans.table import Table
 from parallel_plans.together import in_order, wrong_cuts
+from parallel_plans.verify.fused_heads import check_fused_heads
 
 
 def check_geometry(table: Table) -> list[Finding]:
     """What shapes show of a plan whose rules each fit: errors first, then warnings, in the order of the file."""
     report = Report(table.plan)
     for piece in _pieces(table):
+        check_fused_heads(report, piece)
         _check_blocks(report, piece)
         _check_alignment(report, piece)
-    return [*wrong_cuts(table), *in_order(report)]
+    found = [*wrong_cuts(table), *in_order(report)]
+    return sorted(found, key=lambda finding: finding.severity != "error")
 
 
 def _pieces(table: Table) -> Iterator[Piece]:

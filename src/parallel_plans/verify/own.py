@@ -1,14 +1,16 @@
-"""Models of one's own, made ready for a trial: taken as they are, in float64, nothing in them zero or alike."""
+"""What a trial of a model that is handed over is made from: its config, or the model as it is, made ready."""
 
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
 from parallel_plans.verify.observed import Inputs
 from parallel_plans.verify.weights import drawn, noise
@@ -37,6 +39,22 @@ class OwnModel:
             )
         inputs = _inputs(getattr(self.model, "dummy_inputs", None) if self.inputs is None else self.inputs)
         return _real(self.model), inputs
+
+
+def config_of(model: PreTrainedModel) -> Any:
+    """The config from which `AutoModelForCausalLM` makes a model like this: its own, or one that has its own as a part.
+
+    Some classes are made from the config of several parts and keep that of the text alone (Emu3).
+    """
+    own = model.config
+    if type(own) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return own
+    for outer in vars(sys.modules[type(own).__module__]).values():
+        parts = getattr(outer, "sub_configs", {})
+        name = next((name for name, part in parts.items() if part is type(own)), None)
+        if name is not None and outer in MODEL_FOR_CAUSAL_LM_MAPPING:
+            return outer(**{name: own.to_dict()})
+    return own
 
 
 def _inputs(given: Any) -> Inputs:

@@ -27,6 +27,7 @@ from parallel_plans.collectives import Listener, listening
 from parallel_plans.plan import Plan
 from parallel_plans.state import parallel_of
 from parallel_plans.table import Table
+from parallel_plans.verify.short_steps import small_chunks
 from parallel_plans.verify.shrinking.kinds import kinds_of, on_meta
 from parallel_plans.verify.shrinking.layers import with_few_layers
 from parallel_plans.verify.shrinking.tree import config_from, fields_of
@@ -86,6 +87,7 @@ class Subject:
         make: gives the model; called where tensors are fake, so it costs nothing.
         inputs: arguments of its forward by name, whose tensors may be real; `positional` are those without.
         computes: whether values are computed, as code that looks at them needs; then the model must be small.
+        is_short: whether code that takes a sequence in chunks takes small ones.
     """
 
     plan: Plan
@@ -95,6 +97,7 @@ class Subject:
     positional: tuple[Any, ...] = ()
     dispatch: bool = False
     computes: bool = False
+    is_short: bool = False
 
 
 def causal_lm(config: Any, dtype: torch.dtype = torch.bfloat16, attention: str = "eager") -> Any:
@@ -200,6 +203,8 @@ def _running(subject: Subject, mesh: DeviceMesh | None) -> Iterator[Running]:
         if not subject.computes:
             inputs = {k: mode.from_tensor(v) if isinstance(v, Tensor) else v for k, v in inputs.items()}
             stack.enter_context(mode)
+        if subject.is_short:
+            stack.enter_context(small_chunks(model))
         where = Whereabouts()
         stack.enter_context(where.following(model))
         yield Running(model=model, table=table, inputs=inputs, where=where, positional=subject.positional)

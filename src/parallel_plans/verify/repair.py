@@ -52,6 +52,8 @@ class Repair:
         """The change, as something to do."""
         if self.rule is None:
             return "take the rule away"
+        if _is_on_module(self.suspect, self.rule):
+            return f"write it on the module, `{self.rule.pattern}: {written(self.rule)}`"
         if self.suspect.rule is None or self.suspect.rule.pattern != self.rule.pattern:
             return f"write `{self.rule.pattern}: {written(self.rule)}`" + (
                 "" if self.suspect.rule is None else f" above `{self.suspect.rule.pattern}`"
@@ -194,11 +196,19 @@ def _effect(table: Table) -> tuple[object, ...]:
 def _with(plan: Plan, suspect: Suspect, rule: Rule | None) -> Plan:
     """The plan with a rule in the place of the suspect's, or before all others where that has none of its own."""
     rules = plan.rules(suspect.section)
-    if rule is None or (suspect.rule is not None and rule.pattern == suspect.rule.pattern):
+    is_same = rule is None or (suspect.rule is not None and rule.pattern == suspect.rule.pattern)
+    if is_same or _is_on_module(suspect, rule):
         changed = tuple(each for old in rules for each in ((rule,) if old is suspect.rule else (old,)) if each)
     else:
+        assert rule is not None
         changed = (rule, *rules)
     return replace(plan, sections={**plan.sections, suspect.section: changed})
+
+
+def _is_on_module(suspect: Suspect, rule: Rule | None) -> bool:
+    """Whether a rule says of the suspect's module what the suspect's own says of its parameter alone."""
+    own = suspect.rule
+    return own is not None and rule is not None and own.pattern.rpartition(".")[0] == rule.pattern
 
 
 def _instead_of(suspect: Suspect, plan: Plan, spec: ModelSpec) -> Iterator[Rule | None]:
@@ -206,13 +216,18 @@ def _instead_of(suspect: Suspect, plan: Plan, spec: ModelSpec) -> Iterator[Rule 
     own = suspect.rule
     name = suspect.name if own is None or _CATCH_ALL in own.pattern else own.pattern
     shape = spec.parameters[suspect.name].shape if suspect.name in spec.parameters else None
+    holds_none = own is not None and shape is None and not spec.modules[suspect.name].parameters
+    if own is not None and holds_none:
+        yield None  # before what does nothing there
+    if own is not None and shape is not None and _CATCH_ALL not in own.pattern and own.pattern.count("."):
+        yield replace(own, pattern=own.pattern.rpartition(".")[0])
     # of styles that do the same here, one that is for a part of the sequence is not the one that is meant
     for style, _ in sorted(styles(), key=lambda each: each[0].arrives == "S(1)"):
         is_for_modules = shape is None and (style.module_only or own is not None)
         if suspect.section in style.sections and (is_for_modules or (shape is not None and not style.module_only)):
             for options in _options(style, suspect, plan, spec):
                 yield Rule(section=suspect.section, pattern=wildcarded(name), style=style.name, options=options)
-    if own is not None and shape is None:
+    if own is not None and shape is None and not holds_none:
         yield None
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from parallel_plans.errors import Finding, PlanError
+from parallel_plans.expert_rules import is_within
 from parallel_plans.table import Table, wildcarded
 from parallel_plans.verify.blame import Rules, suspects
 from parallel_plans.verify.compare import (
@@ -27,6 +28,7 @@ from parallel_plans.verify.diagnose import wrong_how
 from parallel_plans.verify.numerics import Trial
 from parallel_plans.verify.observed import Event, StepFailed
 from parallel_plans.verify.repair import Repair, is_right, repaired
+from parallel_plans.verify.signs import Sign, nearest, signs_of
 from parallel_plans.verify.threads import RankHung
 
 MOST = 3  # findings
@@ -128,6 +130,8 @@ def _more(names: Sequence[str]) -> str:
 def _finding(table: Table, wrong: Wrong, run: Run, repair: Repair | None) -> Finding:
     if repair is None:
         return _unrepaired(table, wrong, run)
+    if (sign := _overlooked(table, repair)) is not None:
+        return _signed(table, wrong, sign, f"give it one, or {repair.told()}: tried, nothing is wrong then")
     rule, name = repair.suspect.rule, repair.suspect.name
     own = "" if rule is not None and "**" not in rule.pattern else f"; {wildcarded(name)} has no rule of its own"
     found, expected = _letters(run, repair)
@@ -161,8 +165,33 @@ def _letters(run: Run, repair: Repair) -> tuple[str | None, str | None]:
     return None, None
 
 
+def _overlooked(table: Table, repair: Repair) -> Sign | None:
+    """What has no rule of its own beside the rule that was changed, so that the change only goes along with it."""
+    changed = repair.suspect
+    if not is_right(repair) or repair.table.sharded_bytes > table.sharded_bytes:
+        return None
+    signs = [sign for sign in signs_of(table) if is_within(changed.name, sign.block) and sign.block]
+    is_one = any(changed.rule is sign.entry.rule for sign in signs)
+    return None if is_one or not signs else signs[0]
+
+
+def _signed(table: Table, wrong: Wrong, sign: Sign, fix: str) -> Finding:
+    """A finding at a rule that is odd, for something wrong that no change of a single rule mends as it is meant."""
+    return Finding(
+        code=wrong.code,
+        message=f"{wrong.message}; {sign.about}",
+        level="numerics",
+        name=sign.entry.info.name,
+        found=str(sign.entry.layout),
+        fix=fix,
+        **_place(table, sign.entry.rule),
+    )
+
+
 def _unrepaired(table: Table, wrong: Wrong, run: Run) -> Finding:
-    """A finding at the likeliest rule: no change of a single rule makes anything better."""
+    """A finding at an odd rule, or the likeliest: no change of a single rule makes anything better."""
+    if (sign := nearest(signs_of(table), wrong.name)) is not None:
+        return _signed(table, wrong, sign, f"{wrong.hint}; {_rules_around(table, sign.owner)}")
     rules = Rules(table)
     likely = next((each.rule for each in suspects(run) if each.rule is not None), None)
     rule = likely if wrong.name is None or wrong.code == "PP402" else rules.at(wrong.name)

@@ -20,7 +20,7 @@ from parallel_plans.verify.accounting import check_accounting
 from parallel_plans.verify.cost import CostQuestion
 from parallel_plans.verify.followed import followed, not_followed
 from parallel_plans.verify.geometry import check_geometry
-from parallel_plans.verify.own import OwnModel
+from parallel_plans.verify.own import OwnModel, config_of
 from parallel_plans.verify.pricing import cost_of, mesh_of, traffic_of
 from parallel_plans.verify.report import FAILED, LEVELS, PASSED, UNPROVEN, Parameters, Report, Simulated
 from parallel_plans.verify.trial import CannotTry, tried
@@ -104,7 +104,7 @@ def _model_and_subject(target: Any, inputs: Any) -> tuple[nn.Module, Any]:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(target), target
     if inputs is None and isinstance(target, PreTrainedModel) and target.can_generate():
-        return target, target.config
+        return target, config_of(target)
     return target, OwnModel(model=target, inputs=inputs)
 
 

@@ -113,6 +113,26 @@ def grouped(op: Operation) -> Lay:
     return _once_per_dim(op, lay)
 
 
+def grouped_gradient(op: Operation) -> list[Lay]:
+    """`grouped_mm_fallback_backward`: gradients of the rows and of the matrices of transformers' loop over groups.
+
+    rows [S, in], matrices [experts, in, out] and the result's gradient [S, out]: the first is the gradient times the
+    transposed matrices, the other rows times gradient within each group.
+    """
+    rows, matrices, _, gradient = op.args[:4]
+    mine, weights, given = op.lay(rows), op.lay(matrices), op.lay(gradient)
+    if weights.part(0) is not None:
+        raise Mismatch("PP303", f"{op.name}: rows for all experts meet a part of the experts: {weights.shards[0]}")
+    if mine.part(0) is not None or given.part(0) is not None:
+        raise Mismatch("PP303", f"{op.name}: rows of which each rank has a part")
+    if given.partial & (weights.partial | mine.partial):
+        raise Mismatch("PP302", f"{op.name}: the product of two partial sums is not the sum of products")
+    inner = _contracted(op, gradient, matrices, given.shards[-1], weights.shards[-1])
+    of_rows = Lay(shards=(given.shards[0], weights.shards[1]), partial=given.partial | weights.partial | inner)
+    of_matrices = Lay(shards=(None, mine.shards[1], given.shards[1]), partial=given.partial | mine.partial)
+    return [_once_per_dim(op, of_rows), _once_per_dim(op, of_matrices)]
+
+
 def convolved(op: Operation) -> Lay:
     """`convolution` over channels that do not mix: each with a filter of its own."""
     value, weight = op.args[0], op.args[1]

@@ -53,3 +53,9 @@ class Operation:
     def get(self, at: int, name: str, default: Any = None) -> Any:
         """The argument at a place, or of a name, or what stands for it."""
         return self.args[at] if len(self.args) > at else self.kwargs.get(name, default)
+
+
+def first(op: Operation) -> tuple[Tensor, Lay]:
+    """The first tensor of an operation, and how it lies."""
+    value = op.args[0]
+    return value, op.lay(value)

@@ -18,7 +18,7 @@ _OF_FIRST = frozenset(  # the first may be a sum, the others are factors
     | {"silu_backward", "gelu_backward", "sigmoid_backward", "tanh_backward", "threshold_backward", "native_dropout"}
     | {"softplus_backward", "hardtanh_backward", "elu_backward", "leaky_relu_backward", "native_dropout_backward"}
     | {"hardswish_backward", "hardsigmoid_backward", "mish_backward", "logit_backward", "conj", "real", "view_as_real"}
-    | {"view_as_complex", "_conj", "positive", "zero_", "copy", "to", "contiguous"}
+    | {"log_sigmoid_backward", "view_as_complex", "_conj", "positive", "zero_", "copy", "to", "contiguous"}
 )
 _CHOICES = frozenset({"where", "masked_fill", "masked_fill_"})  # of sums, or of a sum and zero
 

@@ -9,34 +9,36 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from parallel_plans.verify.letters import contractions, picking, reductions, views
+from parallel_plans.verify.letters import contractions, picking, reductions, reshaping, stretches, views
 from parallel_plans.verify.letters.operation import Operation
 from parallel_plans.verify.letters.pointwise import pointwise
 
 Rule = Callable[[Operation], Any]  # a lay, or one for every result
 
 RULES: dict[str, Rule] = {
-    **dict.fromkeys(("view", "_unsafe_view", "reshape", "_reshape_alias", "view_copy"), views.viewed),
+    **dict.fromkeys(("view", "_unsafe_view", "reshape", "_reshape_alias", "view_copy"), reshaping.viewed),
     **dict.fromkeys(("transpose", "t", "transpose_copy", "t_copy"), views.transposed),
     **dict.fromkeys(("detach", "alias", "detach_"), views.same),
-    "copy_": views.copied,
+    "copy_": reshaping.copied,
     "permute": views.permuted,
     "unsqueeze": views.unsqueezed,
     "squeeze": views.squeezed,
-    "expand": views.expanded,
-    "repeat": views.repeated,
-    "slice": views.sliced,
-    "select": views.selected,
-    **dict.fromkeys(("split", "split_with_sizes", "chunk"), views.split),
-    "unbind": views.unbound,
-    "slice_backward": views.slice_gradient,
-    "select_backward": views.select_gradient,
+    "as_strided": stretches.strided,
+    "expand": reshaping.expanded,
+    "repeat": reshaping.repeated,
+    "slice": stretches.sliced,
+    "select": stretches.selected,
+    **dict.fromkeys(("split", "split_with_sizes", "chunk"), stretches.split),
+    "unbind": stretches.unbound,
+    "slice_backward": stretches.slice_gradient,
+    "select_backward": stretches.select_gradient,
     "constant_pad_nd": views.padded,
     **dict.fromkeys(("flip", "roll"), views.flipped),
     **dict.fromkeys(("tril", "triu"), views.triangle),
     **dict.fromkeys(("mm", "bmm", "mv", "dot"), contractions.product),
     **dict.fromkeys(("addmm", "baddbmm", "addmv"), contractions.added_product),
-    "_grouped_mm": contractions.grouped,
+    **dict.fromkeys(("_grouped_mm", "grouped_mm_fallback"), contractions.grouped),
+    "grouped_mm_fallback_backward": contractions.grouped_gradient,
     "convolution": contractions.convolved,
     "convolution_backward": contractions.convolution_gradient,
     "sum": reductions.summed_up,
@@ -74,11 +76,14 @@ UNIFORM = frozenset(
 )
 ZERO = frozenset({"zeros", "new_zeros", "zeros_like", "empty", "new_empty", "empty_like", "empty_strided", "zero_"})
 ZERO |= {"new_empty_strided"}
+NUMBER_AT = {"scalar_tensor": 0, "full": 1, "full_like": 1, "new_full": 2}  # the number, which may be zero too
 
 # Element by element, though torch does not say so of them.
 _POINTWISE = frozenset(
     {"clone", "_to_copy", "lift_fresh", "native_dropout", "where", "masked_fill"}
-    | {"masked_fill_", "_conj", "native_dropout_backward"}
+    | {"masked_fill_", "_conj", "native_dropout_backward", "polar", "log_sigmoid_forward"}
+    | {"softplus_backward", "hardtanh_backward", "elu_backward", "leaky_relu_backward", "log_sigmoid_backward"}
+    | {"hardswish_backward", "hardsigmoid_backward", "mish_backward"}
 )
 
 

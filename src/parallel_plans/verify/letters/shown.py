@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from parallel_plans.verify.letters.lay import Lay
+from parallel_plans.verify.short_steps import TooLong
 from parallel_plans.verify.whereabouts import Whereabouts
 
 # module, in backward or not, whether it repeats -> what the operations gave that show a dim in another shape, in order
@@ -17,16 +18,22 @@ Seen = dict[tuple[str, bool, bool], list[tuple[int, ...]]]
 
 
 class ViewsSeen(TorchDispatchMode):
-    """What the views of a model give, module by module; asked for of the whole model, to know which dim is a part."""
+    """What the views of a model give, module by module; asked for of the whole model, to know which dim is a part.
 
-    def __init__(self, where: Whereabouts) -> None:
+    A step of more than `most` operations ends with `TooLong`.
+    """
+
+    def __init__(self, where: Whereabouts, most: float = math.inf) -> None:
         super().__init__()
-        self.where = where
+        self.where, self._left = where, most
         self.seen: Seen = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        self._left -= 1
+        if self._left < 0:
+            raise TooLong
         output = func(*args, **(kwargs or {}))
         name = func._schema.name.partition("::")[2]
         if name in SHOWING:

@@ -23,7 +23,7 @@ from parallel_plans.verify.letters.lay import (
 )
 from parallel_plans.verify.letters.operation import Operation, tensors_in
 from parallel_plans.verify.letters.picking import onto
-from parallel_plans.verify.letters.rules import UNIFORM, ZERO, rule_of
+from parallel_plans.verify.letters.rules import NUMBER_AT, UNIFORM, ZERO, rule_of
 from parallel_plans.verify.letters.shown import SHOWING, Seen, repeats, shows
 from parallel_plans.verify.whereabouts import Whereabouts
 from parallel_plans.views import Views
@@ -265,7 +265,8 @@ class Tracker(TorchDispatchMode):
 
 def _made(op: Operation, result: Tensor) -> Lay:
     """The lay of what is made of nothing, or of what is whole."""
-    return replace(whole(result.dim()), is_zero=op.name in ZERO, is_uniform=op.name in UNIFORM | ZERO)
+    is_zero = op.name in ZERO or (op.name in NUMBER_AT and op.get(NUMBER_AT[op.name], "fill_value") == 0)
+    return replace(whole(result.dim()), is_zero=is_zero, is_uniform=op.name in UNIFORM | ZERO)
 
 
 def _written(func: Any, op: Operation) -> Tensor | None:
