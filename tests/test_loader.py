@@ -24,6 +24,8 @@ MENDS = {
     "boolean_as_key": [("  on:", '  "on":')],
     "boolean_as_style": [("no", "rowwise")],
     "count_on_private_name": [("__class__", "num_heads")],
+    "delay_is_off": [("off", "false")],
+    "delay_of_what_is_no_sum": [("colwise", "rowwise")],
     "dim_is_text": [("first", "-1")],
     "double_star_twice": [("**.mlp.**", "**.mlp.*")],
     "empty": [("# nothing but a comment", "{version: 1, tp_plan: {lm_head: colwise}}")],

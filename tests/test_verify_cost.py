@@ -342,12 +342,24 @@ def test_merged_reductions_are_told_with_what_they_would_be_apart() -> None:
     assert sum(each.times for each in found.savings) == 32
 
 
-def test_reductions_that_do_not_follow_from_each_other_could_be_one() -> None:
-    """Attention and feed-forward of a Pythia layer take the same input; those of a Llama one after the other."""
-    possible = [each for each in cost("pythia-6.9b", 4, sequence=512).savings if not each.is_done]
-    forward = [each for each in possible if each.direction == "forward"]
+def test_sums_that_wait_are_told_with_what_they_would_be_apart() -> None:
+    """Attention and feed-forward of a Pythia layer are added to the same value; those of a Llama follow each other."""
+    found = cost("pythia-6.9b", 4, sequence=512).savings
+    forward = [each for each in found if each.direction == "forward"]
     assert sum(each.times for each in forward) == 32
     for each in forward:
+        assert each.is_done
+        assert (each.before.count, each.after.count) == (2 * each.times, each.times)
+        assert each.before.bytes == 2 * each.after.bytes == 2 * each.times * 512 * 4096 * BF16
+        assert each.after.seconds < each.before.seconds
+
+
+def test_reductions_that_do_not_follow_from_each_other_could_be_one() -> None:
+    """Attention and feed-forward of a Pythia layer have a norm each, so their inputs' gradients are two."""
+    possible = [each for each in cost("pythia-6.9b", 4, sequence=512).savings if not each.is_done]
+    assert {each.direction for each in possible} == {"backward"}
+    assert sum(each.times for each in possible) == 32
+    for each in possible:
         assert (each.before.count, each.after.count) == (2 * each.times, each.times)
         assert each.before.bytes == each.after.bytes
         assert each.after.seconds < each.before.seconds

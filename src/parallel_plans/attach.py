@@ -25,9 +25,10 @@ from parallel_plans.local_parameters import LocalParameters
 from parallel_plans.mesh import Place
 from parallel_plans.partial import whole_tree
 from parallel_plans.scopes import communicates, forking_modules, joined, summing_modules
-from parallel_plans.sums import sum_scope, sums_wait
+from parallel_plans.sums import sums_wait
 from parallel_plans.table import ModuleEntry, Table
 from parallel_plans.views import SLICE_AXIS
+from parallel_plans.waits import Waits
 
 
 class ParallelForward:
@@ -38,7 +39,7 @@ class ParallelForward:
         reached: parameters of its children that its own code reads.
         boundaries: what its styles do, outermost first; none where only parameters need care.
         has_forks: whether modules below it may take the same value (see `parallel_plans.forks`).
-        has_sums: whether sums that modules below it deliver may wait for each other (see `parallel_plans.sums`).
+        waits: whether sums that modules below it deliver wait for each other (see `parallel_plans.waits`).
     """
 
     def __init__(
@@ -47,10 +48,10 @@ class ParallelForward:
         reached: tuple[LocalParameters, ...] = (),
         boundaries: tuple[Boundary, ...] = (),
         has_forks: bool = False,
-        has_sums: bool = False,
+        waits: Waits | None = None,
     ) -> None:
         self.own, self.reached, self.boundaries = own, reached, boundaries
-        self.has_forks, self.has_sums = has_forks, has_sums
+        self.has_forks, self.waits = has_forks, waits
         self.forward = own.module.forward
         self._run: Forward | None = None
         functools.update_wrapper(self, self.forward)
@@ -69,22 +70,22 @@ class ParallelForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.boundaries and sums_wait():
             args, kwargs = whole_tree(args), whole_tree(kwargs)
-        if self.has_sums or (self.has_forks and opens_fork_scope()):
-            return self._in_scopes(args, kwargs)
+        waits = self.waits is not None and self.waits.hold(self.own.module)
+        if waits or (self.has_forks and opens_fork_scope()):
+            return self._in_scopes(waits, args, kwargs)
         return (self._run or self._composed())(*args, **kwargs)
 
-    def _in_scopes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _in_scopes(self, waits: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self.has_forks:
-            return self._with_sums(args, kwargs)
+            return self._with_sums(waits, args, kwargs)
         with fork_scope():
-            return self._with_sums(args, kwargs)
+            return self._with_sums(waits, args, kwargs)
 
-    def _with_sums(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _with_sums(self, waits: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         run = self._run or self._composed()
-        if not self.has_sums:
+        if self.waits is None or not waits:
             return run(*args, **kwargs)
-        with sum_scope():
-            return whole_tree(run(*args, **kwargs))
+        return self.waits.run(self.own.module, functools.partial(run, *args, **kwargs))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ParallelForward:
         """The same around the copied module, which the copy has made by now; never around the original."""
@@ -93,7 +94,7 @@ class ParallelForward:
         twin.own = self.own.on(copied)
         twin.reached = tuple(reached.on(copy.deepcopy(reached.module, memo)) for reached in self.reached)
         twin.boundaries, inner = tuple(boundary.on(copied) for boundary in self.boundaries), self.forward
-        twin.has_forks, twin.has_sums = self.has_forks, self.has_sums
+        twin.has_forks, twin.waits = self.has_forks, None if self.waits is None else self.waits.copy()
         twin.forward = getattr(type(copied), inner.__name__).__get__(copied) if hasattr(inner, "__self__") else inner
         functools.update_wrapper(twin, twin.forward)
         twin._run = None
@@ -103,7 +104,7 @@ class ParallelForward:
 def attach_forwards(model: nn.Module, table: Table, place: Place) -> None:
     """Gives every module that needs one its `ParallelForward`."""
     seen: set[int] = set()
-    forking, summing = forking_modules(model, table), summing_modules(table)
+    forking, summing = forking_modules(model, table), summing_modules(model, table)
     for name, module in model.named_modules(remove_duplicate=False):
         if id(module) in seen:
             continue
@@ -117,9 +118,9 @@ def attach_forwards(model: nn.Module, table: Table, place: Place) -> None:
             for child_name, child in _children_read_by(module)
         )
         reached = tuple(own for own, child in below if own.is_special or _is_stored_apart(child))
-        scopes = name in forking, name in summing
-        if boundaries or own.is_special or reached or any(scopes) or _is_stored_apart(module):
-            module.forward = ParallelForward(own, reached, boundaries, *scopes)
+        has_forks, waits = name in forking, Waits(summing[name]) if name in summing else None
+        if boundaries or own.is_special or reached or has_forks or waits or _is_stored_apart(module):
+            module.forward = ParallelForward(own, reached, boundaries, has_forks, waits)
 
 
 def _make_local(name: str, module: nn.Module, table: Table, place: Place) -> None:

@@ -50,6 +50,11 @@ class Site:
     slices: Axis
 
     @property
+    def may_delay(self) -> bool:
+        """Whether a sum that is delivered here may wait for others."""
+        return bool(self.options.get("delay", True))
+
+    @property
     def local_size(self) -> int:
         """Elements of the split dim on this rank."""
         assert self.split is not None
@@ -106,14 +111,11 @@ class Boundary:
 
     @staticmethod
     def _delivery(style: Style, site: Site) -> Callable[[Tensor], Tensor] | None:
-        if (style.leaves, style.delivers) == ("P", "I") and style.serves:
+        if (style.leaves, style.delivers) == ("P", "I"):
             # A linear layer's or an embedding's output is new and nobody else's, so without gradients it may be reduced
             # where it lies.
-            axis = site.axis
-            return lambda value: deliver_sum(value, axis, in_place=True)
-        if (style.leaves, style.delivers) == ("P", "I"):
-            axis = site.axis
-            return lambda value: deliver_sum(value, axis)
+            axis, in_place, delay = site.axis, bool(style.serves), site.may_delay
+            return lambda value: deliver_sum(value, axis, in_place=in_place, delay=delay)
         return _transition(style.leaves, style.delivers, site)
 
     def on(self, module: nn.Module) -> Self:

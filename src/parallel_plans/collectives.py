@@ -310,6 +310,28 @@ def reduce(value: Tensor, axis: Axis, *, in_place: bool = False) -> Tensor:
     return _Reduce.apply(value, axis) if _needs_gradient(value) else all_reduce(value, axis, in_place=in_place)
 
 
+class _ReduceTogether(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, axis: Axis, *values: Tensor) -> tuple[Tensor, ...]:
+        return _all_reduced_together(values, axis)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *gradients
+
+
+def _all_reduced_together(values: Sequence[Tensor], axis: Axis) -> tuple[Tensor, ...]:
+    sums = all_reduce(torch.cat([value.reshape(-1) for value in values]), axis, in_place=True)
+    pieces = sums.split([value.numel() for value in values])
+    return tuple(piece.view(value.shape).clone() for piece, value in zip(pieces, values, strict=True))
+
+
+def reduce_together(values: Sequence[Tensor], axis: Axis) -> tuple[Tensor, ...]:
+    """P -> I of several values of one dtype, in one reduction."""
+    is_recorded = any(_needs_gradient(value) for value in values)
+    return _ReduceTogether.apply(axis, *values) if is_recorded else _all_reduced_together(values, axis)
+
+
 def reduce_for_use(value: Tensor, axis: Axis) -> Tensor:
     """P -> R: the sum of the ranks' values, then used differently per rank (statistics over a sharded dim)."""
     return _ReduceForUse.apply(value, axis) if _needs_gradient(value) else all_reduce(value, axis)

@@ -43,12 +43,14 @@ def new_sum(part: Tensor, beside: Tensor | None, sums: list[Partial], limit: int
     """The sum with these; `NotImplemented` where more bytes would travel than for `sums`, from which it comes."""
     if part.nbytes > (max(x.state.bytes for x in sums) if limit is None else limit):
         return NotImplemented
-    return delayed(part, sums[0].axis, beside)
+    return delayed(part, sums[0].axis, beside, tally=sums[0].state.tally)
 
 
 def copied(x: Partial, made: Tensor, step: Step, uses: tuple[Kept, ...] = ()) -> Partial:
     """The copy with the part `made = step(part)`."""
-    return delayed(made, x.axis, None if x.beside is None else step(x.beside), copy_of=(x, step), uses=uses)
+    return delayed(
+        made, x.axis, None if x.beside is None else step(x.beside), copy_of=(x, step), uses=uses, tally=x.state.tally
+    )
 
 
 def _steady(func: Any, args: Args, kwargs: Kwargs) -> Step:

@@ -24,6 +24,8 @@ from parallel_plans.partial_tensor import Kept, Partial, Rule, delayed, whole
 
 def _fits(part: Tensor, other: Any) -> bool:
     """Whether `part` with `other` has the shape and the dtype of `part`."""
+    if type(other) is Tensor and other.shape == part.shape and other.dtype == part.dtype:
+        return other.device == part.device
     if torch.result_type(part, other) != part.dtype:
         return False
     if not isinstance(other, Tensor) or other.dim() == 0:
@@ -48,7 +50,8 @@ def _with_beside(x: Any, other: Any, *, is_first: bool = False) -> Any:
             part = torch.zeros_like(other, dtype=part.dtype) + part  # in torch, the first decides how elements lie
     both = other if beside is None else beside + other
     x.state.is_lent = True
-    return delayed(part, x.axis, both, copy_of=(x, lambda value: value + other), uses=uses, is_lent=True)
+    link = x, lambda value: value + other
+    return delayed(part, x.axis, both, copy_of=link, uses=uses, is_lent=True, tally=x.state.tally)
 
 
 def _added_up(a: Tensor | None, b: Tensor | None, alpha: Any) -> Tensor | None:
@@ -97,12 +100,15 @@ def _for_part(factor: Any, x: Partial) -> Any:
 def _scaled_by(x: Partial, factor: Any, operation: Callable[[Any, Any], Any]) -> Any:
     """The sum whose value is `operation(value of x, factor)`."""
     part = operation(x.part, _for_part(factor, x))
-    if isinstance(factor, Tensor) and factor.requires_grad and torch.is_grad_enabled():
-        # asked for on its own, the factor comes after the reduction, and its gradient needs none
-        kept = Kept(factor)
-        return copied(x, part, lambda value: operation(value, kept.tensor), (kept,))
-    beside = x.beside
-    return new_sum(part, None if beside is None else operation(beside, factor), [x])
+    is_trained = isinstance(factor, Tensor) and factor.requires_grad and torch.is_grad_enabled()
+    if part.nbytes > x.state.bytes and not is_trained:
+        return NotImplemented
+    # asked for on its own, the factor comes after the reduction: a trained one's gradient needs none then, and the
+    # value is bit for bit what it is where nothing waits
+    if not isinstance(factor, Tensor):
+        return copied(x, part, lambda value: operation(value, factor))
+    kept = Kept(factor)
+    return copied(x, part, lambda value: operation(value, kept.tensor), (kept,))
 
 
 def _multiplied(func: Any, args: Args, kwargs: Kwargs) -> Any:

@@ -10,15 +10,25 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor
 
-from parallel_plans.collectives import Axis, reduce
+from parallel_plans.collectives import Axis, reduce, reduce_together
 
 Step = Callable[[Tensor], Tensor]
 Rule = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
+
+
+def _recording(wanted: bool) -> AbstractContextManager[Any]:
+    """Inside the block autograd records, or does not; nothing where that is so already, which is most of the time."""
+    return _AS_IT_IS if torch.is_grad_enabled() == wanted else torch.set_grad_enabled(wanted)
+
+
+_AS_IT_IS = nullcontext()
 
 
 class Kept:
@@ -62,8 +72,35 @@ class Link:
         return all(kept.is_same for kept in self._uses)
 
     def value(self) -> Tensor:
-        with torch.set_grad_enabled(self._graded):
+        with _recording(self._graded):
             return self._step(self.source.held).contiguous()
+
+
+@dataclass
+class Tally:
+    """Sums that came to wait, and reductions that were made of them: how many, and of how many bytes."""
+
+    sums: int = 0
+    sums_bytes: int = 0
+    reductions: int = 0
+    reduced_bytes: int = 0
+
+    def came(self, state: Delayed) -> None:
+        """This sum waits, and is counted here when it is reduced."""
+        state.tally = self
+        self.sums += 1
+        self.sums_bytes += state.bytes
+
+    def made(self, size: int) -> None:
+        """A reduction of so many bytes."""
+        self.reductions += 1
+        self.reduced_bytes += size
+
+    @property
+    def is_less(self) -> bool:
+        """Whether it took less than to reduce every sum on its own."""
+        mine, apart = (self.reductions, self.reduced_bytes), (self.sums, self.sums_bytes)
+        return mine != apart and all(one <= other for one, other in zip(mine, apart, strict=True))
 
 
 class Delayed:
@@ -75,16 +112,23 @@ class Delayed:
         beside: a whole value to be added once, after the reduction.
         link: what it is a copy of, so that one reduction serves both.
         is_lent: whether another `Delayed` holds the same tensor, so that a change in place needs a copy first.
+        tally: where its reduction is counted.
     """
 
-    __slots__ = ("__weakref__", "axis", "beside", "copies", "is_lent", "is_reduced", "link", "tensor")
+    __slots__ = ("__weakref__", "axis", "beside", "copies", "is_lent", "is_reduced", "link", "tally", "tensor")
 
     def __init__(
-        self, tensor: Tensor, axis: Axis, beside: Kept | None = None, link: Link | None = None, is_lent: bool = False
+        self,
+        tensor: Tensor,
+        axis: Axis,
+        beside: Kept | None = None,
+        link: Link | None = None,
+        is_lent: bool = False,
+        tally: Tally | None = None,
     ) -> None:
         assert tensor.is_contiguous()  # so that a view of it is a view of its reduction and of what is beside it
         self.tensor, self.axis, self.beside = tensor, axis, beside
-        self.link, self.is_lent, self.is_reduced = link, is_lent, False
+        self.link, self.is_lent, self.is_reduced, self.tally = link, is_lent, False, tally
         self.copies: list[weakref.ref[Delayed]] = []
         if link is not None:
             link.source.state.copies.append(weakref.ref(self))
@@ -98,15 +142,26 @@ class Delayed:
         """How many bytes each rank's part has that travels when this is asked for."""
         return self.tensor.nbytes if self.link is None else self.link.source.state.bytes
 
+    @property
+    def root(self) -> Delayed:
+        """What is reduced when this is asked for: what it is a copy of, where it still is one."""
+        source = None if self.link is None or not self.link.is_valid else self.link.source.state
+        return self if source is None or source.is_reduced else source.root
+
     def reduce(self) -> Tensor:
         """The whole value; the first time, this is where the ranks communicate."""
         if not self.is_reduced and self.link is not None and self.link.is_valid:
             self.link.source.state.reduce()  # its copies get their values with it, and this is one
         if not self.is_reduced:
-            with torch.set_grad_enabled(self.requires_grad):  # it is remembered, also where the first to ask has none
-                value = reduce(self.tensor, self.axis)
-                self._become(value if self.beside is None else value + self.beside.tensor)
+            if self.tally is not None:
+                self.tally.made(self.tensor.nbytes)
+            with _recording(self.requires_grad):  # it is remembered, also where the first to ask has none
+                self.take(reduce(self.tensor, self.axis))
         return self.tensor
+
+    def take(self, total: Tensor) -> None:
+        """The sum of the ranks' parts is this."""
+        self._become(total if self.beside is None else total + self.beside.tensor)
 
     def _become(self, value: Tensor) -> None:
         self.tensor, self.is_reduced, self.beside, self.link = value, True, None, None
@@ -204,7 +259,7 @@ class Partial(Tensor):
         """Of a tensor like the one in the shared state, the view that this is."""
         if self._parent is None or self._step is None:
             return base
-        with torch.set_grad_enabled(self._graded):
+        with _recording(self._graded):
             return self._step(self._parent.view_of(base))
 
     def change(self, part: Step | None, beside: Step | None) -> Partial:
@@ -233,7 +288,8 @@ class Partial(Tensor):
             result = rule(func, args, kwargs or {})
             if result is not NotImplemented:
                 return result
-        return func(*whole_tree(args), **whole_tree(kwargs or {}))
+        args, kwargs = whole_tree((args, kwargs or {}))
+        return func(*args, **kwargs)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -253,6 +309,7 @@ def delayed(
     copy_of: tuple[Partial, Step] | None = None,
     uses: tuple[Kept, ...] = (),
     is_lent: bool = False,
+    tally: Tally | None = None,
 ) -> Partial:
     """The sum with this part, with `beside` to be added once.
 
@@ -262,21 +319,30 @@ def delayed(
     if beside is not None and beside.shape != part.shape:
         beside = beside.broadcast_to(part.shape)
     if part.is_contiguous():
-        kept = None if beside is None else Kept(beside.to(part).contiguous())
+        kept = None if beside is None else Kept(_beside(beside, part))
         link = None if copy_of is None else Link(*copy_of, uses)
-        return Partial(Delayed(part, axis, kept, link, is_lent))
+        return Partial(Delayed(part, axis, kept, link, is_lent, tally))
     dims = sorted(range(part.dim()), key=part.stride, reverse=True)
     inner = part.permute(dims)
     if not inner.is_contiguous():  # it has gaps
-        return delayed(part.contiguous(), axis, beside, copy_of=copy_of, uses=uses)
+        return delayed(part.contiguous(), axis, beside, copy_of=copy_of, uses=uses, tally=tally)
     if beside is not None:
         beside = beside.permute(dims)
     if copy_of is not None:
         source, step = copy_of
         copy_of = source, lambda value: step(value).permute(dims)
-    x = delayed(inner, axis, beside, copy_of=copy_of, uses=uses, is_lent=is_lent)
+    x = delayed(inner, axis, beside, copy_of=copy_of, uses=uses, is_lent=is_lent, tally=tally)
     back = tuple(dims.index(dim) for dim in range(part.dim()))
     return Partial(x.state, x, lambda value: value.permute(back))
+
+
+def _beside(value: Tensor, part: Tensor) -> Tensor:
+    """The value as it is kept beside the part: of its dtype, and lying in memory like it."""
+    if value.dtype != part.dtype or value.device != part.device:
+        value = value.to(part)
+    if value.requires_grad and not torch.is_grad_enabled():
+        value = value.detach()  # a parameter says that it requires a gradient also where nothing records
+    return value if value.is_contiguous() else value.contiguous()
 
 
 def whole(value: Any) -> Any:
@@ -287,20 +353,73 @@ def whole(value: Any) -> Any:
     return value.held
 
 
+SMALL = 2**18  # bytes of a sum of which several are reduced as one: what they take is the time to begin
+
+
+def live_in(tree: Any) -> list[Delayed]:
+    """What is to be reduced for the sums in a tree of tuples, lists and dicts, each as often as it is asked for."""
+    found: list[Delayed] = []
+    _collect(tree, found)
+    return found
+
+
+def _collect(tree: Any, found: list[Delayed]) -> None:
+    kind = type(tree)
+    if kind is Tensor or tree is None:  # nearly always
+        return
+    if kind is Partial:
+        if not tree.state.is_reduced:
+            found.append(tree.state.root)
+    elif isinstance(tree, (tuple, list)):
+        for item in tree:
+            _collect(item, found)
+    elif isinstance(tree, dict):
+        for item in tree.values():
+            _collect(item, found)
+
+
+def _reduce_together(states: Iterable[Delayed]) -> None:
+    """Reduces the small ones among them over the same ranks as one, where there are several."""
+    alike: dict[Any, list[Delayed]] = {}
+    for state in states:
+        tensor = state.tensor
+        if tensor.nbytes <= SMALL:
+            alike.setdefault((state.axis.group, tensor.dtype, tensor.device, state.requires_grad), []).append(state)
+    for together in alike.values():
+        if len(together) == 1:
+            continue
+        tally, parts = together[0].tally, [state.tensor for state in together]
+        if tally is not None:
+            tally.made(sum(part.nbytes for part in parts))
+        with _recording(together[0].requires_grad):
+            for state, total in zip(together, reduce_together(parts, together[0].axis), strict=True):
+                state.take(total)
+
+
 def whole_tree(output: Any) -> Any:
     """The same with every `Partial` in it whole; the very same object where there is none.
 
-    Looks into tuples (named ones too), lists and dicts (a `ModelOutput` is one), which keep their types.
+    Looks into tuples (named ones too), lists and dicts (a `ModelOutput` is one), which keep their types. Several small
+    sums are reduced as one.
     """
     if isinstance(output, Partial):
         return whole(output)
+    states = dict.fromkeys(live_in(output))
+    if len(states) > 1:
+        _reduce_together(states)
+    return _each_whole(output)
+
+
+def _each_whole(output: Any) -> Any:
+    if isinstance(output, Partial):
+        return whole(output)
     if isinstance(output, (tuple, list)):
-        items = [whole_tree(item) for item in output]
+        items = [_each_whole(item) for item in output]
         if all(new is old for new, old in zip(items, output, strict=True)):
             return output
         return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
     if isinstance(output, dict):
-        changed = {key: new for key, old in output.items() if (new := whole_tree(old)) is not old}
+        changed = {key: new for key, old in output.items() if (new := _each_whole(old)) is not old}
         if not changed:
             return output
         output = copy.copy(output)

@@ -6,6 +6,8 @@ from collections import Counter
 
 from torch import nn
 
+from parallel_plans.expert_rules import is_within, prefixes
+from parallel_plans.styles.base import DELAY
 from parallel_plans.table import ModuleEntry, Table
 
 
@@ -40,16 +42,29 @@ def forking_modules(model: nn.Module, table: Table) -> set[str]:
     return forking
 
 
-def summing_modules(table: Table) -> set[str]:
-    """The modules in whose forward sums may wait: those that hold experts, and with them others that deliver sums."""
-    delivering = [
-        name
-        for name, entry in table.acting()
-        if (entry.style.leaves, entry.style.delivers) == ("P", "I") and communicates(entry)
-    ]
-    experts = [name for name in delivering if table.modules[name][-1].style.role == "experts"]
-    parents = {name.rpartition(".")[0] for name in experts}
-    several = {parent for parent in parents if sum(name.startswith(f"{parent}.") for name in delivering) > 1}
-    return several | {
-        name for name, entry in table.acting() if entry.style.role == "block" and entry.style.leaves == "I"
+def summing_modules(model: nn.Module, table: Table) -> dict[str, tuple[str, ...]]:
+    """The modules in whose forward sums could meet, each with those below it that deliver sums, by their names from it.
+
+    They hold several parts that deliver, or are a block around experts. Not what holds layers: between layers a sum
+    would meet no other.
+    """
+    delivering = [name for name, entry in table.acting() if _delivers_sum(entry)]
+    blocks = {name for name, entry in table.acting() if entry.style.role == "block" and entry.style.leaves == "I"}
+    parts: dict[str, set[str]] = {}
+    for name in delivering:
+        for above in (*prefixes(name.rpartition(".")[0]), ""):
+            parts.setdefault(above, set()).add(name[len(above) :].lstrip(".").partition(".")[0])
+    stacks = {name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    outermost = {stack for stack in stacks if not any(above in stacks for above in list(prefixes(stack))[1:])}
+    around = {above for stack in outermost if len(parts.get(stack, ())) > 1 for above in (*prefixes(stack), "")}
+    found = {name for name in parts if (len(parts[name]) > 1 or name in blocks) and name not in around | stacks}
+    return {
+        above: tuple(name[len(above) :].lstrip(".") for name in delivering if name != above and is_within(name, above))
+        for above in found
     }
+
+
+def _delivers_sum(entry: ModuleEntry) -> bool:
+    """Whether the entry reduces a sum that may wait."""
+    is_sum = (entry.style.leaves, entry.style.delivers) == ("P", "I") and communicates(entry)
+    return is_sum and bool(entry.options.get(DELAY, True))

@@ -1,10 +1,10 @@
 """Partial sums that wait: inside a scope what would be reduced stays partial as long as all that follows is linear.
 
-    routed experts  P -+
-                       + -> P -> one all-reduce where the block ends
-    shared experts  P -+
+    routed experts  P -+                              attention  P -+
+                       + -> P -> one all-reduce                     + -> P -> one all-reduce
+    shared experts  P -+                              MLP        P -+
 
-See `parallel_plans.partial` for what counts as linear.
+See `parallel_plans.partial` for what counts as linear, and `parallel_plans.waits` for the modules in which sums wait.
 """
 
 from __future__ import annotations
@@ -12,15 +12,18 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from parallel_plans.collectives import Axis, reduce
 from parallel_plans.partial import partial
+from parallel_plans.partial_tensor import Partial, Tally, live_in, whole_tree
 
 
 class _Scope(threading.local):
-    is_open = False
+    tally: Tally | None = None  # of the innermost scope that is open
     is_barred = False
 
 
@@ -28,30 +31,57 @@ _scope = _Scope()
 
 
 @contextmanager
-def sum_scope() -> Iterator[None]:
-    """Inside the block sums wait; who opens it makes whole what leaves it."""
-    before, _scope.is_open = _scope.is_open, not _scope.is_barred
+def sum_scope() -> Iterator[Tally]:
+    """Inside the block sums wait, and are counted; who opens it hands on what leaves it with `leaving`."""
+    before, tally = _scope.tally, Tally()
+    _scope.tally = tally
     try:
-        yield
+        yield tally
     finally:
-        _scope.is_open = before
+        _scope.tally = before
 
 
 @contextmanager
 def no_sum_scope() -> Iterator[None]:
-    """Inside the block no `sum_scope` opens: every sum is reduced at once, as one would do without them."""
-    before, _scope.is_barred = _scope.is_barred, True
+    """Inside the block no sum waits: every one is reduced at once, as one would do without scopes."""
+    before = _scope.tally, _scope.is_barred
+    _scope.tally, _scope.is_barred = None, True
     try:
         yield
     finally:
-        _scope.is_barred = before
+        _scope.tally, _scope.is_barred = before
 
 
 def sums_wait() -> bool:
     """Whether a `sum_scope` is open."""
-    return _scope.is_open
+    return _scope.tally is not None
 
 
-def deliver_sum(value: Tensor, axis: Axis, *, in_place: bool = False) -> Tensor:
-    """P -> I, now or when somebody needs the value. `in_place` as in `reduce`."""
-    return partial(value, axis) if _scope.is_open else reduce(value, axis, in_place=in_place)
+def sums_may_wait() -> bool:
+    """Whether a `sum_scope` may be opened; not where torch.compile is tracing, which wants plain tensors."""
+    return not (_scope.is_barred or torch.compiler.is_compiling())
+
+
+def deliver_sum(value: Tensor, axis: Axis, *, in_place: bool = False, delay: bool = True) -> Tensor:
+    """P -> I: when somebody needs the value, where sums wait and this one may (`delay`); else now.
+
+    `in_place` as in `reduce`.
+    """
+    tally = _scope.tally
+    if tally is None or not delay or torch.compiler.is_compiling():
+        return reduce(value, axis, in_place=in_place)
+    delivered = partial(value, axis)
+    if isinstance(delivered, Partial):
+        tally.came(delivered.state)
+    return delivered
+
+
+def leaving(output: Any, tally: Tally) -> Any:
+    """What leaves a scope: values; where a scope around it is open, sums wait on in that one."""
+    outer = _scope.tally
+    if outer is None:
+        return whole_tree(output)
+    for state in dict.fromkeys(live_in(output)):
+        tally.made(state.bytes)
+        outer.came(state)
+    return output

@@ -156,11 +156,11 @@ LAWS = {
     "factors that broadcast it act on the reduced": Law(lambda p, w: w * p, (("P", H), W), [H * 8]),
     "partial rows are broadcast": Law(lambda p, q: p + q, (("P", H), P), [FULL]),
     "what is not linear gets the whole value": Law(lambda p: F.silu(p), (P,), [FULL]),
-    "a product of two is one of whole values": Law(lambda p, q: p * q, (P, P), [FULL, FULL]),
+    "a product of two is one of whole values, reduced together": Law(lambda p, q: p * q, (P, P), [2 * FULL]),
     "a quotient by a sum is one of the whole value": Law(lambda p, w: w / p, (P, W), [FULL]),
     "a matrix product gets the whole value": Law(lambda p, w: p @ w.t(), (P, W), [FULL]),
-    "arguments by name and in lists are made whole": Law(
-        lambda p, q: torch.add(input=torch.hstack([p, q]), other=torch.hstack((q, p))), (P, P), [FULL, FULL]
+    "arguments by name and in lists are made whole together": Law(
+        lambda p, q: torch.add(input=torch.hstack([p, q]), other=torch.hstack((q, p))), (P, P), [2 * FULL]
     ),
     "sums over dims stay partial": Law(lambda p, q: p.sum(0, keepdim=True) + q.sum(0), (P, P), [H * 8]),
     "means stay partial": Law(lambda p, q: torch.mean(p, dim=1) - q.mean(-1), (P, P), [T * 8]),
@@ -170,8 +170,8 @@ LAWS = {
     "rows picked more often are picked of the reduced": Law(
         lambda p, q: p[torch.arange(2 * T) % T] + q.repeat(2, 1), (P, P), [FULL, FULL]
     ),
-    "sums that broadcast each other are reduced before": Law(
-        lambda p, q: p + q, (("P", T, 1), ("P", 1, H)), [GATE, H * 8]
+    "sums that broadcast each other are reduced before, together": Law(
+        lambda p, q: p + q, (("P", T, 1), ("P", 1, H)), [GATE + H * 8]
     ),
     "a row picked by a scalar tensor is a view": Law(row_by_a_scalar, (P, P), [FULL, FULL]),
     "rows picked by a mask stay partial": Law(lambda p, q: (p + q)[torch.arange(T) % 2 == 0], (P, P), [FULL // 2]),

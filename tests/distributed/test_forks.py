@@ -27,8 +27,8 @@ PER_LAYER = {
     "qwen3": (2, 2 + 2),  # the gradients of the two norms on heads are summed too
     "phi3": (2, 2),
     "gemma2": (2, 2),
-    "gpt_neox": (2, 2),
-    "cohere": (2, 1),  # attention and MLP take the same value
+    "gpt_neox": (1, 2),  # attention and MLP are added to the same value, each behind a norm of its own
+    "cohere": (1, 1),  # attention and MLP take the same value, too
     "olmo2": (2 + 2, 2 + 2),  # the statistics of its two norms over all heads
 }
 

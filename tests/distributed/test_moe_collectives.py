@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,17 @@ MODELS, SETUPS = ("mixtral", "qwen2_moe"), ("tp=2",)
 
 
 @pytest.fixture(scope="module")
-def benchmark() -> Any:
+def benchmark() -> Iterator[Any]:
     """The benchmark, imported: it is no part of the package."""
+    sys.path.insert(0, str(BENCHMARK.parent))  # for what it shares with others
     spec = importlib.util.spec_from_file_location("moe_collectives", BENCHMARK)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # what the ranks send back is found by its module's name
     spec.loader.exec_module(module)
-    return module
+    yield module
+    sys.path.remove(str(BENCHMARK.parent))
 
 
 @pytest.fixture(scope="module")

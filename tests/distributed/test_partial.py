@@ -108,10 +108,10 @@ def on_two_axes(ranks: int) -> list[tuple[float, list[str]]]:
     again = Axis(name="tp too", group=tp.group, size=ranks, rank=tp.rank)
     (p, true_p), (q, true_q), (r, true_r) = (numbers.partial(axis, T, H) for axis in (tp, ep, again))
     cases = [
-        (lambda: p * 2 + q * 3, 2 * true_p + 3 * true_q),
-        (lambda: (p * 2).add_(q * 3), 2 * true_p + 3 * true_q),
-        (lambda: p * 2 - r * 3, 2 * true_p - 3 * true_r),
-        (lambda: torch.cat([p * 2, q * 3]), torch.cat([true_p * 2, true_q * 3])),
+        (lambda: -p + -q, -true_p - true_q),
+        (lambda: (-p).add_(-q), -true_p - true_q),
+        (lambda: -p - -r, true_r - true_p),
+        (lambda: torch.cat([-p, -q]), torch.cat([-true_p, -true_q])),
     ]
     values, results = [], []
     for got, want in cases:

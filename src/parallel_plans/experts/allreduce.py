@@ -79,7 +79,7 @@ class ExpertsBoundary(Boundary):
             value = taking_part(value, *weights_below(self.module))
         if self.owned is not None:
             value = vouch(value, self.site.own, "V", "V")
-        return deliver_sum(value, axis)
+        return deliver_sum(value, axis, delay=self.site.may_delay)
 
     def _run(self, forward: Forward, call: ExpertsCall) -> Any:
         if self.owned is None:

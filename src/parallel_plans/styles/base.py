@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from parallel_plans.boundary import Boundary
 
+DELAY = "delay"  # the option of styles that deliver a sum: whether it may wait for others
 _LETTER = re.compile(r"[IRP]|S\(-?\d+\)")
 
 

@@ -10,7 +10,7 @@ from parallel_plans.experts.routing import RouterBoundary
 from parallel_plans.plan import EXPERT_SECTIONS
 from parallel_plans.styles.base import Style, register_style
 from parallel_plans.styles.special import IdentityExpertBoundary
-from parallel_plans.styles.table import ANYWHERE, COUNTS, PACKED, SPLIT, TWO_PARTS
+from parallel_plans.styles.table import ANYWHERE, COUNTS, PACKED, SPLIT, SUM, TWO_PARTS
 
 _WITH_DENSE = ("tp_plan", "sp_plan", "ep_plan")  # where the ranks share a batch
 
@@ -82,6 +82,7 @@ register_style(
         summary="a block that sorts tokens by expert itself; its output and its input's gradient are summed",
         needs="R",
         leaves="P",
+        options=SUM,
         boundary=BlockBoundary,
         module_only=True,
         sections=_WITH_DENSE,
@@ -116,7 +117,7 @@ register_style(
         summary="the experts' partial sums are summed over the ranks; carries no shard plan",
         needs="R",
         leaves="P",
-        options=COUNTS,
+        options=MappingProxyType({**COUNTS, **SUM}),
         boundary=ExpertsBoundary,
         module_only=True,
         sections=_WITH_DENSE,

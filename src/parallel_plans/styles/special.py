@@ -42,7 +42,7 @@ class VocabularyBoundary(Boundary):
         output = forward(*args, **kwargs)
         assert absent is not None
         own = vouch(output.masked_fill(absent.unsqueeze(-1), 0), self.site.axis, "P", "V")
-        return deliver_sum(own, self.site.axis, in_place=True)
+        return deliver_sum(own, self.site.axis, in_place=True, delay=self.site.may_delay)
 
 
 class RopePartBoundary(Boundary):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import MappingProxyType
 
 from parallel_plans.plan import EXPERT_SECTIONS
-from parallel_plans.styles.base import Style, register_style
+from parallel_plans.styles.base import DELAY, Style, register_style
 from parallel_plans.styles.special import (
     RopePartBoundary,
     VocabularyBoundary,
@@ -15,6 +15,7 @@ from parallel_plans.styles.statistics import ShardedNormBoundary
 SPLIT = MappingProxyType({"dim": "dim", "unit": "units"})
 TWO_PARTS = MappingProxyType({"parts": 2})
 PACKED = MappingProxyType({"dim": "dim", "parts": "parts", "unit": "units"})
+SUM = MappingProxyType({DELAY: "flag"})
 COUNTS = MappingProxyType({"counts": "counts"})
 ANYWHERE = ("tp_plan", "sp_plan", *EXPERT_SECTIONS)
 
@@ -41,7 +42,7 @@ register_style(
         leaves="P",
         after=("bias",),
         serves=("linear",),
-        options=SPLIT,
+        options=MappingProxyType({**SPLIT, **SUM}),
     )
 )
 register_style(
@@ -66,7 +67,7 @@ register_style(
         leaves="P",
         after=("bias",),
         serves=("linear",),
-        options=PACKED,
+        options=MappingProxyType({**PACKED, **SUM}),
     ),
     "rowwise_rep",
 )
@@ -95,7 +96,7 @@ register_style(
         leaves="P",
         after=("bias",),
         serves=("linear",),
-        options=PACKED,
+        options=MappingProxyType({**PACKED, **SUM}),
     )
 )
 register_style(
@@ -104,6 +105,7 @@ register_style(
         summary="an embedding split by vocabulary",
         matrix=0,
         leaves="P",
+        options=SUM,
         serves=("embedding",),
         boundary=VocabularyBoundary,
     )
@@ -155,6 +157,7 @@ register_style(
         name="all_reduce",
         summary="the output is summed over the ranks",
         leaves="P",
+        options=SUM,
         module_only=True,
         wants_split="below",
     )
