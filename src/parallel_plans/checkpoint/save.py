@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from parallel_plans.agreement import Agreement
 from parallel_plans.checkpoint.conversion import convert_for_save
 from parallel_plans.checkpoint.files import INDEX_NAME, WEIGHTS_NAME, with_variant
-from parallel_plans.checkpoint.lazy import LazyTensor, Leaf, TensorSource
+from parallel_plans.checkpoint.lazy import LazyTensor, Leaf
 from parallel_plans.checkpoint.replace import replaced_folder
+from parallel_plans.checkpoint.sources import TensorSource
 from parallel_plans.checkpoint.writer import Entry, Shards, shard_entries, write_safetensors
 from parallel_plans.errors import Finding, LaunchError
 from parallel_plans.layouts import Layout
