@@ -167,7 +167,7 @@ class Leaf(LazyTensor):
             piece = whole[tuple(slice(None) if isinstance(take, np.ndarray) else take for take in taken)]
             for dim, take in enumerate(taken):
                 if isinstance(take, np.ndarray):
-                    piece = _gathered(piece, dim, take)
+                    piece = taken_along(piece, dim, take)
             dest[tuple(place for _, place in combination)].copy_(piece)
             self.source.count(piece.numel() * self.dtype.itemsize)
 
@@ -205,7 +205,7 @@ class Joined(LazyTensor):
         """Writes the elements of `part` at `index` to these places of `dest`."""
         buffer = dest.new_empty([len(places) if d == self.dim else size for d, size in enumerate(dest.shape)])
         part.copy_out(buffer, index)
-        _integers(dest).index_copy_(self.dim, torch.from_numpy(places).to(dest.device), _integers(buffer))
+        put_along(dest, self.dim, places, buffer)
 
 
 class Stacked(LazyTensor):
@@ -285,7 +285,17 @@ def _integers(tensor: Tensor) -> Tensor:
     return tensor.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.dtype.itemsize])
 
 
-def _gathered(tensor: Tensor, dim: int, index: Array) -> Tensor:
-    """The given indices of `dim`, as a copy."""
+def taken_along(tensor: Tensor, dim: int, index: Index) -> Tensor:
+    """The given indices of `dim`: a view where they are a range, otherwise a copy."""
+    if isinstance(index, range):
+        return tensor[(slice(None),) * dim + (slice(index.start, index.stop, index.step),)]
     places = torch.from_numpy(index).to(tensor.device)
     return _integers(tensor).index_select(dim, places).view(tensor.dtype)
+
+
+def put_along(tensor: Tensor, dim: int, index: Index, values: Tensor) -> None:
+    """Writes `values` to the given indices of `dim`, in place."""
+    if isinstance(index, range):
+        taken_along(tensor, dim, index).copy_(values)
+    else:
+        _integers(tensor).index_copy_(dim, torch.from_numpy(index).to(tensor.device), _integers(values))
