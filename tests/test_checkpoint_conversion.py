@@ -20,7 +20,8 @@ from transformers.core_model_loading import Chunk, Concatenate, ConversionOps, W
 
 from parallel_plans.checkpoint.conversion import Converted, convert_for_load, convert_for_save
 from parallel_plans.checkpoint.files import Checkpoint, open_checkpoint, resolve_files
-from parallel_plans.checkpoint.lazy import LazyTensor, Leaf, TensorSource
+from parallel_plans.checkpoint.lazy import LazyTensor, Leaf
+from parallel_plans.checkpoint.sources import TensorSource
 from parallel_plans.errors import CheckpointError
 
 TEXT = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from parallel_plans.checkpoint.indices import as_array, compact, factors, index_of, runs, within
-from parallel_plans.checkpoint.lazy import Joined, LazyTensor, Leaf, NotFollowed, TensorSource
+from parallel_plans.checkpoint.lazy import Joined, LazyTensor, Leaf, NotFollowed
+from parallel_plans.checkpoint.sources import TensorSource
 from parallel_plans.checkpoint.stand_in import StandIn, lazy_of
 
 Ranges = list[tuple[int, int]]

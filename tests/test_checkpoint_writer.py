@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from parallel_plans.errors import CheckpointError
 
 
 def entries_of(tensors: dict[str, Tensor]) -> list[Entry]:
-    return [Entry(name, t.dtype, tuple(t.shape), lambda t=t: t) for name, t in tensors.items()]
+    return [Entry(name, t.dtype, tuple(t.shape), lambda t=t: [t]) for name, t in tensors.items()]
 
 
 def of_every_dtype() -> dict[str, Tensor]:
@@ -53,11 +54,11 @@ def test_an_empty_file_is_read_back(tmp_path: Path) -> None:
     assert load_file(tmp_path / "x") == {}
 
 
-def test_one_tensor_is_held_at_a_time(tmp_path: Path) -> None:
+def test_one_piece_is_held_at_a_time(tmp_path: Path) -> None:
     alive: list[weakref.ref[Tensor]] = []
     most = 0
 
-    def read() -> Tensor:
+    def made() -> Tensor:
         nonlocal most
         gc.collect()
         tensor = torch.randn(4)
@@ -65,15 +66,19 @@ def test_one_tensor_is_held_at_a_time(tmp_path: Path) -> None:
         most = max(most, sum(reference() is not None for reference in alive))
         return tensor
 
-    write_safetensors(tmp_path / "x", [Entry(str(i), torch.float32, (4,), read) for i in range(5)])
-    assert len(alive) == 5
+    def pieces() -> Iterator[Tensor]:
+        for _ in range(2):
+            yield made()
+
+    write_safetensors(tmp_path / "x", [Entry(str(i), torch.float32, (8,), pieces) for i in range(5)])
+    assert len(alive) == 10
     assert most == 1
 
 
 @pytest.mark.parametrize("delivered", [torch.zeros(2, 4), torch.zeros(2, 3, dtype=torch.float64), torch.zeros(3, 2)])
 def test_a_tensor_that_is_not_what_was_announced_is_refused(tmp_path: Path, delivered: Tensor) -> None:
     with pytest.raises(CheckpointError, match="not what was announced") as error:
-        write_safetensors(tmp_path / "x", [Entry("a", torch.float32, (2, 3), lambda: delivered)])
+        write_safetensors(tmp_path / "x", [Entry("a", torch.float32, (2, 3), lambda: [delivered])])
     (finding,) = error.value.findings
     assert finding.code == "PP606"
     assert finding.name == "a"
@@ -84,7 +89,7 @@ def test_a_tensor_that_is_not_what_was_announced_is_refused(tmp_path: Path, deli
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        ([Entry("a", torch.complex128, (1,), lambda: torch.zeros(1))], "no torch.complex128"),
+        ([Entry("a", torch.complex128, (1,), lambda: [torch.zeros(1)])], "no torch.complex128"),
         (entries_of({"a": torch.zeros(1)}) * 2, "a name is taken"),
         (entries_of({"__metadata__": torch.zeros(1)}), "a name is taken"),
     ],

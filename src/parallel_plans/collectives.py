@@ -228,18 +228,6 @@ def all_to_all(value: Tensor, axis: Axis, send: tuple[int, ...], receive: tuple[
     return received
 
 
-def broadcast_parts(local: Tensor, axis: Axis, split: Split) -> Tensor:
-    """The whole tensor on every rank, one part in flight at a time: slower than `all_gather`, in less memory."""
-    whole = local.new_empty([split.size if d == split.dim else size for d, size in enumerate(local.shape)])
-    for rank in range(axis.size):
-        shape = [split.local_sizes[rank] if d == split.dim else size for d, size in enumerate(local.shape)]
-        part = local.contiguous() if rank == axis.rank else local.new_empty(shape)
-        if part.numel():
-            dist.broadcast(part, group=axis.group, group_src=rank)
-        split.put(whole, part, rank)
-    return whole
-
-
 def _needs_gradient(value: Tensor) -> bool:
     return torch.is_grad_enabled() and value.requires_grad
 

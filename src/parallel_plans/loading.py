@@ -19,8 +19,9 @@ from transformers.utils.loading_report import LoadStateDictInfo
 from parallel_plans.agreement import Agreement
 from parallel_plans.checkpoint.conversion import Converted, convert_for_load
 from parallel_plans.checkpoint.files import Checkpoint, open_checkpoint, resolve_files
-from parallel_plans.checkpoint.lazy import LazyTensor, Leaf, TensorSource
+from parallel_plans.checkpoint.lazy import LazyTensor, Leaf
 from parallel_plans.checkpoint.load import Loaded, compare, misfit, read_parts
+from parallel_plans.checkpoint.sources import TensorSource
 from parallel_plans.errors import Finding, LaunchError
 from parallel_plans.lookup import BESIDE_CHECKPOINT, PlanSource, carried_by, find_plan, with_experts
 from parallel_plans.mesh import Place, device_of

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from parallel_plans.checkpoint.load import Loaded
-from parallel_plans.collectives import all_gather, broadcast_parts
+from parallel_plans.collectives import all_gather
 from parallel_plans.layouts import Layout
 from parallel_plans.mesh import Place
 from parallel_plans.storage import Storage
@@ -57,26 +57,26 @@ def local_part(value: Tensor) -> Tensor:
     return value._local_tensor if isinstance(value, DTensor) else value
 
 
-def gathered(local: Tensor, layout: Layout | None, place: Place, *, sparing: bool = False) -> Tensor:
-    """The whole tensor on every rank, detached; `sparing` keeps one part in flight at a time. Every rank calls it."""
+def gathered(local: Tensor, layout: Layout | None, place: Place) -> Tensor:
+    """The whole tensor on every rank, detached. Every rank calls it."""
     for split in () if layout is None else layout.splits:
         axis = place.axes[split.axis]
-        local = broadcast_parts(local, axis, split) if sparing else all_gather(local, axis, split, split.dim)
+        local = all_gather(local, axis, split, split.dim)
     return local
 
 
-def whole_tensors(model: nn.Module, *, sparing: bool = False) -> Iterator[tuple[str, Tensor]]:
+def whole_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Name and whole tensor of every entry of the state dict, gathered one by one; every rank iterates to the end."""
     for name, value in model.state_dict(keep_vars=True).items():
-        yield name, _whole(model, name, value, sparing=sparing)
+        yield name, _whole(model, name, value)
 
 
-def _whole(model: nn.Module, name: str, value: Tensor, *, sparing: bool = False) -> Tensor:
+def _whole(model: nn.Module, name: str, value: Tensor) -> Tensor:
     """The whole of a parameter, buffer or gradient of `model`; of one that is not parallelized, the value itself."""
     parallel = parallel_of(model)
     if parallel is None:
         return value.detach()
-    return gathered(local_part(value), parallel.layout(name), parallel.place, sparing=sparing)
+    return gathered(local_part(value), parallel.layout(name), parallel.place)
 
 
 def full_state_dict(model: nn.Module) -> dict[str, Tensor]:

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from parallel_plans.checkpoint.lazy import LazyTensor, Leaf, NotFollowed, TensorSource
+from parallel_plans.checkpoint.lazy import LazyTensor, Leaf, NotFollowed
+from parallel_plans.checkpoint.sources import TensorSource
 from parallel_plans.checkpoint.stand_in import StandIn, lazy_of
 from parallel_plans.errors import CheckpointError, Finding
 

@@ -1,11 +1,17 @@
-"""The safetensors files of a checkpoint, as lazy tensors over their memory maps."""
+"""The safetensors files of a checkpoint, as lazy tensors over them.
+
+What lies in a file as it is to lie in memory is read to its place, by one system call and without a copy in between;
+the rest, rows of which each rank has a part and values of another dtype, is copied out of the file's memory map.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from parallel_plans.checkpoint.header import DTYPES, read_header
+from parallel_plans.checkpoint.header import DTYPES, LENGTH_BYTES, read_header
+from parallel_plans.checkpoint.indices import Index, start_of_run
 from parallel_plans.checkpoint.lazy import LazyTensor, Leaf
 from parallel_plans.errors import CheckpointError, Finding
 
@@ -22,12 +29,26 @@ INDEX_NAME = "model.safetensors.index.json"
 OTHER_FORMATS = (".bin", ".bin.index.json", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf")
 
 
+@dataclass(frozen=True, kw_only=True)
+class OpenFile:
+    """An open file: `map` shows its tensors in memory, `descriptor` is for reads, its data begin at byte `start`."""
+
+    map: Any
+    descriptor: int
+    start: int
+
+    def close(self) -> None:
+        """Gives both back."""
+        self.map.__exit__(None, None, None)
+        os.close(self.descriptor)
+
+
 class Checkpoint:
     """The open files of a checkpoint: `tensors` by name, and how many bytes have been read out of them."""
 
     def __init__(self) -> None:
         self.tensors: dict[str, LazyTensor] = {}
-        self._handles: dict[Path, Any] = {}
+        self._files: dict[Path, OpenFile] = {}
         self._bytes_read = 0
         self._lock = threading.Lock()
 
@@ -46,11 +67,11 @@ class Checkpoint:
         with self._lock:
             self._bytes_read += size
 
-    def handle(self, path: Path) -> Any:
+    def file(self, path: Path) -> OpenFile:
         """The open file at `path`."""
-        if path not in self._handles:
+        if path not in self._files:
             raise ValueError(f"the checkpoint file {path} is closed")
-        return self._handles[path]
+        return self._files[path]
 
     def add(self, path: Path) -> Finding | None:
         """Opens one file and takes up its tensors; gives what is wrong with it."""
@@ -58,7 +79,7 @@ class Checkpoint:
         if isinstance(entries, Finding):
             return entries
         try:
-            self._handles[path] = safe_open(path, framework="pt", device="cpu", backend="mmap")
+            self._files[path] = _opened(path)
         except (SafetensorError, OSError) as error:
             size = f"{path.stat().st_size} bytes"
             message = f"{path.name} cannot be opened: {error}"
@@ -69,8 +90,8 @@ class Checkpoint:
 
     def close(self) -> None:
         """Gives the files back. What was read stays; what was not can no longer be read."""
-        while self._handles:
-            self._handles.popitem()[1].__exit__(None, None, None)
+        while self._files:
+            self._files.popitem()[1].close()
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -79,8 +100,23 @@ class Checkpoint:
         self.close()
 
 
+def _opened(path: Path) -> OpenFile:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        if hasattr(os, "posix_fadvise"):  # what lies behind a rank's part is another rank's: nothing is read ahead
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+        start = LENGTH_BYTES + int.from_bytes(os.pread(descriptor, LENGTH_BYTES, 0), "little")
+        mapped = safe_open(path, framework="pt", device="cpu", backend="mmap")
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return OpenFile(map=mapped, descriptor=descriptor, start=start)
+
+
 class FileSource:
     """One tensor of an open file."""
+
+    is_read_in_parts = True
 
     def __init__(self, checkpoint: Checkpoint, path: Path, name: str, entry: Mapping[str, Any]) -> None:
         self.dtype = DTYPES[entry["dtype"]]
@@ -88,12 +124,43 @@ class FileSource:
         self._is_packed = self.dtype == torch.float4_e2m1fn_x2
         self.shape = torch.Size([*shape[:-1], shape[-1] // 2] if self._is_packed else shape)
         self._checkpoint, self._path, self._name = checkpoint, path, name
+        self._offset: int = entry["data_offsets"][0]
 
     def view(self) -> Tensor:
         """The tensor as a view of the memory map: nothing is read from the disk until an element is."""
-        handle = self._checkpoint.handle(self._path)
-        tensor: Tensor = handle.get_tensor(self._name) if self._is_packed else handle.get_slice(self._name)[...]
+        mapped = self._checkpoint.file(self._path).map
+        tensor: Tensor = mapped.get_tensor(self._name) if self._is_packed else mapped.get_slice(self._name)[...]
         return tensor
+
+    def has_read(self, dest: Tensor, index: Sequence[Index]) -> bool:
+        """Whether the elements lay behind each other in the file as they do in `dest`, and have been read there.
+
+        Raises:
+            CheckpointError: the file ends before they do (PP603), or cannot be read (PP602).
+        """
+        first = start_of_run(index, self.shape)
+        if first is None or dest.dtype != self.dtype or dest.device.type != "cpu" or not dest.is_contiguous():
+            return False
+        file = self._checkpoint.file(self._path)
+        self._read(file.descriptor, file.start + self._offset + first * self.dtype.itemsize, dest)
+        return True
+
+    def _read(self, descriptor: int, offset: int, dest: Tensor) -> None:
+        content: Any = dest.view(-1).view(torch.uint8).numpy()
+        target = memoryview(content)
+        missing = target.nbytes
+        while missing:
+            try:
+                missing -= (got := os.preadv(descriptor, [target[-missing:]], offset + target.nbytes - missing))
+            except OSError as error:
+                message = f"{self._path.name} cannot be read: {error.strerror}"
+                raise CheckpointError(self._wrong("PP602", message)) from error
+            if got == 0:
+                raise CheckpointError(self._wrong("PP603", f"{self._path.name} ends within a tensor"))
+        self.count(target.nbytes)
+
+    def _wrong(self, code: str, message: str) -> Finding:
+        return Finding(code=code, message=message, file=str(self._path), name=self._name)
 
     def count(self, size: int) -> None:
         self._checkpoint.count(size)

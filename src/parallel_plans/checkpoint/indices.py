@@ -88,6 +88,22 @@ def runs(index: Index) -> list[tuple[slice | Array, slice]]:
     return found
 
 
+def start_of_run(index: Sequence[Index], shape: Sequence[int]) -> int | None:
+    """Where in a flat tensor of `shape` the elements at `index` begin; None where they do not lie behind each other.
+
+    >>> start_of_run([range(1, 2), range(4, 6), range(3)], [2, 8, 3]), start_of_run([range(2), range(2)], [2, 3])
+    (36, None)
+    """
+    start, stride, is_whole = 0, 1, True
+    for part, size in zip(reversed(index), reversed(shape), strict=True):
+        if not isinstance(part, range) or (len(part) > 1 and (part.step != 1 or not is_whole)):
+            return None
+        is_whole = is_whole and len(part) == size
+        start += part.start * stride
+        stride *= size
+    return start
+
+
 def factors(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]] | None:
     """The smallest groups of dims of equal product that a reshape keeps apart; None where the sizes do not match.
 

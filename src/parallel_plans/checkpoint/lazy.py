@@ -2,65 +2,29 @@
 
 A lazy tensor is a tree. Its leaves are sources (a tensor in a file, a parameter of a model); `Joined` and `Stacked` put
 lazy tensors together as `torch.cat` and `torch.stack` do; a `Rearranged` picks, permutes, splits and merges the dims of
-another one. Reading a region of the tree copies exactly that region's elements, straight from the sources.
+another one. Reading a region of the tree copies exactly that region's elements, straight from the sources; it falls
+apart into jobs that any thread may do, in any order.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from math import prod
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from parallel_plans.checkpoint.indices import Array, Index, as_array, compact, factors, index_of, runs, within
+from parallel_plans.checkpoint.sources import JOB_BYTES, Job, Source
 
 Region = Sequence[Sequence[tuple[int, int]]]  # for every dim, its (start, stop) ranges in the order they are stored
 
 
 class NotFollowed(Exception):
     """What was asked of a lazy tensor moves more than indices: the real tensors have to be read for it."""
-
-
-class Source(Protocol):
-    """Where the elements of a leaf are."""
-
-    @property
-    def shape(self) -> torch.Size: ...
-
-    @property
-    def dtype(self) -> torch.dtype: ...
-
-    def view(self) -> Tensor:
-        """The whole tensor, best as a view of memory that is not read yet; never written to."""
-        ...
-
-    def count(self, size: int) -> None:
-        """Called with the bytes of every piece that has been copied out of `view()`."""
-        ...
-
-
-class TensorSource:
-    """A source whose tensor `produce` delivers, each time it is read."""
-
-    def __init__(self, shape: Sequence[int], dtype: torch.dtype, produce: Callable[[], Tensor]) -> None:
-        self.shape, self.dtype = torch.Size(shape), dtype
-        self._produce = produce
-
-    def view(self) -> Tensor:
-        tensor = self._produce()
-        if tensor.shape != self.shape or tensor.dtype != self.dtype:
-            found, expected = (
-                f"{dtype} {list(shape)}" for shape, dtype in ((tensor.shape, tensor.dtype), (self.shape, self.dtype))
-            )
-            raise ValueError(f"a source was announced as {expected} and delivers {found}")
-        return tensor.detach()
-
-    def count(self, size: int) -> None:
-        """Nothing: these bytes are in memory already."""
 
 
 class LazyTensor:
@@ -95,17 +59,27 @@ class LazyTensor:
     @torch.no_grad()
     def read_into(self, dest: Tensor, region: Region) -> None:
         """Writes the elements in `region` into `dest`, which has the region's shape and any dtype and device."""
+        for job in self.jobs_into(dest, region):
+            job.run()
+
+    def jobs_into(self, dest: Tensor, region: Region) -> Iterator[Job]:
+        """What `read_into` does, as jobs; to be run without gradients."""
         index = tuple(index_of(ranges) for ranges in region)
         if tuple(dest.shape) != tuple(len(part) for part in index) or len(index) != self.ndim:
             raise ValueError(f"a region of {[len(part) for part in index]} of {self!r} does not fit {list(dest.shape)}")
         for size, ranges in zip(self.shape, region, strict=True):
             if any(not 0 <= start <= stop <= size for start, stop in ranges):
                 raise ValueError(f"the ranges {list(ranges)} are not within a dim of {size}")
-        self.copy_out(dest, index)
+        return self.jobs(dest, index)
+
+    def jobs(self, dest: Tensor, index: tuple[Index, ...]) -> Iterator[Job]:
+        """The jobs that write the elements at `index` (one entry per dim) into `dest`."""
+        raise NotImplementedError
 
     def copy_out(self, dest: Tensor, index: tuple[Index, ...]) -> None:
-        """Writes the elements at `index` (one entry per dim) into `dest`."""
-        raise NotImplementedError
+        """Writes the elements at `index` into `dest`."""
+        for job in self.jobs(dest, index):
+            job.run()
 
     def rearranged(self) -> Rearranged:
         """The same tensor as one whose dims can be taken apart."""
@@ -169,8 +143,23 @@ class Leaf(LazyTensor):
     def sources(self) -> Iterator[Source]:
         yield self.source
 
-    def copy_out(self, dest: Tensor, index: tuple[Index, ...]) -> None:
+    def jobs(self, dest: Tensor, index: tuple[Index, ...]) -> Iterator[Job]:
         if dest.numel() == 0:
+            return
+        dim = next((dim for dim, size in enumerate(dest.shape) if size > 1), None)
+        if dim is None or not self.source.is_read_in_parts:
+            yield Job(_nbytes(dest), partial(self._copy, dest, index))
+            return
+        size = dest.shape[dim]
+        step = max(1, JOB_BYTES * size // (dest.numel() * self.dtype.itemsize))
+        for start in range(0, size, step):
+            taken = index[dim][start : start + step]
+            part = dest.narrow(dim, start, len(taken))
+            rest = (*index[:dim], taken, *index[dim + 1 :])
+            yield Job(_nbytes(part), partial(self._copy, part, rest))
+
+    def _copy(self, dest: Tensor, index: tuple[Index, ...]) -> None:
+        if self.source.has_read(dest, index):
             return
         whole = self.source.view()
         for combination in itertools.product(*(runs(part) for part in index)):
@@ -178,7 +167,7 @@ class Leaf(LazyTensor):
             piece = whole[tuple(slice(None) if isinstance(take, np.ndarray) else take for take in taken)]
             for dim, take in enumerate(taken):
                 if isinstance(take, np.ndarray):
-                    piece = _gathered(piece, dim, take)
+                    piece = taken_along(piece, dim, take)
             dest[tuple(place for _, place in combination)].copy_(piece)
             self.source.count(piece.numel() * self.dtype.itemsize)
 
@@ -196,7 +185,7 @@ class Joined(LazyTensor):
     def sources(self) -> Iterator[Source]:
         return itertools.chain.from_iterable(part.sources() for part in self.parts)
 
-    def copy_out(self, dest: Tensor, index: tuple[Index, ...]) -> None:
+    def jobs(self, dest: Tensor, index: tuple[Index, ...]) -> Iterator[Job]:
         dim, start = self.dim, 0
         for part in self.parts:
             places, wanted = within(index[dim], start, start + part.shape[dim])
@@ -205,11 +194,18 @@ class Joined(LazyTensor):
                 continue
             rest = (*index[:dim], wanted, *index[dim + 1 :])
             if isinstance(places, range):
-                part.copy_out(dest[(slice(None),) * dim + (slice(places.start, places.stop, places.step),)], rest)
+                yield from part.jobs(
+                    dest[(slice(None),) * dim + (slice(places.start, places.stop, places.step),)], rest
+                )
             else:
-                buffer = dest.new_empty([len(places) if d == dim else size for d, size in enumerate(dest.shape)])
-                part.copy_out(buffer, rest)
-                _integers(dest).index_copy_(dim, torch.from_numpy(places).to(dest.device), _integers(buffer))
+                size = _nbytes(dest) * len(places) // dest.shape[dim]
+                yield Job(size, partial(self._scatter, part, dest, places, rest))
+
+    def _scatter(self, part: LazyTensor, dest: Tensor, places: Array, index: tuple[Index, ...]) -> None:
+        """Writes the elements of `part` at `index` to these places of `dest`."""
+        buffer = dest.new_empty([len(places) if d == self.dim else size for d, size in enumerate(dest.shape)])
+        part.copy_out(buffer, index)
+        put_along(dest, self.dim, places, buffer)
 
 
 class Stacked(LazyTensor):
@@ -225,10 +221,10 @@ class Stacked(LazyTensor):
     def sources(self) -> Iterator[Source]:
         return itertools.chain.from_iterable(part.sources() for part in self.parts)
 
-    def copy_out(self, dest: Tensor, index: tuple[Index, ...]) -> None:
+    def jobs(self, dest: Tensor, index: tuple[Index, ...]) -> Iterator[Job]:
         rest = (*index[: self.dim], *index[self.dim + 1 :])
         for place, position in enumerate(index[self.dim]):
-            self.parts[position].copy_out(dest.select(self.dim, place), rest)
+            yield from self.parts[position].jobs(dest.select(self.dim, place), rest)
 
 
 class Rearranged(LazyTensor):
@@ -251,7 +247,7 @@ class Rearranged(LazyTensor):
     def rearranged(self) -> Rearranged:
         return self
 
-    def copy_out(self, dest: Tensor, index: tuple[Index, ...]) -> None:
+    def jobs(self, dest: Tensor, index: tuple[Index, ...]) -> Iterator[Job]:
         if dest.numel() == 0:
             return
         wanted = []
@@ -265,11 +261,19 @@ class Rearranged(LazyTensor):
         try:
             target = ordered.view(sizes)
         except RuntimeError:  # parts that do not lie behind each other in `dest` cannot be written as one dim
-            target = dest.new_empty(sizes)
-            self.base.copy_out(target, tuple(wanted))
-            ordered.copy_(target.view(ordered.shape))
+            yield Job(_nbytes(dest), partial(self._through_buffer, ordered, sizes, tuple(wanted)))
         else:
-            self.base.copy_out(target, tuple(wanted))
+            yield from self.base.jobs(target, tuple(wanted))
+
+    def _through_buffer(self, dest: Tensor, sizes: Sequence[int], index: tuple[Index, ...]) -> None:
+        """Writes what the base has at `index`, `sizes` elements, into `dest`, which has more dims."""
+        buffer = dest.new_empty(sizes)
+        self.base.copy_out(buffer, index)
+        dest.copy_(buffer.view(dest.shape))
+
+
+def _nbytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def _without(shape: Sequence[int], dim: int) -> tuple[int, ...]:
@@ -281,7 +285,17 @@ def _integers(tensor: Tensor) -> Tensor:
     return tensor.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.dtype.itemsize])
 
 
-def _gathered(tensor: Tensor, dim: int, index: Array) -> Tensor:
-    """The given indices of `dim`, as a copy."""
+def taken_along(tensor: Tensor, dim: int, index: Index) -> Tensor:
+    """The given indices of `dim`: a view where they are a range, otherwise a copy."""
+    if isinstance(index, range):
+        return tensor[(slice(None),) * dim + (slice(index.start, index.stop, index.step),)]
     places = torch.from_numpy(index).to(tensor.device)
     return _integers(tensor).index_select(dim, places).view(tensor.dtype)
+
+
+def put_along(tensor: Tensor, dim: int, index: Index, values: Tensor) -> None:
+    """Writes `values` to the given indices of `dim`, in place."""
+    if isinstance(index, range):
+        taken_along(tensor, dim, index).copy_(values)
+    else:
+        _integers(tensor).index_copy_(dim, torch.from_numpy(index).to(tensor.device), _integers(values))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from parallel_plans.checkpoint.lazy import LazyTensor
+from parallel_plans.checkpoint.readers import empty_part, run_jobs
+from parallel_plans.checkpoint.sources import Job
 from parallel_plans.errors import CheckpointError, Finding
 from parallel_plans.layouts import Layout
 from parallel_plans.mesh import Place
 from parallel_plans.table import Table
-
-READERS = 4  # threads; more of them slow each other down
 
 
 @dataclass
@@ -80,24 +79,20 @@ def read_parts(
         place: this rank.
         dtypes: gives the final dtype of a name and its tensor in the model.
         device: where the parts go.
-        progress: called with the bytes of each part once it is there.
+        progress: called with the bytes of each piece once it is there.
     """
-    expected = model.state_dict()
+    expected, parts = model.state_dict(), dict[str, Tensor]()
 
-    def read(name: str) -> tuple[str, Tensor]:
-        entry = table.parameters.get(name)
-        layout = Layout(tuple(expected[name].shape)) if entry is None else entry.layout
-        shape = layout.local_shape(place.ranks)
-        part = torch.empty(shape, dtype=dtypes(name, expected[name]), device=device)
-        tensors[name].read_into(part, layout.region(place.ranks))
-        progress(part.numel() * part.element_size())
-        return name, part
+    def jobs() -> Iterator[Job]:
+        for name, tensor in tensors.items():
+            entry = table.parameters.get(name)
+            layout = Layout(tuple(expected[name].shape)) if entry is None else entry.layout
+            shape = layout.local_shape(place.ranks)
+            parts[name] = empty_part(shape, dtypes(name, expected[name]), device)
+            yield from tensor.jobs_into(parts[name], layout.region(place.ranks))
 
-    loaded: set[int] = set()
-    with ThreadPoolExecutor(READERS, thread_name_prefix="read") as pool, torch.no_grad():
-        for name, part in pool.map(read, tensors):
-            loaded.add(id(_put(model, name, part)))
-    return loaded
+    run_jobs(jobs(), progress)
+    return {id(_put(model, name, part)) for name, part in parts.items()}
 
 
 def _put(model: nn.Module, name: str, part: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Saving: a normal Hugging Face checkpoint out of a parallelized model, whatever the number of ranks.
 
-Tensors are gathered one at a time; rank 0 writes them beside the old checkpoint and moves the new one into its place
-when it is whole, so an interrupted save leaves the old one as it was.
+Tensors are gathered in pieces, one at a time; rank 0 writes them beside the old checkpoint and moves the new one into
+its place when it is whole, so an interrupted save leaves the old one as it was.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,16 @@ from torch import Tensor, nn
 from parallel_plans.agreement import Agreement
 from parallel_plans.checkpoint.conversion import convert_for_save
 from parallel_plans.checkpoint.files import INDEX_NAME, WEIGHTS_NAME, with_variant
-from parallel_plans.checkpoint.lazy import LazyTensor, Leaf, TensorSource
+from parallel_plans.checkpoint.lazy import LazyTensor, Leaf
 from parallel_plans.checkpoint.replace import replaced_folder
+from parallel_plans.checkpoint.spread import Spread
 from parallel_plans.checkpoint.writer import Entry, Shards, shard_entries, write_safetensors
 from parallel_plans.errors import Finding, LaunchError
 from parallel_plans.layouts import Layout
 from parallel_plans.messages import bytes_bar, print_once
-from parallel_plans.state import Parallel, gathered, local_part, parallel_of
+from parallel_plans.state import Parallel, local_part, parallel_of
 
+PIECE_BYTES = 2**23  # of a tensor, gathered and written at once
 # arguments of transformers' method that say nothing about what is written here
 _WITHOUT_EFFECT = ("token", "save_peft_format")
 _REFUSED = {
@@ -116,13 +119,14 @@ def saved_names(model: nn.Module) -> Iterator[str]:
 
 
 def _entries(model: nn.Module, parallel: Parallel, save_original_format: bool) -> list[Entry]:
-    """What is written, in the order in which it is gathered: all that comes of one parameter stands together."""
+    """What is written, in the order in which it is gathered: what comes of one parameter stands together."""
     state = model.state_dict(keep_vars=True)
     names = set(saved_names(model))
-    whole = _Whole()
-    tensors = {name: whole.lazy(name, local_part(state[name]), parallel) for name in state if name in names}
+    tensors = {name: _spread(name, local_part(state[name]), parallel) for name in state if name in names}
     saved = convert_for_save(_WholeShapes(model, tensors), tensors) if save_original_format else tensors
-    entries = [Entry(name, tensor.dtype, tuple(tensor.shape), tensor.read) for name, tensor in saved.items()]
+    entries = [
+        Entry(name, tensor.dtype, tuple(tensor.shape), partial(_pieces, tensor)) for name, tensor in saved.items()
+    ]
     order = {id(source): place for place, tensor in enumerate(tensors.values()) for source in tensor.sources()}
     places = {
         name: min((order[id(source)] for source in tensor.sources() if id(source) in order), default=len(order))
@@ -145,51 +149,56 @@ class _WholeShapes:
         return getattr(self._model, name)
 
 
-class _Whole:
-    """Whole tensors of the model, gathered when they are asked for; the last one is kept until the next."""
+def _spread(name: str, local: Tensor, parallel: Parallel) -> LazyTensor:
+    return Leaf(Spread(local, parallel.layout(name) or Layout(tuple(local.shape)), parallel.place))
 
-    def __init__(self) -> None:
-        self.name, self.tensor = "", torch.empty(0)
 
-    def lazy(self, name: str, local: Tensor, parallel: Parallel) -> LazyTensor:
-        layout = parallel.layout(name) or Layout(tuple(local.shape))
-        return Leaf(TensorSource(layout.shape, local.dtype, lambda: self.get(name, local, layout, parallel)))
-
-    def get(self, name: str, local: Tensor, layout: Layout, parallel: Parallel) -> Tensor:
-        if self.name != name:
-            self.name, self.tensor = "", torch.empty(0)  # let go of one before the next is made
-            self.tensor = gathered(local, layout, parallel.place, sparing=True)
-            self.name = name
-        return self.tensor
+def _pieces(tensor: LazyTensor) -> Iterator[Tensor]:
+    """The tensor in pieces of about `PIECE_BYTES`, cut along its first dim that can be."""
+    dim = next((dim for dim, size in enumerate(tensor.shape) if size > 1), None)
+    if dim is None or tensor.nbytes <= PIECE_BYTES:
+        yield tensor.read()
+        return
+    size = tensor.shape[dim]
+    step = max(1, PIECE_BYTES * size // tensor.nbytes)
+    for start in range(0, size, step):
+        region = [((0, whole),) for whole in tensor.shape]
+        region[dim] = ((start, min(start + step, size)),)
+        yield tensor.read(region)
 
 
 def _save(model: nn.Module, parallel: Parallel, path: Path, shards: Shards, variant: str | None) -> None:
     entries = [entry for file in shards.files.values() for entry in file]
+    streams = {entry.name: iter(entry.pieces()) for entry in entries}
     if not parallel.place.is_first:
-        for entry in entries:
-            entry.read()
+        _exhaust(streams)
         return
-    gathered_names: set[str] = set()
     with bytes_bar("Writing weights", sum(entry.nbytes for entry in entries)) as bar:
 
-        def watched(entry: Entry) -> Entry:
-            def read() -> Tensor:
-                tensor = entry.read()
-                gathered_names.add(entry.name)
-                bar.update(entry.nbytes)
-                return tensor
+        def watched(name: str) -> Iterator[Tensor]:
+            for piece in streams[name]:
+                size = piece.numel() * piece.element_size()
+                yield piece
+                del piece  # the next one is about to be made
+                bar.update(size)
 
-            return replace(entry, read=read)
-
-        files = {name: tuple(map(watched, own)) for name, own in shards.files.items()}
+        files = {
+            name: tuple(replace(entry, pieces=partial(watched, entry.name)) for entry in own)
+            for name, own in shards.files.items()
+        }
         try:
             with replaced_folder(path, with_variant(WEIGHTS_NAME, variant)) as folder:
                 _write_folder(model, folder, files, shards, variant)
         except Exception:
-            for entry in entries:  # the other ranks go on gathering and must not be left alone
-                if entry.name not in gathered_names:
-                    entry.read()
+            _exhaust(streams)  # the other ranks go on gathering and must not be left alone
             raise
+
+
+def _exhaust(streams: Mapping[str, Iterator[Tensor]]) -> None:
+    """Reads all that has not been read yet, in order."""
+    for stream in streams.values():
+        for piece in stream:
+            del piece
 
 
 def _write_folder(

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parallel_plans.checkpoint.lazy import Joined, LazyTensor, Leaf, NotFollowed, Stacked, TensorSource
+from parallel_plans.checkpoint.lazy import Joined, LazyTensor, Leaf, NotFollowed, Stacked
+from parallel_plans.checkpoint.sources import TensorSource
 
 aten = torch.ops.aten
 

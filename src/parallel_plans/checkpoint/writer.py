@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
@@ -25,12 +23,15 @@ _LAYOUT = {dtype: place for place, dtype in enumerate(DTYPES.values())}
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor to be written: what it will be, and `read`, which delivers it when its turn comes."""
+    """One tensor to be written: what it will be, and `pieces`, which delivers it when its turn comes.
+
+    Pieces are what a cut along one dim gives, in order: one behind the other in memory, they are the tensor.
+    """
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    read: Callable[[], Tensor]
+    pieces: Callable[[], Iterable[Tensor]]
 
     @property
     def nbytes(self) -> int:
@@ -65,7 +66,7 @@ def shard_entries(entries: Sequence[Entry], max_shard_size: int | str, weights_n
 
 
 def write_safetensors(path: str | Path, entries: Sequence[Entry], metadata: Mapping[str, str] | None = None) -> None:
-    """Writes the entries to one safetensors file, holding one tensor at a time; on return they are on the disk.
+    """Writes the entries to one safetensors file, holding one piece at a time; on return they are on the disk.
 
     Tensors are read in the order given, which costs the reader least; the format says where in the file they lie.
 
@@ -82,7 +83,7 @@ def write_safetensors(path: str | Path, entries: Sequence[Entry], metadata: Mapp
             starts = _starts(ordered, file.tell())
             for entry in entries:
                 file.seek(starts[entry.name])
-                file.write(_content(path, entry).data)
+                _write(file, path, entry)
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
@@ -117,15 +118,26 @@ def _header(path: Path, ordered: Sequence[Entry], metadata: Mapping[str, str] | 
     return text + b" " * (-len(text) % ALIGNMENT)
 
 
-def _content(path: Path, entry: Entry) -> npt.NDArray[np.uint8]:
-    """The bytes of the entry's tensor."""
-    tensor = entry.read().detach()
-    if tensor.dtype != entry.dtype or tuple(tensor.shape) != tuple(entry.shape):
-        found, expected = f"{tensor.dtype} {list(tensor.shape)}", f"{entry.dtype} {list(entry.shape)}"
+def _write(file: BinaryIO, path: Path, entry: Entry) -> None:
+    """Writes the entry's tensor, piece by piece."""
+    written = 0
+    for piece in entry.pieces():
+        _check(path, entry, piece)
+        plain: Any = piece.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        written += file.write(plain.data)
+        del piece, plain  # before the next one is made
+    if written != entry.nbytes:
+        found = f"{written} of {entry.nbytes} bytes"
+        raise _refused(path, "a tensor is not what was announced", entry.name, found, f"all of {list(entry.shape)}")
+
+
+def _check(path: Path, entry: Entry, piece: Tensor) -> None:
+    """Refuses a piece that no cut of the tensor along one dim can give."""
+    sizes = list(zip(piece.shape, entry.shape, strict=False))
+    fits = piece.ndim == len(entry.shape) and all(size <= whole for size, whole in sizes)
+    if piece.dtype != entry.dtype or not fits or sum(size != whole for size, whole in sizes) > 1:
+        found, expected = f"{piece.dtype} {list(piece.shape)}", f"{entry.dtype} {list(entry.shape)}"
         raise _refused(path, "a tensor is not what was announced", entry.name, found, expected)
-    plain = tensor.cpu().contiguous().reshape(-1).view(torch.uint8)
-    content: npt.NDArray[np.uint8] = plain.numpy()
-    return content
 
 
 def _refused(

@@ -1,0 +1,292 @@
+"""Loading and saving beside transformers' own parallelism: time, memory and bytes read, in ratios.
+
+python benchmarks/load.py [CASE ...] [--repeats N] [--saves N] [--folder DIR] [--gib SIZE] [--json FILE]
+
+Two checkpoints of random bfloat16 weights, in files of at most a third, are written once and removed at the end: a
+mixture with one key for each expert and projection (qwen3_moe), and a dense model (llama). Then, repeat by repeat, this
+project and transformers load them in turns: each load has fresh processes (spawned, gloo, one thread for arithmetic),
+and what both need is imported, the ranks have met, and a first small collective is behind them before anything is
+measured. Loads find the files in the page cache, except those of the column `storage`.
+
+    time      until the last rank has its model, wall clock; the ratio is of the medians over the repeats
+    peak      anonymous memory (RssAnon, looked at every 2 ms) above what the process had before, at its highest, over
+              the bytes of the parameters and buffers that the rank holds in the end; the rank with the highest ratio
+    bytes     what the rank takes out of the files over what it holds, the rank with the highest ratio: what `read` and
+              its kin delivered (rchar in /proc/self/io), and pages of mapped files that came in (RssFile, at its
+              highest: whole pages, and neighbours that the kernel maps along with them)
+    storage   bytes that the disk delivered (read_bytes in /proc/self/io) to all ranks, over what all hold: one load
+              for which the files were dropped from the page cache, so each page comes once, for whoever is first
+    save      anonymous memory above what the process had with its model, at its highest on any rank, over the bytes of
+              the largest tensor of the model; the time until the last rank is done
+
+Exit status 1 where a number is above what it may be (`GOALS`).
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import os
+import re
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+import transformers
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers.distributed import DistributedConfig
+from transformers.models.llama import LlamaConfig, LlamaForCausalLM
+from transformers.models.qwen3_moe import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from parallel_plans import from_pretrained, save_pretrained
+
+LIBRARIES = ("parallel_plans", "transformers")
+EVERY = 0.002  # seconds between two looks at memory
+FILES = 3
+GIB = 2**30
+# the highest that may be: of transformers' time, of the rank's own bytes, of those again, of the largest tensor
+GOALS = {"time": 0.5, "peak": 1.1, "bytes": 1.02, "storage": 1.02, "save": 1.0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One checkpoint on so many ranks: `sizes` are the arguments of `from_pretrained` and `DistributedConfig` alike."""
+
+    model: str
+    ranks: int
+    sizes: dict[str, int]
+
+    @property
+    def ours(self) -> dict[str, Any]:
+        return {**self.sizes, "ep_plan": "auto"} if "ep_size" in self.sizes else dict(self.sizes)
+
+    @property
+    def theirs(self) -> dict[str, Any]:
+        return {**self.sizes, "tp_plan": "auto"}
+
+
+CASES: dict[str, Case] = {
+    "mixture tp=2": Case(model="mixture", ranks=2, sizes={"tp_size": 2}),
+    "mixture tp=2 ep=2": Case(model="mixture", ranks=2, sizes={"tp_size": 2, "ep_size": 2}),
+    "mixture tp=4": Case(model="mixture", ranks=4, sizes={"tp_size": 4}),
+    "mixture tp=4 ep=4": Case(model="mixture", ranks=4, sizes={"tp_size": 4, "ep_size": 4}),
+    "dense tp=2": Case(model="dense", ranks=2, sizes={"tp_size": 2}),
+    "dense tp=4": Case(model="dense", ranks=4, sizes={"tp_size": 4}),
+}
+_SIZES = {"vocab_size": 32000, "num_attention_heads": 16, "num_key_value_heads": 8, "tie_word_embeddings": False}
+_MIXTURE = {"hidden_size": 1024, "moe_intermediate_size": 768, "num_experts": 64, "num_experts_per_tok": 8}
+MODELS: dict[str, tuple[Any, Any, dict[str, int]]] = {  # class, class of the config, sizes
+    "mixture": (Qwen3MoeForCausalLM, Qwen3MoeConfig, {**_SIZES, **_MIXTURE, "head_dim": 64}),
+    "dense": (LlamaForCausalLM, LlamaConfig, {**_SIZES, "hidden_size": 2048, "intermediate_size": 5632}),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """What one rank saw of a load or a save: seconds, and bytes."""
+
+    seconds: float
+    own: int  # of the parameters and buffers that the rank holds
+    anonymous: int
+    taken: int
+    fetched: int
+    largest: int  # of the model's tensors, whole
+
+
+@dataclass(kw_only=True)
+class Found:
+    """What all repeats of a case found out about one library; ratios but for the seconds."""
+
+    seconds: list[float] = field(default_factory=list)
+    peak: list[float] = field(default_factory=list)
+    bytes: list[float] = field(default_factory=list)
+    storage: list[float] = field(default_factory=list)
+    save: list[float] = field(default_factory=list)
+    save_seconds: list[float] = field(default_factory=list)
+    error: str | None = None
+
+
+def _status(*names: str) -> list[int]:
+    """Bytes that /proc/self/status says under these names."""
+    text = Path("/proc/self/status").read_text(encoding="ascii")
+    return [int(match[1]) * 1024 if (match := re.search(rf"{name}:\s+(\d+) kB", text)) else 0 for name in names]
+
+
+def _io(name: str) -> int:
+    match = re.search(rf"^{name}: (\d+)", Path("/proc/self/io").read_text(encoding="ascii"), re.MULTILINE)
+    assert match is not None
+    return int(match[1])
+
+
+class Watch:
+    """What happens to this process inside the block: time, the highest anonymous memory, bytes out of files."""
+
+    def __enter__(self) -> Watch:
+        gc.collect()
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._before = _status("RssAnon", "RssFile")
+        self._highest = list(self._before)
+        self._delivered, self._fetched = _io("rchar"), _io("read_bytes")
+        self._thread.start()
+        self._started = time.perf_counter()
+        return self
+
+    def _look(self) -> None:
+        while not self._is_over.wait(EVERY):
+            self._take()
+
+    def _take(self) -> None:
+        self._highest = list(map(max, self._highest, _status("RssAnon", "RssFile")))
+
+    def __exit__(self, *raised: object) -> None:
+        self.seconds = time.perf_counter() - self._started
+        self._is_over.set()
+        self._thread.join()
+        self._take()
+        self.fetched = _io("read_bytes") - self._fetched
+        delivered = _io("rchar") - self._delivered
+        self.anonymous, mapped = (high - low for high, low in zip(self._highest, self._before, strict=True))
+        self.taken = delivered + mapped
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def own_bytes(model: Any) -> int:
+    """Bytes of the parameters and buffers that this rank holds, tied ones once."""
+    kept = {id(each): _local(each) for each in (*model.parameters(), *model.buffers())}
+    return sum(each.numel() * each.element_size() for each in kept.values())
+
+
+def largest_bytes(model: Any) -> int:
+    """Bytes of the largest of the model's tensors, whole."""
+    return max(math.prod(each.shape) * each.element_size() for each in model.parameters())
+
+
+def ours(path: Path, case: Case) -> Any:
+    """The checkpoint as this project loads it."""
+    return from_pretrained(str(path), model_class=MODELS[case.model][0], tp_plan="auto", **case.ours)
+
+
+def theirs(path: Path, case: Case) -> Any:
+    """The checkpoint as transformers loads it."""
+    return MODELS[case.model][0].from_pretrained(path, distributed_config=DistributedConfig(**case.theirs))
+
+
+LOADERS: dict[str, Callable[[Path, Case], Any]] = {"parallel_plans": ours, "transformers": theirs}
+SAVERS: dict[str, Callable[[Any, Path], object]] = {
+    "parallel_plans": lambda model, path: save_pretrained(model, path),
+    "transformers": lambda model, path: model.save_pretrained(path),
+}
+
+
+def on_rank(rank: int, library: str, case: str, path: Path, meeting: Path, into: Path | None) -> None:
+    """What one process does: load, save where `into` is given, and leave what it saw in a file beside `meeting`."""
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(CASES[case].ranks))
+    transformers.utils.logging.disable_progress_bar()
+    store = dist.FileStore(str(meeting), CASES[case].ranks)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=CASES[case].ranks, timeout=timedelta(minutes=10))
+    dist.all_reduce(torch.ones(1))
+    with Watch() as watch:
+        model = LOADERS[library](path, CASES[case])
+    found = [_seen(watch, model)]
+    if into is not None:
+        dist.barrier()
+        with Watch() as watch:
+            SAVERS[library](model, into)
+        found.append(_seen(watch, model))
+    meeting.with_suffix(f".{rank}").write_text(json.dumps(list(map(asdict, found))), encoding="utf-8")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _seen(watch: Watch, model: Any) -> Seen:
+    return Seen(
+        seconds=watch.seconds,
+        own=own_bytes(model),
+        anonymous=watch.anonymous,
+        taken=watch.taken,
+        fetched=watch.fetched,
+        largest=largest_bytes(model),
+    )
+
+
+def run(library: str, case: str, path: Path, *, saves: bool = False) -> list[list[Seen]]:
+    """What the ranks of one run saw of its load, and of its save."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        meeting, into = Path(folder) / "meeting", Path(folder) / "saved" if saves else None
+        multiprocessing.spawn(on_rank, (library, case, path, meeting, into), nprocs=CASES[case].ranks)
+        ranks = [
+            json.loads(meeting.with_suffix(f".{rank}").read_text(encoding="utf-8")) for rank in range(CASES[case].ranks)
+        ]
+    return [[Seen(**seen) for seen in step] for step in zip(*ranks, strict=True)]
+
+
+def measure(found: Found, library: str, case: str, path: Path, kind: str) -> None:
+    """Adds one run to what is known: a `load`, one from the disk (`storage`), or a load and a `save`."""
+    if found.error is not None:
+        return
+    try:
+        if kind == "storage":
+            forget(path)
+        load, *save = run(library, case, path, saves=kind == "save")
+    except Exception as error:
+        if library == "parallel_plans":
+            raise
+        found.error = str(error).strip().splitlines()[-1]
+        return
+    if kind == "storage":
+        found.storage.append(sum(each.fetched for each in load) / sum(each.own for each in load))
+    elif kind == "save":
+        found.save.append(max(each.anonymous / each.largest for each in save[0]))
+        found.save_seconds.append(max(each.seconds for each in save[0]))
+    else:
+        found.seconds.append(max(each.seconds for each in load))
+        found.peak.append(max(each.anonymous / each.own for each in load))
+        found.bytes.append(max(each.taken / each.own for each in load))
+
+
+def forget(folder: Path) -> None:
+    """Has the kernel drop the folder's files from its page cache."""
+    for file in folder.iterdir():
+        descriptor = os.open(file, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def remember(folder: Path) -> None:
+    """Has the kernel take the folder's files into its page cache."""
+    for file in folder.iterdir():
+        with file.open("rb", buffering=0) as opened:
+            buffer = bytearray(2**22)
+            while opened.readinto(buffer):
+                pass
+
+
+def write_checkpoint(name: str, folder: Path, size: int) -> Path:
+    """A checkpoint of at least `size` bytes: as many layers as that takes, weights random."""
+    model_class, config_class, sizes = MODELS[name]
+    with torch.device("meta"):
+        bare, one = (_bytes(model_class(config_class(**sizes, num_hidden_layers=layers))) for layers in (0, 1))
+    config = config_class(**sizes, num_hidden_layers=-(-(size - bare) // (one - bare)), dtype="bfloat16")
+    model = model_class._from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder / name, max_shard_size=-(-_bytes(model) // FILES) + 2**25)
+    return folder / name
+
+
+def _bytes(model: Any) -> int:
+    return sum(each.numel() * torch.bfloat16.itemsize for each in model.parameters())

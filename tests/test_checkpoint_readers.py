@@ -1,0 +1,231 @@
+"""Laws of reading with several threads: a bounded number of bytes at once, the same result and the same error always."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from parallel_plans.checkpoint import files
+from parallel_plans.checkpoint.files import open_checkpoint
+from parallel_plans.checkpoint.lazy import LazyTensor
+from parallel_plans.checkpoint.readers import HUGE_PAGE, empty_part, run_jobs
+from parallel_plans.checkpoint.sources import JOB_BYTES, Job
+from parallel_plans.errors import CheckpointError
+
+CPU = torch.device("cpu")
+
+
+def ignore(size: int) -> None:
+    """No progress bar."""
+
+
+@pytest.mark.parametrize("readers", [1, 2, 5])
+def test_as_many_jobs_overlap_as_there_are_readers_and_no_more(readers: int) -> None:
+    together = threading.Barrier(readers)
+    lock, running, most = threading.Lock(), 0, 0
+
+    def run() -> None:
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        together.wait(timeout=60)  # no job goes on until all readers have one
+        with lock:
+            running -= 1
+
+    run_jobs((Job(1, run) for _ in range(3 * readers)), ignore, readers)
+    assert most == readers
+
+
+def test_a_job_is_made_when_a_reader_is_free_for_it() -> None:
+    made, done, ahead = 0, 0, 0
+    lock = threading.Lock()
+
+    def run() -> None:
+        nonlocal done
+        time.sleep(0.001)
+        with lock:
+            done += 1
+
+    def jobs() -> Iterator[Job]:
+        nonlocal made, ahead
+        for _ in range(50):
+            made += 1
+            ahead = max(ahead, made - done)
+            yield Job(1, run)
+
+    run_jobs(jobs(), ignore, 3)
+    assert done == 50
+    assert ahead <= 3
+
+
+@pytest.mark.parametrize("later", [0.0, 0.02])
+def test_the_first_error_is_raised_however_threads_run(later: float) -> None:
+    taken: list[int] = []
+
+    def job(place: int) -> Job:
+        def run() -> None:
+            taken.append(place)
+            if place in (5, 6, 7):
+                time.sleep(later if place == 5 else 0.0)
+                raise ValueError(f"job {place}")
+
+        return Job(1, run)
+
+    for _ in range(10):
+        with pytest.raises(ValueError, match="job 5"):
+            run_jobs(map(job, range(1000)), ignore, 4)
+    assert max(taken) < 20  # nothing is begun once something is wrong
+
+
+def test_an_error_in_what_makes_the_jobs_comes_after_those_of_jobs_before() -> None:
+    def jobs(fails: bool) -> Iterator[Job]:
+        def run() -> None:
+            time.sleep(0.01)
+            if fails:
+                raise ValueError("a job")
+
+        yield Job(1, run)
+        raise KeyError("no more jobs")
+
+    with pytest.raises(KeyError, match="no more jobs"):
+        run_jobs(jobs(False), ignore, 2)
+    with pytest.raises(ValueError, match="a job"):
+        run_jobs(jobs(True), ignore, 2)
+
+
+def test_progress_adds_up_to_the_bytes_of_all_jobs() -> None:
+    told: list[int] = []
+    run_jobs((Job(size, lambda: None) for size in range(100)), told.append)
+    assert sorted(told) == list(range(100))
+
+
+def saved(folder: Path) -> dict[str, Tensor]:
+    tensors = {
+        "whole": torch.randn(40, 300).bfloat16(),
+        "deep": torch.randn(3, 50, 70),
+        "row": torch.randn(1, 9000),
+        "none": torch.zeros(0, 4),
+        "number": torch.tensor(7.5),
+        "flags": torch.rand(999) > 0.5,
+        "eighth": torch.randn(64, 64).to(torch.float8_e4m3fn),
+    }
+    save_file(tensors, folder / "x.safetensors")
+    return tensors
+
+
+REGIONS = {
+    "all": lambda shape: [((0, size),) for size in shape],
+    "rows": lambda shape: [((size // 3, size),) if dim == 0 else ((0, size),) for dim, size in enumerate(shape)],
+    "columns": lambda shape: [
+        ((0, size // 2),) if dim + 1 == len(shape) else ((0, size),) for dim, size in enumerate(shape)
+    ],
+    "packed": lambda shape: [((0, size // 4), (size // 2, size // 4 * 3)) for size in shape],
+}
+
+
+@pytest.mark.parametrize("job_bytes", [1, 1000, JOB_BYTES])
+@pytest.mark.parametrize("region", REGIONS)
+def test_jobs_of_any_size_in_any_order_read_the_same(
+    tmp_path: Path, region: str, job_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("parallel_plans.checkpoint.lazy.JOB_BYTES", job_bytes)
+    for name, tensor in saved(tmp_path).items():
+        wanted = REGIONS[region](tensor.shape)
+        picked = tensor
+        for dim, ranges in enumerate(wanted):
+            places = [place for start, stop in ranges for place in range(start, stop)]
+            picked = picked.view(torch.uint8 if tensor.dtype.itemsize == 1 else tensor.dtype)
+            picked = picked.index_select(dim, torch.tensor(places, dtype=torch.long))
+        picked = picked.view(tensor.dtype)
+        with open_checkpoint([tmp_path / "x.safetensors"]) as checkpoint:
+            read = torch.empty(picked.shape, dtype=tensor.dtype)
+            jobs = list(checkpoint.tensors[name].jobs_into(read, wanted))
+            for job in reversed(jobs):
+                job.run()
+            assert read.view(torch.uint8).equal(picked.view(torch.uint8)) if tensor.ndim else read.equal(picked)
+            assert sum(job.nbytes for job in jobs) == checkpoint.bytes_read == picked.numel() * tensor.dtype.itemsize
+
+
+def test_no_job_writes_more_than_a_bounded_number_of_bytes(tmp_path: Path) -> None:
+    save_file({"large": torch.zeros(5, 3 * JOB_BYTES // 8 + 1)}, tmp_path / "x.safetensors")
+    with open_checkpoint([tmp_path / "x.safetensors"]) as checkpoint:
+        lazy: LazyTensor = checkpoint.tensors["large"]
+        sizes = [job.nbytes for job in lazy.jobs_into(torch.empty(lazy.shape), [((0, size),) for size in lazy.shape])]
+    assert sum(sizes) == lazy.nbytes
+    assert len(sizes) == 5
+    assert max(sizes) <= 2 * JOB_BYTES  # a row is not cut
+
+
+def delivered(tmp_path: Path, shape: tuple[int, ...], dtype: torch.dtype, region: str) -> tuple[int, int]:
+    """Bytes that `read` and its kin give while a region of a file is read, and bytes of the region."""
+    save_file({"x": torch.zeros(shape, dtype=dtype)}, tmp_path / "x.safetensors")
+    with open_checkpoint([tmp_path / "x.safetensors"]) as checkpoint:
+        lazy = checkpoint.tensors["x"]
+        wanted = REGIONS[region](shape)
+        read = torch.empty([sum(stop - start for start, stop in ranges) for ranges in wanted], dtype=dtype)
+        before = counted()
+        for job in lazy.jobs_into(read, wanted):
+            job.run()
+        return counted() - before - OWN_READ, read.numel() * dtype.itemsize
+
+
+def counted() -> int:
+    text = Path("/proc/self/io").read_text(encoding="ascii")
+    return int(text.split()[1])
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="the kernel does not count")
+@pytest.mark.parametrize("region", ["all", "rows"])
+def test_what_lies_together_is_read_by_the_kernel_to_its_place_and_nothing_else(tmp_path: Path, region: str) -> None:
+    global OWN_READ
+    OWN_READ = 0
+    first = counted()
+    OWN_READ = counted() - first  # what it costs to ask
+    got, wanted = delivered(tmp_path, (300, 500), torch.bfloat16, region)
+    assert abs(got - wanted) < 20  # the number that is read grows by a digit or two
+    got, _ = delivered(tmp_path, (300, 500), torch.bfloat16, "columns")
+    assert got < 20  # these come out of the memory map
+
+
+OWN_READ = 0
+
+
+def test_a_file_that_is_cut_while_it_is_read_is_a_clear_error(tmp_path: Path) -> None:
+    saved(tmp_path)
+    path = tmp_path / "x.safetensors"
+    with open_checkpoint([path]) as checkpoint:
+        os.truncate(path, path.stat().st_size - 40_000)
+        parts = {name: torch.empty(lazy.shape, dtype=lazy.dtype) for name, lazy in checkpoint.tensors.items()}
+        with pytest.raises(CheckpointError, match=r"x\.safetensors ends within a tensor \[PP603\]") as error:
+            jobs = (
+                job
+                for name, lazy in checkpoint.tensors.items()
+                for job in lazy.jobs_into(parts[name], [((0, size),) for size in lazy.shape])
+            )
+            run_jobs(jobs, ignore)
+        assert error.value.findings[0].name in checkpoint.tensors
+
+
+def test_short_reads_are_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors, read = saved(tmp_path), os.preadv
+    monkeypatch.setattr(files.os, "preadv", lambda fd, buffers, offset: read(fd, [buffers[0][:100]], offset))
+    with open_checkpoint([tmp_path / "x.safetensors"]) as checkpoint:
+        assert torch.equal(checkpoint.tensors["whole"].read(), tensors["whole"])
+
+
+@pytest.mark.parametrize("size", [0, 1, HUGE_PAGE - 1, HUGE_PAGE + 1, 5 * HUGE_PAGE])
+def test_a_part_is_an_ordinary_tensor_of_any_size(size: int) -> None:
+    part = empty_part((size,), torch.uint8, CPU)
+    part.fill_(3)
+    assert part.shape == (size,)
+    assert int(part.sum(dtype=torch.long)) == 3 * size
+    assert part.untyped_storage().nbytes() == size
