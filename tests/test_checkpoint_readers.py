@@ -1,4 +1,4 @@
-"""Laws of reading with several threads: a bounded number of bytes at once, the same result and the same error always."""
+"""Laws of reading with several threads: bounded bytes at once, the same result and the same error always."""
 
 from __future__ import annotations
 
@@ -205,12 +205,12 @@ def test_a_file_that_is_cut_while_it_is_read_is_a_clear_error(tmp_path: Path) ->
     with open_checkpoint([path]) as checkpoint:
         os.truncate(path, path.stat().st_size - 40_000)
         parts = {name: torch.empty(lazy.shape, dtype=lazy.dtype) for name, lazy in checkpoint.tensors.items()}
+        jobs = (
+            job
+            for name, lazy in checkpoint.tensors.items()
+            for job in lazy.jobs_into(parts[name], [((0, size),) for size in lazy.shape])
+        )
         with pytest.raises(CheckpointError, match=r"x\.safetensors ends within a tensor \[PP603\]") as error:
-            jobs = (
-                job
-                for name, lazy in checkpoint.tensors.items()
-                for job in lazy.jobs_into(parts[name], [((0, size),) for size in lazy.shape])
-            )
             run_jobs(jobs, ignore)
         assert error.value.findings[0].name in checkpoint.tensors
 
