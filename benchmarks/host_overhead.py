@@ -43,7 +43,7 @@ from parallel_plans import AutoModelForCausalLM
 
 RANKS = 2
 LENGTH, VOCAB = 8, 128
-STEPS = 2  # in a row, each time that it is a side's turn
+STEPS = 8  # in a row, each time that it is a side's turn: a decode loop or a training run does nothing else between
 WARM_UP = 3
 
 SIZES: dict[str, Any] = {

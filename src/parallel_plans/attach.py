@@ -14,25 +14,31 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from parallel_plans.boundary import Boundary, Forward, Site
 from parallel_plans.collectives import Axis
 from parallel_plans.counts import localize_counts
-from parallel_plans.forks import fork_scope, opens_fork_scope
+from parallel_plans.forks import Along, in_fork_scope, opens_fork_scope
+from parallel_plans.laid_out import LaidOut
+from parallel_plans.lanes import linear_lane
 from parallel_plans.local_parameters import LocalParameters
 from parallel_plans.mesh import Place
 from parallel_plans.partial import whole_tree
 from parallel_plans.scopes import communicates, forking_modules, joined, summing_modules
-from parallel_plans.sums import sums_wait
+from parallel_plans.sums import SCOPE
 from parallel_plans.table import ModuleEntry, Table
 from parallel_plans.views import SLICE_AXIS
 from parallel_plans.waits import Waits
 
 
-class ParallelForward:
+class ParallelForward(functools.partial[Any]):
     """A module's forward on this rank: local parameters in, the boundary around it.
+
+    It is put together once, so that a module pays for what it needs and for nothing else, and a call of it is a call of
+    what was put together, without Python of its own.
 
     Args:
         own: the module's parameters; its forward as it is now is what runs inside.
@@ -40,65 +46,92 @@ class ParallelForward:
         boundaries: what its styles do, outermost first; none where only parameters need care.
         has_forks: whether modules below it may take the same value (see `parallel_plans.forks`).
         waits: whether sums that modules below it deliver wait for each other (see `parallel_plans.waits`).
+        laid_out: parameters below it of which it takes the local tensors as it begins.
     """
 
-    def __init__(
-        self,
+    own: LocalParameters
+    reached: tuple[LocalParameters, ...]
+    boundaries: tuple[Boundary, ...]
+    has_forks: bool
+    waits: Waits | None
+    laid_out: LaidOut | None
+    forward: Forward
+
+    def __new__(
+        cls,
         own: LocalParameters,
         reached: tuple[LocalParameters, ...] = (),
         boundaries: tuple[Boundary, ...] = (),
         has_forks: bool = False,
         waits: Waits | None = None,
-    ) -> None:
+        laid_out: LaidOut | None = None,
+        forward: Forward | None = None,
+    ) -> ParallelForward:
+        inner: Forward = own.module.forward if forward is None else forward
+        run = None if reached else linear_lane(own, inner, boundaries)
+        if run is None:
+            run = _in_general(own, inner, reached, boundaries)
+        if has_forks or waits is not None:
+            run = _scoped(run, own.module, has_forks, laid_out, waits)
+        self = super().__new__(cls, run)
         self.own, self.reached, self.boundaries = own, reached, boundaries
-        self.has_forks, self.waits = has_forks, waits
-        self.forward = own.module.forward
-        self._run: Forward | None = None
-        functools.update_wrapper(self, self.forward)
-
-    def _composed(self) -> Forward:
-        """What every call runs, put together by the first one: a module pays for what it needs and for nothing else."""
-        forward = self.forward if self.own.is_special else self.own.around(self.forward)
-        for boundary in reversed(self.boundaries):
-            forward = boundary.around(forward)
-        for reached in self.reached:
-            forward = reached.around(forward)
-        # what is added to the output is added to what the boundaries deliver
-        self._run = self.own.around(forward) if self.own.is_special else forward
-        return self._run
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.boundaries and sums_wait():
-            args, kwargs = whole_tree(args), whole_tree(kwargs)
-        waits = self.waits is not None and self.waits.hold(self.own.module)
-        if waits or (self.has_forks and opens_fork_scope()):
-            return self._in_scopes(waits, args, kwargs)
-        return (self._run or self._composed())(*args, **kwargs)
-
-    def _in_scopes(self, waits: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not self.has_forks:
-            return self._with_sums(waits, args, kwargs)
-        with fork_scope():
-            return self._with_sums(waits, args, kwargs)
-
-    def _with_sums(self, waits: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        run = self._run or self._composed()
-        if self.waits is None or not waits:
-            return run(*args, **kwargs)
-        return self.waits.run(self.own.module, functools.partial(run, *args, **kwargs))
+        self.has_forks, self.waits, self.laid_out, self.forward = has_forks, waits, laid_out, inner
+        functools.update_wrapper(self, inner)
+        return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ParallelForward:
         """The same around the copied module, which the copy has made by now; never around the original."""
-        copied = memo[id(self.own.module)]
-        twin = ParallelForward.__new__(ParallelForward)
-        twin.own = self.own.on(copied)
-        twin.reached = tuple(reached.on(copy.deepcopy(reached.module, memo)) for reached in self.reached)
-        twin.boundaries, inner = tuple(boundary.on(copied) for boundary in self.boundaries), self.forward
-        twin.has_forks, twin.waits = self.has_forks, None if self.waits is None else self.waits.copy()
-        twin.forward = getattr(type(copied), inner.__name__).__get__(copied) if hasattr(inner, "__self__") else inner
-        functools.update_wrapper(twin, twin.forward)
-        twin._run = None
-        return twin
+        copied, inner = memo[id(self.own.module)], self.forward
+        return ParallelForward(
+            self.own.on(copied),
+            tuple(reached.on(copy.deepcopy(reached.module, memo)) for reached in self.reached),
+            tuple(boundary.on(copied, memo) for boundary in self.boundaries),
+            self.has_forks,
+            None if self.waits is None else self.waits.copy(),
+            None if self.laid_out is None else self.laid_out.on(memo),
+            getattr(type(copied), inner.__name__).__get__(copied) if hasattr(inner, "__self__") else inner,
+        )
+
+
+def _in_general(
+    own: LocalParameters, forward: Forward, reached: tuple[LocalParameters, ...], boundaries: tuple[Boundary, ...]
+) -> Forward:
+    """`forward` with local parameters, across boundaries of any kind."""
+    if not own.is_special:
+        forward = own.around(forward)
+    for boundary in reversed(boundaries):
+        forward = boundary.around(forward)
+    for below in reached:
+        forward = below.around(forward)
+    if own.is_special:  # what is added to the output is added to what the boundaries deliver
+        forward = own.around(forward)
+    return _of_whole(forward) if boundaries else forward
+
+
+def _of_whole(forward: Forward) -> Forward:
+    """`forward` of values, where sums that wait may come in."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if SCOPE.tally is not None:
+            args, kwargs = whole_tree(args), whole_tree(kwargs)
+        return forward(*args, **kwargs)
+
+    return run
+
+
+def _scoped(
+    forward: Forward, module: nn.Module, has_forks: bool, laid_out: LaidOut | None, waits: Waits | None
+) -> Forward:
+    """`forward`, in which values may fork and sums may wait, and parameters are laid out in one step."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if has_forks and torch.is_grad_enabled() and opens_fork_scope():
+            return in_fork_scope(run, args, kwargs, laid_out)
+        if waits is not None and waits.hold(module):
+            return waits.run(module, functools.partial(forward, *args, **kwargs))
+        return forward(*args, **kwargs)
+
+    return run
 
 
 def attach_forwards(model: nn.Module, table: Table, place: Place) -> None:
@@ -112,6 +145,8 @@ def attach_forwards(model: nn.Module, table: Table, place: Place) -> None:
         entries = table.modules.get(name, ())
         _make_local(name, module, table, place)
         boundaries = tuple(_boundary(entry, module, place) for entry in entries if communicates(entry))
+        for boundary in boundaries:
+            boundary.along = _along(name, boundary, model, table, place)
         own = _local_parameters(name, module, table, place, _after(module, entries))
         below = (
             (_local_parameters(joined(name, child_name), child, table, place), child)
@@ -119,8 +154,9 @@ def attach_forwards(model: nn.Module, table: Table, place: Place) -> None:
         )
         reached = tuple(own for own, child in below if own.is_special or _is_stored_apart(child))
         has_forks, waits = name in forking, Waits(summing[name]) if name in summing else None
+        laid_out = _laid_out(name, module, table, place) if has_forks else None
         if boundaries or own.is_special or reached or has_forks or waits or _is_stored_apart(module):
-            module.forward = ParallelForward(own, reached, boundaries, has_forks, waits)
+            module.forward = ParallelForward(own, reached, boundaries, has_forks, waits, laid_out)
 
 
 def _make_local(name: str, module: nn.Module, table: Table, place: Place) -> None:
@@ -148,6 +184,23 @@ def _is_stored_apart(module: nn.Module) -> bool:
 def _after(module: nn.Module, entries: tuple[ModuleEntry, ...]) -> tuple[str, ...]:
     hidden = (name for entry in entries for name in entry.style.after)
     return tuple(name for name in hidden if module._parameters.get(name) is not None)
+
+
+def _laid_out(name: str, module: nn.Module, table: Table, place: Place) -> LaidOut | None:
+    below = (_local_parameters(joined(name, own), each, table, place) for own, each in module.named_modules())
+    found = tuple(own for own in below if own.plain)
+    return LaidOut(found) if found else None
+
+
+def _along(name: str, boundary: Boundary, model: nn.Module, table: Table, place: Place) -> Along | None:
+    """Parameters beside a module that makes an R, of which the gradients are summed over the same ranks."""
+    if not boundary.makes_replicated:
+        return None
+    above, own = name.rpartition(".")[0], name.rpartition(".")[2]
+    beside = ((other, child) for other, child in model.get_submodule(above).named_children() if other != own)
+    found = (_local_parameters(joined(above, other), child, table, place) for other, child in beside)
+    kept = [(each.module, each_name) for each in found for each_name in each.joined_on(boundary.site.axis)]
+    return Along(kept) if kept else None
 
 
 _READ = re.compile(r"\bself\.(\w+)\.(\w+)\b")

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor, nn
 
-from parallel_plans.collectives import TRANSITIONS, Axis, replicate
-from parallel_plans.forks import replicate_once
+from parallel_plans.collectives import TRANSITIONS, Axis
+from parallel_plans.forks import Along, replicate_once
 from parallel_plans.layouts import Split
 from parallel_plans.sums import deliver_sum
 
@@ -66,8 +66,6 @@ def _transition(before: str, after: str, site: Site) -> Callable[[Tensor], Tenso
     if before == after:
         return None
     function, axis, split = TRANSITIONS[before[0], after[0]], site.axis, site.split
-    if function is replicate:
-        function = replicate_once
     letter = before if before[0] == "S" else after
     if letter[0] != "S":
         return lambda value: function(value, axis)
@@ -105,35 +103,61 @@ class Boundary:
 
     def __init__(self, site: Site, module: nn.Module) -> None:
         self.site, self.module = site, module
-        style = site.style
-        self.arrive = _transition(style.arrives, style.needs, site)
-        self.deliver = self._delivery(style, site)
+        self.along: Along | None = None  # what becomes R together with what arrives
+        self.deliver = self._delivery(site.style, site)
+
+    @property
+    def arrive(self) -> Callable[[Tensor], Tensor] | None:
+        """What is done to the first tensor that comes."""
+        if not self.makes_replicated:
+            return _transition(self.site.style.arrives, self.site.style.needs, self.site)
+        axis, along = self.site.axis, self.along
+        return lambda value: replicate_once(value, axis, along)
+
+    @property
+    def makes_replicated(self) -> bool:
+        """Whether it makes an R of the first tensor that comes."""
+        return (self.site.style.arrives, self.site.style.needs) == ("I", "R")
 
     @staticmethod
     def _delivery(style: Style, site: Site) -> Callable[[Tensor], Tensor] | None:
         if (style.leaves, style.delivers) == ("P", "I"):
-            # A linear layer's or an embedding's output is new and nobody else's, so without gradients it may be reduced
-            # where it lies.
+            # A linear layer's or an embedding's output is new, nobody else's, and not read by their backward, so it may
+            # be reduced where it lies.
             axis, in_place, delay = site.axis, bool(style.serves), site.may_delay
             return lambda value: deliver_sum(value, axis, in_place=in_place, delay=delay)
         return _transition(style.leaves, style.delivers, site)
 
-    def on(self, module: nn.Module) -> Self:
+    @property
+    def only_replicates(self) -> bool:
+        """Whether all it does is to make an R of the first tensor that comes."""
+        return self._follows_letters and self.deliver is None and self.makes_replicated
+
+    @property
+    def only_sums(self) -> bool:
+        """Whether all it does is to deliver the sum of the ranks' outputs, which are new tensors."""
+        style = self.site.style
+        is_sum = (style.leaves, style.delivers) == ("P", "I") and bool(style.serves)
+        return self._follows_letters and self.arrive is None and is_sum
+
+    @property
+    def _follows_letters(self) -> bool:
+        return type(self).__call__ is Boundary.__call__
+
+    def on(self, module: nn.Module, memo: dict[int, Any]) -> Self:
         """The same boundary around a copy of its module."""
         twin = copy.copy(self)
-        twin.module = module
+        twin.module, twin.along = module, None if self.along is None else self.along.on(memo)
         return twin
 
     def around(self, forward: Forward) -> Forward:
         """`forward` across this boundary; itself where nothing is to do."""
-        if type(self).__call__ is not Boundary.__call__:
+        if not self._follows_letters:
             return functools.partial(_crossed, self, forward)
         if self.deliver is not None:
             forward = _delivered(forward, self.deliver)
         if self.arrive is not None:
-            forward = _arrived(
-                forward, self.arrive, only_back=(self.site.style.arrives, self.site.style.needs) == ("I", "R")
-            )
+            forward = _arrived(forward, self.arrive, only_back=self.makes_replicated)
         return forward
 
     def __call__(self, forward: Forward, args: Arguments, kwargs: Keywords) -> Any:

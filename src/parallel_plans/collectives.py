@@ -28,6 +28,8 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import AllgatherOptions
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from parallel_plans.layouts import Split
 
@@ -155,6 +157,8 @@ def record_collectives() -> Iterator[list[Call]]:
 
 _SUM = dist.AllreduceOptions()
 _SUM.asyncOp = False
+_GATHER = AllgatherOptions()
+_GATHER.asyncOp = False
 
 
 @_heard
@@ -162,18 +166,31 @@ def all_reduce(value: Tensor, axis: Axis, *, in_place: bool = False) -> Tensor:
     """The sum of every rank's `value`; `in_place` only where nobody else holds `value`."""
     if not in_place or not value.is_contiguous():
         value = value.clone(memory_format=torch.contiguous_format)
-    _add_up(value, axis)
+    if torch.compiler.is_compiling():
+        dist.all_reduce(value, group=axis.group)
+    else:
+        _add_up(value, axis)
     return value
 
 
 def _add_up(value: Tensor, axis: Axis) -> None:
     """Puts the sum of every rank's contiguous `value` in its place."""
-    if axis.group is None or value.is_complex() or torch.compiler.is_compiling():
+    if axis.group is None or value.is_complex():
         dist.all_reduce(value, group=axis.group)
         return
     # `dist.all_reduce` does this and looks for what cannot be here, which takes longer than to start the collective
     work = axis.group.allreduce([value], _SUM)
     if work is not None:  # as there: groups that wait by themselves give none
+        work.wait()
+
+
+def _collect(stacked: Tensor, value: Tensor, axis: Axis) -> None:
+    """Puts every rank's contiguous `value` into `stacked`, one after the other along dim 0."""
+    if axis.group is None or value.is_complex() or torch.compiler.is_compiling():
+        dist.all_gather_single(stacked, value, group=axis.group)
+        return
+    work = axis.group.all_gather_single(stacked, value, _GATHER)  # as above
+    if work is not None:
         work.wait()
 
 
@@ -188,8 +205,10 @@ def all_gather(local: Tensor, axis: Axis, split: Split, dim: int) -> Tensor:
         padding = [0, 0] * (local.dim() - 1 - dim) + [0, longest - local.shape[dim]]
         local = torch.nn.functional.pad(local, padding)
     stacked = local.new_empty((axis.size * local.shape[0], *local.shape[1:]))
-    dist.all_gather_single(stacked, local.contiguous(), group=axis.group)
+    _collect(stacked, local.contiguous(), axis)
     pieces = stacked.view(axis.size, *local.shape)
+    if split.is_in_order and min(sizes) == longest:
+        return pieces.movedim(0, dim).flatten(dim, dim + 1)
     parts = [piece.narrow(dim, 0, size) for piece, size in zip(pieces.unbind(0), sizes, strict=True)]
     if split.is_in_order:
         return torch.cat(parts, dim=dim)
@@ -253,8 +272,29 @@ def _own(value: Tensor, axis: Axis, split: Split, dim: int) -> Tensor:
     return split.take(value, axis.rank, dim).contiguous()
 
 
+def _applied(function: Any) -> Callable[..., Any]:
+    """`function.apply`, without its look for what functorch left behind, which takes longer than all else in it."""
+    apply = super(torch.autograd.Function, function).apply
+
+    def run(*args: Any) -> Any:
+        is_plain = not (torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling())
+        return apply(*args) if is_plain else function.apply(*args)
+
+    return run
+
+
+class _Replicate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return reduce(gradient, ctx.axis), None
+
+
 # Each with the transition opposite to it; the names on the right are the functions below.
-_Replicate = _function(lambda value, axis: value.view_as(value), lambda *back: reduce(*back))
 _Reduce = _function(all_reduce, lambda gradient, axis: gradient)
 _ReduceForUse = _function(all_reduce, lambda *back: reduce_for_use(*back))
 _Gather = _function(all_gather, lambda *back: take_own(*back))
@@ -264,9 +304,12 @@ _ScatterSum = _function(reduce_scatter, lambda *back: gather_for_use(*back))
 _Exchange = _function(all_to_all, lambda gradient, axis, send, receive: exchange(gradient, axis, receive, send))
 
 
+_replicated = _applied(_Replicate)
+
+
 def replicate(value: Tensor, axis: Axis) -> Tensor:
     """I -> R: the value itself; its gradient is the sum of the ranks' gradients."""
-    return _Replicate.apply(value, axis) if _needs_gradient(value) else value
+    return _replicated(value, axis) if _needs_gradient(value) else value
 
 
 class _ReplicateTogether(torch.autograd.Function):
@@ -274,28 +317,48 @@ class _ReplicateTogether(torch.autograd.Function):
     def forward(ctx: Any, axis: Axis, *values: Tensor) -> tuple[Tensor, ...]:
         ctx.axis = axis
         ctx.set_materialize_grads(False)  # what is not used needs no reduction
-        return tuple(value.view_as(value) for value in values)
+        return tuple([value.view_as(value) for value in values])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         found = [gradient for gradient in gradients if gradient is not None]
-        if not found or any(gradient.dtype != found[0].dtype for gradient in found):
-            return None, *(None if gradient is None else reduce(gradient, ctx.axis) for gradient in gradients)
-        sums = reduce(torch.cat([gradient.reshape(-1) for gradient in found]), ctx.axis, in_place=True)
-        pieces = iter(sums.split([gradient.numel() for gradient in found]))
-        return None, *(None if gradient is None else next(pieces).view(gradient.shape) for gradient in gradients)
+        if len(found) < 2 or any(gradient.dtype != found[0].dtype for gradient in found):
+            return None, *[None if gradient is None else reduce(gradient, ctx.axis) for gradient in gradients]
+        if any(map(_needs_gradient, found)):
+            pieces = reduce_together(found, ctx.axis)
+        else:
+            pieces = _all_reduced_together(found, ctx.axis, is_one_shared=True)
+        if len(found) == len(gradients):
+            return None, *pieces
+        at = iter(pieces)
+        return None, *[None if gradient is None else next(at) for gradient in gradients]
+
+
+_replicated_together = _applied(_ReplicateTogether)
 
 
 def replicate_together(values: Sequence[Tensor], axis: Axis) -> tuple[Tensor, ...]:
     """I -> R of several values whose gradients come at the same time: they are summed in one reduction."""
-    wanted = [value for value in values if _needs_gradient(value)]
-    made = iter(_ReplicateTogether.apply(axis, *wanted) if wanted else ())
+    wanted = [value for value in values if value.requires_grad] if torch.is_grad_enabled() else []
+    if len(wanted) == len(values):
+        return _replicated_together(axis, *values)
+    made = iter(_replicated_together(axis, *wanted) if wanted else ())
     return tuple(next(made) if _needs_gradient(value) else value for value in values)
 
 
 def reduce(value: Tensor, axis: Axis, *, in_place: bool = False) -> Tensor:
-    """P -> I: the sum of the ranks' values; the gradient passes as it is. `in_place` is used only without gradients."""
-    return _Reduce.apply(value, axis) if _needs_gradient(value) else all_reduce(value, axis, in_place=in_place)
+    """P -> I: the sum of the ranks' values; the gradient passes as it is.
+
+    `in_place` only where nobody else holds `value`, and the backward of what made it does not read it.
+    """
+    is_recorded = value.requires_grad and torch.is_grad_enabled()
+    if _listeners or torch.compiler.is_compiling() or (is_recorded and not (in_place and value.is_contiguous())):
+        return _Reduce.apply(value, axis) if is_recorded else all_reduce(value, axis, in_place=in_place)
+    if not (in_place and value.is_contiguous()):
+        value = value.clone(memory_format=torch.contiguous_format)
+    # a recorded one behind autograd's back: to it, nothing has happened, and the gradient passes
+    _add_up(value.data if is_recorded else value, axis)
+    return value
 
 
 class _ReduceTogether(torch.autograd.Function):
@@ -308,10 +371,12 @@ class _ReduceTogether(torch.autograd.Function):
         return None, *gradients
 
 
-def _all_reduced_together(values: Sequence[Tensor], axis: Axis) -> tuple[Tensor, ...]:
-    sums = all_reduce(torch.cat([value.reshape(-1) for value in values]), axis, in_place=True)
-    pieces = sums.split([value.numel() for value in values])
-    return tuple(piece.view(value.shape).clone() for piece, value in zip(pieces, values, strict=True))
+def _all_reduced_together(values: Sequence[Tensor], axis: Axis, *, is_one_shared: bool = False) -> tuple[Tensor, ...]:
+    """The sums; each in memory of its own, but for the largest where `is_one_shared`: it keeps what the others had."""
+    sums = all_reduce(_flatten_dense_tensors(values), axis, in_place=True)
+    shared = max(value.numel() for value in values) if is_one_shared else -1
+    pieces: tuple[Tensor, ...] = _unflatten_dense_tensors(sums, values)
+    return tuple([piece if piece.numel() == shared else piece.clone() for piece in pieces])
 
 
 def reduce_together(values: Sequence[Tensor], axis: Axis) -> tuple[Tensor, ...]:

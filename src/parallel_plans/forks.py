@@ -8,24 +8,30 @@ reduced once:
                    +-> k_proj
                    +-> v_proj
 
-A value that only looks at another (a view of it with as many elements) is the same value. A scope is open while a
-module that holds such forks runs (a layer), so what it remembers is let go of when that ends.
+A value that only looks at another (a view of it with as many elements) is the same value. What one module makes R at
+the same point (hidden states, and the weights of norms on the heads of a rank) goes out in one reduction, too.
+
+A scope is open while a module that holds such forks runs (a layer), so what it remembers is let go of when that ends.
 """
 
 from __future__ import annotations
 
+import copy
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from parallel_plans.collectives import Axis, replicate, replicate_together
+from parallel_plans.storage import local_tensor, local_tensors
 
-_Key = tuple[int, int, int]  # what made a value, as which of its outputs, and the value's version
+if TYPE_CHECKING:
+    from parallel_plans.laid_out import LaidOut
 
 # what autograd calls the ways to look at all of a tensor in its own order
 _VIEWS = frozenset(
@@ -35,22 +41,28 @@ _VIEWS = frozenset(
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Replicated:
-    """An R: what made it, the axis over which it is one, the I it comes from."""
+class _Fork(NamedTuple):
+    """An R over an axis and the I it comes from, each with its version; `is_all`: the R stands for the I as it is."""
 
-    maker: Any
-    axis: Axis
     whole: Tensor
+    whole_version: int
+    replicated: Tensor
+    replicated_version: int
+    axis: Axis
+    is_all: bool
 
 
 @dataclass
 class _Forks:
-    """What a scope remembers, each with what made it, kept so that its identity stays its own."""
+    """What a scope remembers: forks by the address in memory of an I or an R, and what parameters are used as."""
 
-    replicated: dict[tuple[int, ...], tuple[Any, Tensor]] = field(default_factory=dict)  # value and axis -> its R
-    whole: dict[_Key, _Replicated] = field(default_factory=dict)
-    latest: tuple[Tensor, int, Axis, Tensor] | None = None  # a value, its version, an axis, its R: asked for in a row
+    at: dict[int, list[_Fork]] = field(default_factory=dict)
+    parameters: dict[int, Tensor] = field(default_factory=dict)
+    replicated: dict[int, Tensor] = field(default_factory=dict)
+
+    def add(self, whole: Tensor, replicated: Tensor, axis: Axis, *, is_all: bool) -> None:
+        fork = _Fork(whole, whole._version, replicated, replicated._version, axis, is_all)
+        self.at.setdefault(_address(replicated), []).append(fork)  # of an I too, of which an R that is all is a view
 
 
 class _Scope(threading.local):
@@ -66,27 +78,35 @@ def opens_fork_scope() -> bool:
     return _scope.forks is None and not _scope.is_barred and torch.is_grad_enabled()
 
 
-@contextmanager
-def fork_scope() -> Iterator[None]:
-    """Inside the block, `replicate_once` gives one R per value. A scope within a scope is part of the outer one."""
-    if not opens_fork_scope():
-        yield
-        return
+def in_fork_scope(
+    forward: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], laid_out: LaidOut | None = None
+) -> Any:
+    """What `forward` gives, with `replicate_once` giving one R per value, and parameters laid out before."""
     _scope.forks = _Forks()
     try:
-        yield
+        if laid_out is not None:
+            laid_out.begin()
+        return forward(*args, **kwargs)
     finally:
         _scope.forks = None
 
 
 @contextmanager
 def no_fork_scope() -> Iterator[None]:
-    """Inside the block no `fork_scope` opens: every module reduces its own gradient, as one would do without them."""
+    """Inside the block no scope opens: every module reduces its own gradient, as one would do without them."""
     before, _scope.is_barred = _scope.is_barred, True
     try:
         yield
     finally:
         _scope.is_barred = before
+
+
+def _address(value: Tensor) -> int:
+    """Where a value begins in memory, which tells most values apart at once; nowhere for those that only look like it.
+
+    What a scope remembers stays in memory, so nothing else comes to lie there.
+    """
+    return value.data_ptr() if type(value) is Tensor or type(value) is nn.Parameter else 0
 
 
 def _maker(value: Tensor) -> tuple[Any, int]:
@@ -105,56 +125,91 @@ def _maker(value: Tensor) -> tuple[Any, int]:
     return node, output
 
 
-def _key(value: Tensor) -> tuple[_Key, Any]:
-    maker, output = _maker(value)
-    return (id(maker), output, value._version), maker
+def _is(known: Tensor, version: int, value: Tensor) -> bool:
+    """Whether `value` is `known` as it was at that version, or shows all of that."""
+    if value._version != version:
+        return False
+    if value is known:
+        return True
+    (one, nth), (other, mth) = _maker(known), _maker(value)
+    return one is other and nth == mth
 
 
-def replicate_once(value: Tensor, axis: Axis) -> Tensor:
-    """I -> R, the same R for the same value inside a `fork_scope`; what is R already stays as it is.
+def _made_before(known: list[_Fork], value: Tensor, axis: Axis) -> Tensor | None:
+    """The R that is known for an I; an R for itself."""
+    for fork in known:
+        if fork.axis is not axis:
+            continue
+        if fork.is_all and _is(fork.whole, fork.whole_version, value):
+            return _shown(fork.replicated, value)
+        if _is(fork.replicated, fork.replicated_version, value):
+            return value
+    return None
 
-    An R over other ranks goes back to the I it comes from first.
+
+def replicate_once(value: Tensor, axis: Axis, along: Along | None = None) -> Tensor:
+    """I -> R, the same R for the same value inside a scope; what is R already stays as it is.
+
+    An R over other ranks goes back to the I it comes from first. Parameters that come `along` become R in the same step
+    as a value that is new.
     """
     forks = _scope.forks
-    if forks is None or not (torch.is_grad_enabled() and value.requires_grad):
+    if forks is None or not (value.requires_grad and torch.is_grad_enabled()):
         return replicate(value, axis)
-    latest = forks.latest
-    if latest is not None and latest[0] is value and latest[1] == value._version and latest[2] is axis:
-        return latest[3]
-    replicated = _replicated_once(forks, value, axis)
-    forks.latest = (value, value._version, axis, replicated)
+    known = forks.at.get(_address(value))
+    if known is not None:
+        replicated = _made_before(known, value, axis)
+        if replicated is not None:
+            return replicated
+        whole = whole_of(value)
+        if whole is not value:
+            return replicate_once(whole, axis)
+    replicated = replicate(value, axis) if along is None else along.replicated(forks, value, axis)
+    forks.add(value, replicated, axis, is_all=True)
     return replicated
 
 
-def _replicated_once(forks: _Forks, value: Tensor, axis: Axis) -> Tensor:
-    key, maker = _key(value)
-    if key in forks.whole:
-        if forks.whole[key].axis is axis:
-            return value
-        value = whole_of(value)
-        key, maker = _key(value)
-    over = (*key, id(axis))
-    if over not in forks.replicated:
-        replicated = replicate(value, axis)
-        forks.replicated[over] = (maker, replicated)
-        remember_replicated(replicated, axis, value)
-    return _shown(forks.replicated[over][1], value)
+class Along:
+    """Parameters whose gradients are summed together with that of the value that their module begins with.
+
+    Args:
+        kept: the modules that keep them, and their names.
+    """
+
+    def __init__(self, kept: Sequence[tuple[nn.Module, str]]) -> None:
+        self.kept = kept
+
+    def on(self, memo: dict[int, Any]) -> Along:
+        """The same for a copy, with the modules that it has made or will make."""
+        return Along([(copy.deepcopy(module, memo), name) for module, name in self.kept])
+
+    def replicated(self, forks: _Forks, value: Tensor, axis: Axis) -> Tensor:
+        """The R of `value`; those of the parameters wait until they are asked for."""
+        found = [module._parameters[name] for module, name in self.kept]
+        wanted = [each for each in found if each is not None and each.requires_grad]
+        *locals_, replicated = replicate_together([*map(in_use, wanted), value], axis)
+        forks.replicated.update(zip(map(id, wanted), locals_, strict=True))
+        return replicated
 
 
-def replicate_pair(one: Tensor, other: Tensor, axis: Axis) -> tuple[Tensor, Tensor]:
-    """Both as `replicate_once`; where neither is R yet, their gradients are summed in one reduction."""
+def replicate_group(values: Sequence[Tensor], axis: Axis) -> tuple[Tensor, ...]:
+    """Each as `replicate_once`; the gradients of those that are not R yet are summed in one reduction."""
     forks = _scope.forks
-    pair = (one, other)
-    if forks is None or not torch.is_grad_enabled() or not all(value.requires_grad for value in pair):
-        return replicate_once(one, axis), replicate_once(other, axis)
-    keys = [_key(value) for value in pair]
-    if any(key in forks.whole or (*key, id(axis)) in forks.replicated for key, _ in keys):
-        return replicate_once(one, axis), replicate_once(other, axis)
-    made = replicate_together(pair, axis)
-    for (key, maker), value, replicated in zip(keys, pair, made, strict=True):
-        forks.replicated[(*key, id(axis))] = (maker, replicated)
-        remember_replicated(replicated, axis, value)
-    return made[0], made[1]
+    if forks is None or not torch.is_grad_enabled():
+        return tuple(replicate_once(value, axis) for value in values)
+    new = [value for value in values if value.requires_grad and _is_new(forks, value, axis)]
+    if len(new) > 1:
+        made = replicate_together(new, axis)
+        for value, replicated in zip(new, made, strict=True):
+            forks.add(value, replicated, axis, is_all=True)
+        if len(new) == len(values):
+            return made
+    return tuple(replicate_once(value, axis) for value in values)
+
+
+def _is_new(forks: _Forks, value: Tensor, axis: Axis) -> bool:
+    known = forks.at.get(_address(value))
+    return known is None or (whole_of(value) is value and _made_before(known, value, axis) is None)
 
 
 def _shown(value: Tensor, like: Tensor) -> Tensor:
@@ -162,17 +217,39 @@ def _shown(value: Tensor, like: Tensor) -> Tensor:
 
 
 def remember_replicated(value: Tensor, axis: Axis, whole: Tensor) -> None:
-    """Inside a `fork_scope`, `value` is an R over `axis` from now on, and comes from the I `whole`."""
+    """Inside a scope, `value` is an R over `axis` from now on, and comes from the I `whole`."""
     forks = _scope.forks
     if forks is not None and value.requires_grad:
-        key, maker = _key(value)
-        forks.whole[key] = _Replicated(maker=maker, axis=axis, whole=whole)
+        forks.add(whole, value, axis, is_all=False)
 
 
 def whole_of(value: Tensor) -> Tensor:
-    """The I that an R comes from inside a `fork_scope`; a value that is no R as it is."""
+    """The I that an R comes from inside a scope; a value that is no R as it is."""
     forks = _scope.forks
     if forks is None or not value.requires_grad:
         return value
-    known = forks.whole.get(_key(value)[0])
-    return value if known is None else _shown(known.whole, value)
+    for fork in forks.at.get(_address(value), ()):
+        if _is(fork.replicated, fork.replicated_version, value):
+            return _shown(fork.whole, value)
+    return value
+
+
+def lay_out(parameters: Sequence[Tensor]) -> None:
+    """Inside a scope, takes the local tensors of parameters that modules below will ask for: all in one step."""
+    forks = _scope.forks
+    kept = [parameter for parameter in parameters if parameter.requires_grad and isinstance(parameter, DTensor)]
+    if forks is not None and kept:
+        forks.parameters.update(zip(map(id, kept), local_tensors(kept), strict=True))
+
+
+def in_use(parameter: Tensor) -> Tensor:
+    """What is computed with in the place of a parameter: this rank's part."""
+    forks = _scope.forks
+    local = None if forks is None else forks.parameters.get(id(parameter))
+    return local_tensor(parameter) if local is None else local
+
+
+def replicated_in_use(parameter: Tensor) -> Tensor | None:
+    """The R that a parameter is used as inside a scope, where that has been made."""
+    forks = _scope.forks
+    return None if forks is None else forks.replicated.get(id(parameter))

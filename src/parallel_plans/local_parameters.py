@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn import functional
 
 from parallel_plans.collectives import Axis, replicate
+from parallel_plans.forks import in_use, replicated_in_use
 from parallel_plans.partial import contribute
-from parallel_plans.storage import local_tensor
 
 if TYPE_CHECKING:
     from parallel_plans.boundary import Forward
@@ -25,6 +24,7 @@ class LocalParameters:
         summed: those whose gradients are summed, each with the axes.
         once: those that one rank alone adds to a sum, each with the axes.
         after: those that are hidden from the forward and added to the delivered output.
+        kept: all of them, and whether each is kept in another form than the module computes with; None: look.
     """
 
     def __init__(
@@ -33,51 +33,62 @@ class LocalParameters:
         summed: dict[str, tuple[Axis, ...]],
         once: dict[str, tuple[Axis, ...]],
         after: tuple[str, ...] = (),
+        kept: dict[str, bool] | None = None,
     ) -> None:
         self.module, self.summed, self.once, self.after = module, summed, once, after
+        self.kept = self._kept() if kept is None else kept
+        self.apart = tuple(name for name, is_apart in self.kept.items() if is_apart)
         self.is_special = bool(summed or once or after)  # any is used in another letter than that in which it lies
 
     def on(self, module: nn.Module) -> LocalParameters:
-        """The same for a copy of the module."""
-        return LocalParameters(module, self.summed, self.once, self.after)
+        """The same for a copy of the module, which may have no parameters yet."""
+        return LocalParameters(module, self.summed, self.once, self.after, self.kept)
 
     def around(self, forward: Forward) -> Forward:
         """`forward` with local tensors in the parameters' place while it runs; itself where they lie there anyway."""
         if self.is_special:
             return self._around_special(forward)
-        if getattr(forward, "__func__", None) is nn.Linear.forward:
-            return self._linear
-        if self._are_plain():
+        if not self.apart:
             return forward
+        if len(self.apart) == 1:
+            return self._around_one(forward, *self.apart)
+        module, apart = self.module, self.apart
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            kept: dict[str, Any] = self.module._parameters
-            originals = list(kept.items())
-            for name, parameter in originals:
-                if isinstance(parameter, DTensor):
-                    kept[name] = local_tensor(parameter)
+            kept: dict[str, Any] = module._parameters
+            originals = {name: kept[name] for name in apart}
+            for name, parameter in originals.items():
+                kept[name] = in_use(parameter)
             try:
                 return forward(*args, **kwargs)
             finally:
-                for name, parameter in originals:
-                    kept[name] = parameter
+                kept.update(originals)
 
         return run
 
-    def _linear(self, input: Tensor) -> Tensor:
-        """What `nn.Linear` computes: most of a model's modules are that, and need nothing put in anything's place."""
-        kept: dict[str, Any] = self.module._parameters
-        weight, bias = kept["weight"], kept["bias"]
-        return functional.linear(input, local_tensor(weight), None if bias is None else local_tensor(bias))
+    def _around_one(self, forward: Forward, name: str) -> Forward:
+        """The same with one parameter, as norms have."""
+        module = self.module
 
-    def _are_plain(self) -> bool:
-        """Whether the module keeps what it computes with; not where a module around it has laid that out just now."""
-        kept = [parameter for parameter in self.module._parameters.values() if parameter is not None]
-        return all(isinstance(each, nn.Parameter) and not isinstance(each, DTensor) for each in kept)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            kept: dict[str, Any] = module._parameters
+            parameter = kept[name]
+            kept[name] = in_use(parameter)
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                kept[name] = parameter
+
+        return run
+
+    def _kept(self) -> dict[str, bool]:
+        found = self.module._parameters.items()
+        return {name: isinstance(parameter, DTensor) for name, parameter in found if parameter is not None}
 
     def _around_special(self, forward: Forward) -> Forward:
-        only_gradients = not (self.once or self.after)
-        are_plain = self._are_plain()
+        if len(self.summed) == len(self.kept) == 1 and not (self.once or self.after):
+            return self._around_summed(forward, *self.summed)
+        only_gradients, are_plain = not (self.once or self.after), not self.apart
 
         def run(*args: Any, **kwargs: Any) -> Any:
             if only_gradients and are_plain and not torch.is_grad_enabled():
@@ -92,21 +103,50 @@ class LocalParameters:
 
         return run
 
+    def _around_summed(self, forward: Forward, name: str) -> Forward:
+        """The same with one parameter, as norms have, of which the gradients are summed."""
+        module, are_plain = self.module, not self.apart
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            kept: dict[str, Any] = module._parameters
+            parameter = kept[name]
+            if (are_plain and not torch.is_grad_enabled()) or not isinstance(parameter, nn.Parameter):
+                return forward(*args, **kwargs)
+            kept[name] = self._in_use(name, parameter)
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                kept[name] = parameter
+
+        return run
+
     def _lay_out(self, kept: dict[str, Any]) -> tuple[dict[str, Any], Tensor | None]:
         """Puts local tensors in the parameters' place; gives what was there, and what is to be added to the output."""
         originals, added = kept.copy(), None
         for name, parameter in originals.items():
             if parameter is None:
                 continue
-            local = kept[name] = local_tensor(parameter)
-            if isinstance(parameter, nn.Parameter):  # if not, a module around has laid it out
-                local = kept[name] = self._in_use(name, local)
+            # what is no nn.Parameter, a module around has laid out
+            local = kept[name] = self._in_use(name, parameter) if isinstance(parameter, nn.Parameter) else parameter
             if name in self.after:
                 # some layers cannot do without a bias: they get one that adds nothing
                 added, kept[name] = local, None if isinstance(self.module, nn.Linear) else torch.zeros_like(local)
         return originals, added
 
-    def _in_use(self, name: str, local: Tensor) -> Tensor:
+    @property
+    def plain(self) -> list[str]:
+        """The names of those that are kept apart and used as they are."""
+        return [name for name in self.apart if name not in self.summed and name not in self.once]
+
+    def joined_on(self, axis: Axis) -> list[str]:
+        """The names of the parameters that become R over this axis alone, and nothing else."""
+        return [name for name, axes in self.summed.items() if axes == (axis,) and name not in self.once]
+
+    def _in_use(self, name: str, parameter: Tensor) -> Tensor:
+        local = replicated_in_use(parameter)
+        if local is not None:
+            return local
+        local = in_use(parameter)
         for axis in self.summed.get(name, ()):
             local = replicate(local, axis)
         for axis in self.once.get(name, ()):

@@ -11,7 +11,7 @@ import copy
 import weakref
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NoReturn
 
 import torch
@@ -84,6 +84,7 @@ class Tally:
     sums_bytes: int = 0
     reductions: int = 0
     reduced_bytes: int = 0
+    is_recorded: bool = field(default_factory=torch.is_grad_enabled)  # by autograd
 
     def came(self, state: Delayed) -> None:
         """This sum waits, and is counted here when it is reduced."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 
 from torch import nn
 
@@ -24,7 +25,8 @@ def joined(prefix: str, own: str) -> str:
 def forking_modules(model: nn.Module, table: Table) -> set[str]:
     """The modules in whose forward values may fork: those with two or more children that turn I into R, and layers.
 
-    Not the whole model: what a scope remembers lives as long as its module runs.
+    Of modules within each other the outermost, but not the whole model: what a scope remembers lives as long as its
+    module runs.
     """
     acting = [
         name
@@ -39,7 +41,13 @@ def forking_modules(model: nn.Module, table: Table) -> set[str]:
         if isinstance(module, nn.ModuleList):
             layers = (joined(name, own) for own, _ in module.named_children())
             forking |= {layer for layer in layers if any(parent.startswith(f"{layer}.") for parent in parents)}
-    return forking
+    return {name for name in forking if not any(above in forking for above in _above(name))}
+
+
+def _above(name: str) -> Iterator[str]:
+    yield from (above for above in prefixes(name) if above != name)
+    if name:
+        yield ""
 
 
 def summing_modules(model: nn.Module, table: Table) -> dict[str, tuple[str, ...]]:

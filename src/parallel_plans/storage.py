@@ -8,6 +8,7 @@ With `local` storage a parameter is the rank's part itself.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -69,8 +70,34 @@ class _Local(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> DTensor:
-        # made from a layout that is known already: `from_local` takes ten times as long to find it out again
-        return DTensor.__new__(DTensor, gradient.contiguous(), ctx.like._spec, requires_grad=False)
+        return _wrapped(gradient, ctx.like)
+
+
+def _wrapped(gradient: Tensor, like: DTensor) -> DTensor:
+    """A gradient that lies as its parameter does; `from_local` takes ten times as long to find that out again."""
+    return DTensor.__new__(DTensor, gradient.contiguous(), like._spec, requires_grad=False)
+
+
+class _LocalTogether(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *values: DTensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)  # what is not used has no gradient
+        ctx.likes = values
+        return tuple([value._local_tensor.view_as(value._local_tensor) for value in values])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[DTensor | None, ...]:
+        return tuple(
+            [
+                None if gradient is None else _wrapped(gradient, like)
+                for gradient, like in zip(gradients, ctx.likes, strict=True)
+            ]
+        )
+
+
+def local_tensors(values: Sequence[DTensor]) -> tuple[Tensor, ...]:
+    """`local_tensor` of parameters that take gradients, in one step of autograd, which is most of what one takes."""
+    return _LocalTogether.apply(*values)
 
 
 def local_tensor(value: Tensor) -> Tensor:

@@ -27,48 +27,49 @@ class _Scope(threading.local):
     is_barred = False
 
 
-_scope = _Scope()
+SCOPE = _Scope()
 
 
 @contextmanager
 def sum_scope() -> Iterator[Tally]:
     """Inside the block sums wait, and are counted; who opens it hands on what leaves it with `leaving`."""
-    before, tally = _scope.tally, Tally()
-    _scope.tally = tally
+    before, tally = SCOPE.tally, Tally()
+    SCOPE.tally = tally
     try:
         yield tally
     finally:
-        _scope.tally = before
+        SCOPE.tally = before
 
 
 @contextmanager
 def no_sum_scope() -> Iterator[None]:
     """Inside the block no sum waits: every one is reduced at once, as one would do without scopes."""
-    before = _scope.tally, _scope.is_barred
-    _scope.tally, _scope.is_barred = None, True
+    before = SCOPE.tally, SCOPE.is_barred
+    SCOPE.tally, SCOPE.is_barred = None, True
     try:
         yield
     finally:
-        _scope.tally, _scope.is_barred = before
+        SCOPE.tally, SCOPE.is_barred = before
 
 
 def sums_wait() -> bool:
     """Whether a `sum_scope` is open."""
-    return _scope.tally is not None
+    return SCOPE.tally is not None
 
 
 def sums_may_wait() -> bool:
     """Whether a `sum_scope` may be opened; not where torch.compile is tracing, which wants plain tensors."""
-    return not (_scope.is_barred or torch.compiler.is_compiling())
+    return not (SCOPE.is_barred or torch.compiler.is_compiling())
 
 
 def deliver_sum(value: Tensor, axis: Axis, *, in_place: bool = False, delay: bool = True) -> Tensor:
     """P -> I: when somebody needs the value, where sums wait and this one may (`delay`); else now.
 
-    `in_place` as in `reduce`.
+    Now, too, where a part of the scope runs without autograd and the rest with it: a layer that is computed again hands
+    on plain tensors. `in_place` as in `reduce`.
     """
-    tally = _scope.tally
-    if tally is None or not delay or torch.compiler.is_compiling():
+    tally = SCOPE.tally
+    if tally is None or not delay or torch.compiler.is_compiling() or tally.is_recorded != torch.is_grad_enabled():
         return reduce(value, axis, in_place=in_place)
     delivered = partial(value, axis)
     if isinstance(delivered, Partial):
@@ -78,8 +79,8 @@ def deliver_sum(value: Tensor, axis: Axis, *, in_place: bool = False, delay: boo
 
 def leaving(output: Any, tally: Tally) -> Any:
     """What leaves a scope: values; where a scope around it is open, sums wait on in that one."""
-    outer = _scope.tally
-    if outer is None:
+    outer = SCOPE.tally
+    if outer is None or outer.is_recorded != torch.is_grad_enabled():
         return whole_tree(output)
     for state in dict.fromkeys(live_in(output)):
         tally.made(state.bytes)

@@ -180,7 +180,7 @@ def found(run: Run, true: Mapping[str, Any]) -> Found:
     routers = {name: gradient.clone() for name, gradient in routers.items()}
     average_gradients(model)
     whole = full_gradients(model)
-    assert whole.keys() == true["gradients"].keys()
+    assert whole.keys() == true["gradients"].keys(), set(true["gradients"]) - set(whole)
     return Found(
         logits=off(logits.detach(), true["logits"][index]),
         loss=off(loss.detach(), true["losses"][index]),

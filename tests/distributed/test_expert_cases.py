@@ -115,6 +115,7 @@ def layer_calls(model: Any, row: Row) -> dict[str, Counter[int]]:
     """Per part, forward and backward: all-reduces by how many numbers each token has in them."""
     batch, marks = tokens(), {}
     parallel = split(Run(model=model, row=row))
+    parallel(input_ids=batch)  # modules find out whether sums are better off waiting in them
     with record_collectives() as calls:
         marked(parallel, calls, marks)
         parallel(input_ids=batch, labels=batch).loss.backward()

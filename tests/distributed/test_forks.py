@@ -24,7 +24,7 @@ LAYERS = 2
 # all-reduces per layer, forward and backward; besides, one forward for the embedding and one backward for the head
 PER_LAYER = {
     "llama": (2, 2),
-    "qwen3": (2, 2 + 2),  # the gradients of the two norms on heads are summed too
+    "qwen3": (2, 2),  # the gradients of the two norms on heads are summed together with that of the hidden states
     "phi3": (2, 2),
     "gemma2": (2, 2),
     "gpt_neox": (1, 2),  # attention and MLP are added to the same value, each behind a norm of its own

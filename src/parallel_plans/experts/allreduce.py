@@ -21,8 +21,18 @@ from parallel_plans.experts.alignment import allow_any_width
 from parallel_plans.experts.call import ExpertsCall
 from parallel_plans.experts.routing import Ownership, masked_routes, on_own_routes
 from parallel_plans.experts.taking_part import taking_part, weights_below
-from parallel_plans.forks import replicate_once, replicate_pair
+from parallel_plans.forks import replicate_group, replicate_once
 from parallel_plans.sums import deliver_sum
+
+# what experts end with, each with a backward that does not read its result
+_LAST = frozenset({"SumBackward1", "IndexAddBackward0", "ToCopyBackward0"})
+
+
+def _is_new(output: Tensor, given: tuple[Any, ...]) -> bool:
+    """Whether the experts' output is nobody else's, so that it may be reduced where it lies."""
+    if output.grad_fn is not None:
+        return output.grad_fn.name() in _LAST
+    return not any(isinstance(value, Tensor) and value.data_ptr() == output.data_ptr() for value in given)
 
 
 class BlockBoundary(Boundary):
@@ -47,6 +57,7 @@ class ExpertsBoundary(Boundary):
     def __init__(self, site: Site, module: nn.Module) -> None:
         super().__init__(site, module)
         allow_any_width()
+        self.forms: dict[Any, Any] = {}  # where calls have what
         self.owned = None
         if site.split is not None:
             self.owned = Ownership(site.split, site.own.rank, bool(site.options.get("has_identities")))
@@ -54,13 +65,30 @@ class ExpertsBoundary(Boundary):
                 # transformers' kernels then leave rows with the sentinel out
                 module._is_expert_parallel = True  # type: ignore[assignment]
 
+    def around(self, forward: Forward) -> Forward:
+        """`forward` across this boundary; the shortest way without gradients, where every rank runs all experts."""
+        crossed = super().around(forward)
+        if self.owned is not None:
+            return crossed
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if torch.is_grad_enabled():
+                return crossed(*args, **kwargs)
+            output = forward(*args, **kwargs)
+            given = (*args, *kwargs.values())
+            if isinstance(output, Tensor):
+                return self._sum(output, given)
+            return change_output(lambda value: self._sum(value, given), output)
+
+        return run
+
     def __call__(self, forward: Forward, args: Arguments, kwargs: Keywords) -> Any:
-        axis, call = self.site.axis, ExpertsCall(args, kwargs)
+        axis, call = self.site.axis, ExpertsCall(args, kwargs, self.forms)
         # I -> R changes nothing but gradients
         if torch.is_grad_enabled() and (call.ids is not None or not self.site.options["is_in_block"]):
             call = self._used(call, axis)
         output = self._run(forward, call)
-        return change_output(lambda value: self._delivered(value, call, axis), output)
+        return change_output(lambda value: self._delivered(value, call), output)
 
     def _used(self, call: ExpertsCall, axis: Axis) -> ExpertsCall:
         if self.owned is not None and self.site.options["is_routed"]:
@@ -68,10 +96,10 @@ class ExpertsBoundary(Boundary):
             return call.replaced(replicate_once(call.hidden, axis))
         if call.weights is None:
             return call.mapped(lambda value: replicate_once(value, axis))
-        hidden, weights = replicate_pair(call.hidden, call.weights, axis)
+        hidden, weights = replicate_group((call.hidden, call.weights), axis)
         return call.replaced(hidden, weights=weights)
 
-    def _delivered(self, value: Tensor, call: ExpertsCall, axis: Axis) -> Tensor:
+    def _delivered(self, value: Tensor, call: ExpertsCall) -> Tensor:
         if torch.is_grad_enabled() and not value.requires_grad:
             inputs = [call.hidden] if call.weights is None else [call.hidden, call.weights]
             value = taking_part(value, *inputs, *weights_below(self.module))
@@ -79,7 +107,10 @@ class ExpertsBoundary(Boundary):
             value = taking_part(value, *weights_below(self.module))
         if self.owned is not None:
             value = vouch(value, self.site.own, "V", "V")
-        return deliver_sum(value, axis, delay=self.site.may_delay)
+        return self._sum(value, (*call.args, *call.kwargs.values()))
+
+    def _sum(self, value: Tensor, given: tuple[Any, ...]) -> Tensor:
+        return deliver_sum(value, self.site.axis, in_place=_is_new(value, given), delay=self.site.may_delay)
 
     def _run(self, forward: Forward, call: ExpertsCall) -> Any:
         if self.owned is None:

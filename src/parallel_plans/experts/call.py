@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -27,10 +26,17 @@ class ExpertsCall:
 
     args: Arguments
     kwargs: Keywords
+    known: dict[Any, dict[str, _Place]] = field(default_factory=dict)  # by the form of a call: found out once
 
-    @cached_property
+    @property
     def _places(self) -> dict[str, _Place]:
         """Where the call has what."""
+        form = len(self.args), *self.kwargs
+        if form not in self.known:
+            self.known[form] = self._look()
+        return self.known[form]
+
+    def _look(self) -> dict[str, _Place]:
         found: dict[str, _Place] = {}
         items: list[tuple[_Place, Any]] = [*enumerate(self.args), *self.kwargs.items()]
         for place, value in items:
@@ -77,13 +83,16 @@ class ExpertsCall:
         def changed(value: Any) -> Any:
             return function(value) if is_weights(value) else value
 
-        return ExpertsCall(tuple(map(changed, self.args)), {key: changed(v) for key, v in self.kwargs.items()})
+        return ExpertsCall(
+            tuple(map(changed, self.args)), {key: changed(v) for key, v in self.kwargs.items()}, self.known
+        )
 
     def replaced(
         self, hidden: Tensor, ids: Tensor | None = None, weights: Tensor | None = None, sizes: list[int] | None = None
     ) -> ExpertsCall:
         """The call with these in the place of its own."""
         given = {"hidden": hidden, "ids": ids, "weights": weights, "sizes": sizes}
-        new = {self._places[what]: value for what, value in given.items() if value is not None and what in self._places}
-        args = tuple(new.get(place, value) for place, value in enumerate(self.args))
-        return ExpertsCall(args, {key: new.get(key, value) for key, value in self.kwargs.items()})
+        places = self._places
+        new = {places[what]: value for what, value in given.items() if value is not None and what in places}
+        args = tuple([new.get(place, value) for place, value in enumerate(self.args)])
+        return ExpertsCall(args, {key: new.get(key, value) for key, value in self.kwargs.items()}, self.known)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from parallel_plans.boundary import Arguments, Boundary, Forward, Keywords, Site, change_first
 from parallel_plans.collectives import Axis, declare
-from parallel_plans.forks import remember_replicated, replicate_once, replicate_pair, whole_of
+from parallel_plans.forks import remember_replicated, replicate_group, replicate_once, whole_of
 from parallel_plans.layouts import Split
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8)
@@ -122,7 +122,7 @@ class RouterBoundary(Boundary):
             raise TypeError(f"{self.site.name} gives expert ids without weights of their shape; ep_router wants both")
         whole = items[weights]
         # the experts most often take what their router takes, and their gradients come at the same time
-        items[weights] = replicate_pair(hidden, whole, self.site.axis)[1]
+        items[weights] = replicate_group((hidden, whole), self.site.axis)[1]
         if self.owned is not None:
             items[ids], items[weights] = masked_routes(items[ids], items[weights], self.owned, self.site.own)
             remember_replicated(items[weights], self.site.axis, whole)

@@ -35,8 +35,10 @@ class VocabularyBoundary(Boundary):
 
         def localize(tokens: Tensor) -> Tensor:
             nonlocal absent
-            absent = (tokens < self.start) | (tokens >= self.stop)
-            return declare((tokens - self.start).masked_fill(absent, 0), self.site.axis, "V")
+            own = tokens - self.start
+            index = own.clamp(0, max(self.stop - self.start - 1, 0))
+            absent = index != own
+            return declare(index, self.site.axis, "V")
 
         args, kwargs = change_first(localize, args, kwargs)
         output = forward(*args, **kwargs)
