@@ -31,7 +31,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import transformers
-from rich.box import SIMPLE
+from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -175,7 +175,7 @@ def ratios(name: str, repeats: int) -> list[Ratio]:
 
 def table_of(found: list[Ratio]) -> Table:
     """A line for each model and step, a column for each side."""
-    table = Table("model", "step", *(side for side in SIDES if side != FLOOR), "limits", box=SIMPLE)
+    table = Table("model", "step", *(side for side in SIDES if side != FLOOR), "limits", box=MARKDOWN)
     lines: dict[tuple[str, str], dict[str, Ratio]] = {}
     for each in found:
         lines.setdefault((each.model, each.step), {})[each.side] = each
