@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -15,7 +13,6 @@ from parallel_plans.experts.routing import is_ids, is_weights
 _Place = int | str  # position, or keyword
 
 
-@dataclass(frozen=True)
 class ExpertsCall:
     """The arguments of one call.
 
@@ -25,22 +22,10 @@ class ExpertsCall:
       rows [S, H] in expert order and the experts' sizes as a list (jetmoe).
     """
 
-    args: Arguments
-    kwargs: Keywords
-
-    @cached_property
-    def _places(self) -> dict[str, _Place]:
-        """Where the call has what."""
-        found: dict[str, _Place] = {}
-        items: list[tuple[_Place, Any]] = [*enumerate(self.args), *self.kwargs.items()]
-        for place, value in items:
-            if isinstance(value, list):
-                found.setdefault("sizes", place)
-            elif is_weights(value):
-                found.setdefault("weights" if "hidden" in found else "hidden", place)
-            elif is_ids(value):
-                found.setdefault("ids", place)
-        return found
+    def __init__(self, args: Arguments, kwargs: Keywords, places: dict[str, _Place] | None = None) -> None:
+        self.args, self.kwargs = args, kwargs
+        # not a `cached_property`, whose lock torch.compile cannot trace
+        self._places = _places_of(args, kwargs) if places is None else places
 
     def _at(self, what: str) -> Any:
         place = self._places.get(what)
@@ -77,7 +62,8 @@ class ExpertsCall:
         def changed(value: Any) -> Any:
             return function(value) if is_weights(value) else value
 
-        return ExpertsCall(tuple(map(changed, self.args)), {key: changed(v) for key, v in self.kwargs.items()})
+        args = tuple(changed(value) for value in self.args)
+        return ExpertsCall(args, {key: changed(v) for key, v in self.kwargs.items()}, self._places)
 
     def replaced(
         self, hidden: Tensor, ids: Tensor | None = None, weights: Tensor | None = None, sizes: list[int] | None = None
@@ -86,4 +72,18 @@ class ExpertsCall:
         given = {"hidden": hidden, "ids": ids, "weights": weights, "sizes": sizes}
         new = {self._places[what]: value for what, value in given.items() if value is not None and what in self._places}
         args = tuple(new.get(place, value) for place, value in enumerate(self.args))
-        return ExpertsCall(args, {key: new.get(key, value) for key, value in self.kwargs.items()})
+        return ExpertsCall(args, {key: new.get(key, value) for key, value in self.kwargs.items()}, self._places)
+
+
+def _places_of(args: Arguments, kwargs: Keywords) -> dict[str, _Place]:
+    """Where a call has what."""
+    found: dict[str, _Place] = {}
+    items: list[tuple[_Place, Any]] = [*enumerate(args), *kwargs.items()]
+    for place, value in items:
+        if isinstance(value, list):
+            found.setdefault("sizes", place)
+        elif is_weights(value):
+            found.setdefault("weights" if "hidden" in found else "hidden", place)
+        elif is_ids(value):
+            found.setdefault("ids", place)
+    return found
