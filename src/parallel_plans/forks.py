@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from parallel_plans.collectives import Axis, replicate, replicate_together
+from parallel_plans.traced_forks import TracedForks
 
 _Key = tuple[int, int, int]  # what made a value, as which of its outputs, and the value's version
 
@@ -55,6 +56,7 @@ class _Forks:
 
 class _Scope(threading.local):
     forks: _Forks | None = None
+    traced: TracedForks | None = None  # instead, while torch.compile traces
     is_barred = False
 
 
@@ -63,7 +65,7 @@ _scope = _Scope()
 
 def opens_fork_scope() -> bool:
     """Whether a `fork_scope` would open here, and be more than the scope around it."""
-    return _scope.forks is None and not _scope.is_barred and torch.is_grad_enabled()
+    return _scope.forks is None and _scope.traced is None and not _scope.is_barred and torch.is_grad_enabled()
 
 
 @contextmanager
@@ -71,6 +73,14 @@ def fork_scope() -> Iterator[None]:
     """Inside the block, `replicate_once` gives one R per value. A scope within a scope is part of the outer one."""
     if not opens_fork_scope():
         yield
+        return
+    if torch.compiler.is_compiling():
+        _scope.traced = traced = TracedForks()
+        try:
+            with traced:  # what `with` gives is lost on a tracer
+                yield
+        finally:
+            _scope.traced = None
         return
     _scope.forks = _Forks()
     try:
@@ -115,6 +125,8 @@ def replicate_once(value: Tensor, axis: Axis) -> Tensor:
 
     An R over other ranks goes back to the I it comes from first.
     """
+    if _scope.traced is not None and torch.is_grad_enabled() and value.requires_grad:
+        return _scope.traced.replicate_once(value, axis)
     forks = _scope.forks
     if forks is None or not (torch.is_grad_enabled() and value.requires_grad):
         return replicate(value, axis)
@@ -143,8 +155,10 @@ def _replicated_once(forks: _Forks, value: Tensor, axis: Axis) -> Tensor:
 
 def replicate_pair(one: Tensor, other: Tensor, axis: Axis) -> tuple[Tensor, Tensor]:
     """Both as `replicate_once`; where neither is R yet, their gradients are summed in one reduction."""
-    forks = _scope.forks
     pair = (one, other)
+    if _scope.traced is not None and torch.is_grad_enabled() and all(value.requires_grad for value in pair):
+        return _scope.traced.replicate_pair(one, other, axis)
+    forks = _scope.forks
     if forks is None or not torch.is_grad_enabled() or not all(value.requires_grad for value in pair):
         return replicate_once(one, axis), replicate_once(other, axis)
     keys = [_key(value) for value in pair]
@@ -163,6 +177,9 @@ def _shown(value: Tensor, like: Tensor) -> Tensor:
 
 def remember_replicated(value: Tensor, axis: Axis, whole: Tensor) -> None:
     """Inside a `fork_scope`, `value` is an R over `axis` from now on, and comes from the I `whole`."""
+    if _scope.traced is not None and value.requires_grad:
+        _scope.traced.remember(value, axis, whole)
+        return
     forks = _scope.forks
     if forks is not None and value.requires_grad:
         key, maker = _key(value)
@@ -171,6 +188,8 @@ def remember_replicated(value: Tensor, axis: Axis, whole: Tensor) -> None:
 
 def whole_of(value: Tensor) -> Tensor:
     """The I that an R comes from inside a `fork_scope`; a value that is no R as it is."""
+    if _scope.traced is not None and value.requires_grad:
+        return _scope.traced.whole_of(value)
     forks = _scope.forks
     if forks is None or not value.requires_grad:
         return value
