@@ -14,11 +14,13 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from parallel_plans.boundary import Boundary, Forward, Site
 from parallel_plans.collectives import Axis
+from parallel_plans.compiling import tracer, untraced
 from parallel_plans.counts import localize_counts
 from parallel_plans.forks import fork_scope, opens_fork_scope
 from parallel_plans.local_parameters import LocalParameters
@@ -76,6 +78,9 @@ class ParallelForward:
         return (self._run or self._composed())(*args, **kwargs)
 
     def _in_scopes(self, waits: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not torch.compiler.is_compiling() and tracer():
+            # what a scope remembers is not what a tracer sees, so one that is not traced whole is not traced at all
+            return untraced(self._in_scopes, waits, args, kwargs)
         if not self.has_forks:
             return self._with_sums(waits, args, kwargs)
         with fork_scope():

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from parallel_plans.collectives import Axis, replicate, replicate_together
+from parallel_plans.compiling import untraced
 from parallel_plans.traced_forks import TracedForks
 
 _Key = tuple[int, int, int]  # what made a value, as which of its outputs, and the value's version
@@ -130,6 +131,8 @@ def replicate_once(value: Tensor, axis: Axis) -> Tensor:
     forks = _scope.forks
     if forks is None or not (torch.is_grad_enabled() and value.requires_grad):
         return replicate(value, axis)
+    if torch.compiler.is_compiling():  # a part of what the scope is around is compiled
+        return untraced(replicate_once, value, axis)
     latest = forks.latest
     if latest is not None and latest[0] is value and latest[1] == value._version and latest[2] is axis:
         return latest[3]
@@ -161,6 +164,8 @@ def replicate_pair(one: Tensor, other: Tensor, axis: Axis) -> tuple[Tensor, Tens
     forks = _scope.forks
     if forks is None or not torch.is_grad_enabled() or not all(value.requires_grad for value in pair):
         return replicate_once(one, axis), replicate_once(other, axis)
+    if torch.compiler.is_compiling():
+        return untraced(replicate_pair, one, other, axis)
     keys = [_key(value) for value in pair]
     if any(key in forks.whole or (*key, id(axis)) in forks.replicated for key, _ in keys):
         return replicate_once(one, axis), replicate_once(other, axis)
@@ -182,6 +187,9 @@ def remember_replicated(value: Tensor, axis: Axis, whole: Tensor) -> None:
         return
     forks = _scope.forks
     if forks is not None and value.requires_grad:
+        if torch.compiler.is_compiling():
+            untraced(remember_replicated, value, axis, whole)
+            return
         key, maker = _key(value)
         forks.whole[key] = _Replicated(maker=maker, axis=axis, whole=whole)
 
@@ -193,5 +201,7 @@ def whole_of(value: Tensor) -> Tensor:
     forks = _scope.forks
     if forks is None or not value.requires_grad:
         return value
+    if torch.compiler.is_compiling():
+        return untraced(whole_of, value)
     known = forks.whole.get(_key(value)[0])
     return value if known is None else _shown(known.whole, value)
