@@ -56,9 +56,10 @@ class _Forks:
 
 
 class _Scope(threading.local):
-    forks: _Forks | None = None
-    traced: TracedForks | None = None  # instead, while torch.compile traces
-    is_barred = False
+    def __init__(self) -> None:  # in each thread; torch.compile would trace again where the instance got what it lacked
+        self.forks: _Forks | None = None
+        self.traced: TracedForks | None = None  # instead, while torch.compile traces
+        self.is_barred = False
 
 
 _scope = _Scope()
