@@ -13,7 +13,7 @@ from torch._C._dynamo.eval_frame import get_eval_frame_callback
 tracer = get_eval_frame_callback
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def untraced(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """What `function` gives; nothing in it is traced."""
     return function(*args, **kwargs)

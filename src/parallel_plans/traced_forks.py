@@ -35,6 +35,9 @@ class TracedForks(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
+        self.is_writing = (
+            True  # not while a function of autograd is traced, forward or backward: it must change nothing
+        )
         self.views: list[tuple[Tensor, Tensor]] = []  # a view, and what it looks at
         self.replicated: list[tuple[Tensor, int, Axis, Tensor]] = []  # an I, its address, the axis, its R
         self.whole: list[tuple[Tensor, Axis, Tensor]] = []  # an R, the axis, the I it comes from
@@ -43,7 +46,7 @@ class TracedForks(TorchFunctionMode):
         self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = function(*args, **(kwargs or {}))
-        if function in _VIEWS:
+        if function in _VIEWS and self.is_writing:
             self.views.append((result, args[0]))
         return result
 
@@ -84,16 +87,21 @@ class TracedForks(TorchFunctionMode):
                 return value
             value = _shown(origin[1], value)
         replicated = self._replicated(value, axis)
-        if replicated is None:
-            return self._keep(value, axis, replicate(value, axis))
-        return _shown(replicated, value)
+        if replicated is not None:
+            return _shown(replicated, value)
+        self.is_writing = False
+        made = replicate(value, axis)
+        self.is_writing = True
+        return self._keep(value, axis, made)
 
     def replicate_pair(self, one: Tensor, other: Tensor, axis: Axis) -> tuple[Tensor, Tensor]:
         """As `parallel_plans.forks.replicate_pair`."""
         pair = (one, other)
         if any(self._origin(value) is not None or self._replicated(value, axis) is not None for value in pair):
             return self.replicate_once(one, axis), self.replicate_once(other, axis)
+        self.is_writing = False
         made = replicate_together(pair, axis)
+        self.is_writing = True
         return self._keep(one, axis, made[0]), self._keep(other, axis, made[1])
 
     def remember(self, value: Tensor, axis: Axis, whole: Tensor) -> None:
