@@ -28,7 +28,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from parallel_plans.collectives import Axis, replicate, replicate_together
+from parallel_plans.compiling import untraced
 from parallel_plans.storage import local_tensor, local_tensors
+from parallel_plans.traced_forks import TracedForks
 
 if TYPE_CHECKING:
     from parallel_plans.laid_out import LaidOut
@@ -66,8 +68,10 @@ class _Forks:
 
 
 class _Scope(threading.local):
-    forks: _Forks | None = None
-    is_barred = False
+    def __init__(self) -> None:  # in each thread; torch.compile would trace again where the instance got what it lacked
+        self.forks: _Forks | None = None
+        self.traced: TracedForks | None = None  # instead, while torch.compile traces
+        self.is_barred = False
 
 
 _scope = _Scope()
@@ -75,13 +79,15 @@ _scope = _Scope()
 
 def opens_fork_scope() -> bool:
     """Whether a `fork_scope` would open here, and be more than the scope around it."""
-    return _scope.forks is None and not _scope.is_barred and torch.is_grad_enabled()
+    return _scope.forks is None and _scope.traced is None and not _scope.is_barred and torch.is_grad_enabled()
 
 
 def in_fork_scope(
     forward: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], laid_out: LaidOut | None = None
 ) -> Any:
     """What `forward` gives, with `replicate_once` giving one R per value, and parameters laid out before."""
+    if torch.compiler.is_compiling():
+        return _in_traced_scope(forward, args, kwargs)
     _scope.forks = _Forks()
     try:
         if laid_out is not None:
@@ -89,6 +95,15 @@ def in_fork_scope(
         return forward(*args, **kwargs)
     finally:
         _scope.forks = None
+
+
+def _in_traced_scope(forward: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    _scope.traced = traced = TracedForks()
+    try:
+        with traced:  # what `with` gives is lost on a tracer
+            return forward(*args, **kwargs)
+    finally:
+        _scope.traced = None
 
 
 @contextmanager
@@ -155,7 +170,11 @@ def replicate_once(value: Tensor, axis: Axis, along: Along | None = None) -> Ten
     """
     forks = _scope.forks
     if forks is None or not (value.requires_grad and torch.is_grad_enabled()):
+        if _scope.traced is not None and value.requires_grad and torch.is_grad_enabled():
+            return _scope.traced.replicate_once(value, axis, () if along is None else along.parameters)
         return replicate(value, axis)
+    if torch.compiler.is_compiling():  # a part of what the scope is around is compiled
+        return untraced(replicate_once, value, axis, along)
     known = forks.at.get(_address(value))
     if known is not None:
         replicated = _made_before(known, value, axis)
@@ -183,10 +202,15 @@ class Along:
         """The same for a copy, with the modules that it has made or will make."""
         return Along([(copy.deepcopy(module, memo), name) for module, name in self.kept])
 
+    @property
+    def parameters(self) -> list[Tensor]:
+        """Those that take gradients."""
+        found = [module._parameters[name] for module, name in self.kept]
+        return [each for each in found if each is not None and each.requires_grad]
+
     def replicated(self, forks: _Forks, value: Tensor, axis: Axis) -> Tensor:
         """The R of `value`; those of the parameters wait until they are asked for."""
-        found = [module._parameters[name] for module, name in self.kept]
-        wanted = [each for each in found if each is not None and each.requires_grad]
+        wanted = self.parameters
         *locals_, replicated = replicate_together([*map(in_use, wanted), value], axis)
         forks.replicated.update(zip(map(id, wanted), locals_, strict=True))
         return replicated
@@ -195,8 +219,12 @@ class Along:
 def replicate_group(values: Sequence[Tensor], axis: Axis) -> tuple[Tensor, ...]:
     """Each as `replicate_once`; the gradients of those that are not R yet are summed in one reduction."""
     forks = _scope.forks
+    if _scope.traced is not None and torch.is_grad_enabled():
+        return _scope.traced.replicate_group(values, axis)
     if forks is None or not torch.is_grad_enabled():
         return tuple(replicate_once(value, axis) for value in values)
+    if torch.compiler.is_compiling():
+        return untraced(replicate_group, values, axis)
     new = [value for value in values if value.requires_grad and _is_new(forks, value, axis)]
     if len(new) > 1:
         made = replicate_together(new, axis)
@@ -219,15 +247,24 @@ def _shown(value: Tensor, like: Tensor) -> Tensor:
 def remember_replicated(value: Tensor, axis: Axis, whole: Tensor) -> None:
     """Inside a scope, `value` is an R over `axis` from now on, and comes from the I `whole`."""
     forks = _scope.forks
-    if forks is not None and value.requires_grad:
-        forks.add(whole, value, axis, is_all=False)
+    if _scope.traced is not None and value.requires_grad:
+        _scope.traced.remember(value, axis, whole)
+    elif forks is not None and value.requires_grad:
+        if torch.compiler.is_compiling():
+            untraced(remember_replicated, value, axis, whole)
+        else:
+            forks.add(whole, value, axis, is_all=False)
 
 
 def whole_of(value: Tensor) -> Tensor:
     """The I that an R comes from inside a scope; a value that is no R as it is."""
+    if _scope.traced is not None and value.requires_grad:
+        return _scope.traced.whole_of(value)
     forks = _scope.forks
     if forks is None or not value.requires_grad:
         return value
+    if torch.compiler.is_compiling():
+        return untraced(whole_of, value)
     for fork in forks.at.get(_address(value), ()):
         if _is(fork.replicated, fork.replicated_version, value):
             return _shown(fork.whole, value)
@@ -245,11 +282,19 @@ def lay_out(parameters: Sequence[Tensor]) -> None:
 def in_use(parameter: Tensor) -> Tensor:
     """What is computed with in the place of a parameter: this rank's part."""
     forks = _scope.forks
-    local = None if forks is None else forks.parameters.get(id(parameter))
+    if forks is None or torch.compiler.is_compiling():
+        return local_tensor(parameter)
+    local = forks.parameters.get(id(parameter))
     return local_tensor(parameter) if local is None else local
 
 
 def replicated_in_use(parameter: Tensor) -> Tensor | None:
     """The R that a parameter is used as inside a scope, where that has been made."""
+    if _scope.traced is not None:
+        return _scope.traced.parameter(parameter)
     forks = _scope.forks
-    return None if forks is None else forks.replicated.get(id(parameter))
+    if forks is None:
+        return None
+    if torch.compiler.is_compiling():
+        return untraced(replicated_in_use, parameter)
+    return forks.replicated.get(id(parameter))

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from parallel_plans.collectives import Axis, reduce, reduce_together
+from parallel_plans.compiling import untraced
 
 Step = Callable[[Tensor], Tensor]
 Rule = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
@@ -284,12 +285,18 @@ class Partial(Tensor):
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if torch.compiler.is_compiling():  # a tracer would take this rank's part for the value
+            return untraced(cls._computed, func, args, kwargs or {})
+        return cls._computed(func, args, kwargs or {})
+
+    @classmethod
+    def _computed(cls, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         rule = cls.rules.get(func)
         if rule is not None:
-            result = rule(func, args, kwargs or {})
+            result = rule(func, args, kwargs)
             if result is not NotImplemented:
                 return result
-        args, kwargs = whole_tree((args, kwargs or {}))
+        args, kwargs = whole_tree((args, kwargs))
         return func(*args, **kwargs)
 
     @classmethod

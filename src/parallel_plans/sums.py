@@ -23,8 +23,9 @@ from parallel_plans.partial_tensor import Partial, Tally, live_in, whole_tree
 
 
 class _Scope(threading.local):
-    tally: Tally | None = None  # of the innermost scope that is open
-    is_barred = False
+    def __init__(self) -> None:  # in each thread; torch.compile would trace again where the instance got what it lacked
+        self.tally: Tally | None = None  # of the innermost scope that is open
+        self.is_barred = False
 
 
 SCOPE = _Scope()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -12,9 +11,9 @@ from parallel_plans.boundary import Arguments, Keywords
 from parallel_plans.experts.routing import is_ids, is_weights
 
 _Place = int | str  # position, or keyword
+Forms = dict[tuple[Any, ...], dict[str, _Place]]
 
 
-@dataclass(frozen=True)
 class ExpertsCall:
     """The arguments of one call.
 
@@ -24,29 +23,12 @@ class ExpertsCall:
       rows [S, H] in expert order and the experts' sizes as a list (jetmoe).
     """
 
-    args: Arguments
-    kwargs: Keywords
-    known: dict[Any, dict[str, _Place]] = field(default_factory=dict)  # by the form of a call: found out once
-
-    @property
-    def _places(self) -> dict[str, _Place]:
-        """Where the call has what."""
-        form = len(self.args), *self.kwargs
-        if form not in self.known:
-            self.known[form] = self._look()
-        return self.known[form]
-
-    def _look(self) -> dict[str, _Place]:
-        found: dict[str, _Place] = {}
-        items: list[tuple[_Place, Any]] = [*enumerate(self.args), *self.kwargs.items()]
-        for place, value in items:
-            if isinstance(value, list):
-                found.setdefault("sizes", place)
-            elif is_weights(value):
-                found.setdefault("weights" if "hidden" in found else "hidden", place)
-            elif is_ids(value):
-                found.setdefault("ids", place)
-        return found
+    def __init__(self, args: Arguments, kwargs: Keywords, forms: Forms | None = None) -> None:
+        self.args, self.kwargs = args, kwargs
+        self.forms: Forms = {} if forms is None else forms  # by the form of a call, what is where: found out once
+        form = len(args), *kwargs
+        self._places = self.forms[form] if form in self.forms else _places_of(args, kwargs)
+        self.forms[form] = self._places
 
     def _at(self, what: str) -> Any:
         place = self._places.get(what)
@@ -84,7 +66,7 @@ class ExpertsCall:
             return function(value) if is_weights(value) else value
 
         return ExpertsCall(
-            tuple(map(changed, self.args)), {key: changed(v) for key, v in self.kwargs.items()}, self.known
+            tuple(map(changed, self.args)), {key: changed(v) for key, v in self.kwargs.items()}, self.forms
         )
 
     def replaced(
@@ -95,4 +77,18 @@ class ExpertsCall:
         places = self._places
         new = {places[what]: value for what, value in given.items() if value is not None and what in places}
         args = tuple([new.get(place, value) for place, value in enumerate(self.args)])
-        return ExpertsCall(args, {key: new.get(key, value) for key, value in self.kwargs.items()}, self.known)
+        return ExpertsCall(args, {key: new.get(key, value) for key, value in self.kwargs.items()}, self.forms)
+
+
+def _places_of(args: Arguments, kwargs: Keywords) -> dict[str, _Place]:
+    """Where a call has what."""
+    found: dict[str, _Place] = {}
+    items: list[tuple[_Place, Any]] = [*enumerate(args), *kwargs.items()]
+    for place, value in items:
+        if isinstance(value, list):
+            found.setdefault("sizes", place)
+        elif is_weights(value):
+            found.setdefault("weights" if "hidden" in found else "hidden", place)
+        elif is_ids(value):
+            found.setdefault("ids", place)
+    return found

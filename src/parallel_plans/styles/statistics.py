@@ -80,7 +80,8 @@ class ShardedNormBoundary(Boundary):
         self.kind = type(module).__name__
 
     def __call__(self, forward: Forward, args: Arguments, kwargs: Keywords) -> Any:
-        with _MeansOverRanks(self.site) as means:
+        means = _MeansOverRanks(self.site)
+        with means:  # what `with` gives is lost on torch.compile
             output = forward(*args, **kwargs)
         if not means.taken:
             raise TypeError(
