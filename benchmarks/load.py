@@ -1,6 +1,7 @@
 """Loading and saving beside transformers' own parallelism: time, memory and bytes read, in ratios.
 
-python benchmarks/load.py [CASE ...] [--repeats N] [--saves N] [--folder DIR] [--gib SIZE] [--json FILE]
+python benchmarks/load.py [CASE ...] [--repeats N] [--saves N] [--folder DIR] [--gib SIZE]
+                         [--json FILE] [--markdown FILE]
 
 Two checkpoints of random bfloat16 weights, in files of at most a third, are written once and removed at the end: a
 mixture with one key for each expert and projection (qwen3_moe), and a dense model (llama). Then, repeat by repeat, this
@@ -24,24 +25,24 @@ Exit status 1 where a number is above what it may be (`GOALS`).
 
 from __future__ import annotations
 
-import gc
+import argparse
+import contextlib
 import json
 import math
 import os
-import re
 import tempfile
-import threading
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 import transformers
+from counted.process import Watch, forget, remember
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers.distributed import DistributedConfig
@@ -51,9 +52,10 @@ from transformers.models.qwen3_moe import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from parallel_plans import from_pretrained, save_pretrained
 
 LIBRARIES = ("parallel_plans", "transformers")
-EVERY = 0.002  # seconds between two looks at memory
 FILES = 3
 GIB = 2**30
+HEADS = ("ranks", "load, s", "theirs", "ratio", "peak", "theirs", "bytes", "theirs", "storage", "theirs")
+HEADS += ("save", "theirs", "save, s", "theirs", "goals")
 # the highest that may be: of transformers' time, of the rank's own bytes, of those again, of the largest tensor
 GOALS = {"time": 0.5, "peak": 1.1, "bytes": 1.02, "storage": 1.02, "save": 1.0}
 
@@ -114,50 +116,6 @@ class Found:
     save: list[float] = field(default_factory=list)
     save_seconds: list[float] = field(default_factory=list)
     error: str | None = None
-
-
-def _status(*names: str) -> list[int]:
-    """Bytes that /proc/self/status says under these names."""
-    text = Path("/proc/self/status").read_text(encoding="ascii")
-    return [int(match[1]) * 1024 if (match := re.search(rf"{name}:\s+(\d+) kB", text)) else 0 for name in names]
-
-
-def _io(name: str) -> int:
-    match = re.search(rf"^{name}: (\d+)", Path("/proc/self/io").read_text(encoding="ascii"), re.MULTILINE)
-    assert match is not None
-    return int(match[1])
-
-
-class Watch:
-    """What happens to this process inside the block: time, the highest anonymous memory, bytes out of files."""
-
-    def __enter__(self) -> Watch:
-        gc.collect()
-        self._is_over = threading.Event()
-        self._thread = threading.Thread(target=self._look, daemon=True)
-        self._before = _status("RssAnon", "RssFile")
-        self._highest = list(self._before)
-        self._delivered, self._fetched = _io("rchar"), _io("read_bytes")
-        self._thread.start()
-        self._started = time.perf_counter()
-        return self
-
-    def _look(self) -> None:
-        while not self._is_over.wait(EVERY):
-            self._take()
-
-    def _take(self) -> None:
-        self._highest = list(map(max, self._highest, _status("RssAnon", "RssFile")))
-
-    def __exit__(self, *raised: object) -> None:
-        self.seconds = time.perf_counter() - self._started
-        self._is_over.set()
-        self._thread.join()
-        self._take()
-        self.fetched = _io("read_bytes") - self._fetched
-        delivered = _io("rchar") - self._delivered
-        self.anonymous, mapped = (high - low for high, low in zip(self._highest, self._before, strict=True))
-        self.taken = delivered + mapped
 
 
 def _local(tensor: Tensor) -> Tensor:
@@ -259,24 +217,6 @@ def measure(found: Found, library: str, case: str, path: Path, kind: str) -> Non
         found.bytes.append(max(each.taken / each.own for each in load))
 
 
-def forget(folder: Path) -> None:
-    """Has the kernel drop the folder's files from its page cache."""
-    for file in folder.iterdir():
-        descriptor = os.open(file, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(descriptor)
-
-
-def remember(folder: Path) -> None:
-    """Has the kernel take the folder's files into its page cache."""
-    for file in folder.iterdir():
-        with file.open("rb", buffering=0) as opened:
-            buffer = bytearray(2**22)
-            while opened.readinto(buffer):
-                pass
-
-
 def write_checkpoint(name: str, folder: Path, size: int) -> Path:
     """A checkpoint of at least `size` bytes: as many layers as that takes, weights random."""
     model_class, config_class, sizes = MODELS[name]
@@ -290,3 +230,89 @@ def write_checkpoint(name: str, folder: Path, size: int) -> Path:
 
 def _bytes(model: Any) -> int:
     return sum(each.numel() * torch.bfloat16.itemsize for each in model.parameters())
+
+
+def measured(cases: Sequence[str], folder: Path, size: int, repeats: int, saves: int) -> dict[str, dict[str, Found]]:
+    """What was found out about every case and library; checkpoints that lie in `folder` already are taken."""
+    found = {case: {library: Found() for library in LIBRARIES} for case in cases}
+    for case, sides in found.items():
+        name = CASES[case].model
+        path = folder / name if (folder / name / "config.json").exists() else write_checkpoint(name, folder, size)
+        kinds = ["storage", *["load"] * repeats, *["save"] * saves]
+        for kind in kinds:
+            for library in LIBRARIES:
+                remember(path)
+                measure(sides[library], library, case, path, kind)
+    return found
+
+
+def ratios(sides: Mapping[str, Found], library: str) -> dict[str, float]:
+    """What `GOALS` are about, the median over the repeats; a number that there is none of is left out."""
+    found, theirs = sides[library], sides["transformers"]
+    numbers = {"peak": found.peak, "bytes": found.bytes, "storage": found.storage, "save": found.save}
+    known = {name: median(values) for name, values in numbers.items() if values}
+    if found.seconds and theirs.seconds:
+        known["time"] = median(found.seconds) / median(theirs.seconds)
+    return known
+
+
+def above(sides: Mapping[str, Found]) -> list[str]:
+    """The names of this project's numbers that are above what they may be."""
+    known = ratios(sides, "parallel_plans")
+    return [name for name, goal in GOALS.items() if known.get(name, 0.0) > goal]
+
+
+def markdown(results: Mapping[str, Mapping[str, Found]]) -> str:
+    """The results as a table."""
+    rows = [list(HEADS), ["---", *["--:"] * (len(HEADS) - 2), "---"]]
+    for case, sides in results.items():
+        own, other = (ratios(sides, library) for library in LIBRARIES)
+        cells = [case, *(_seconds(sides[library].seconds) for library in LIBRARIES), _shown(own, "time")]
+        for name in ("peak", "bytes", "storage", "save"):
+            cells += [_shown(own, name), _shown(other, name)]
+        cells += [_seconds(sides[library].save_seconds) for library in LIBRARIES]
+        rows.append([*cells, ", ".join(above(sides)) or "kept"])
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def _seconds(values: Sequence[float]) -> str:
+    return f"{median(values):.2f}" if values else "-"
+
+
+def _shown(known: Mapping[str, float], name: str) -> str:
+    return f"{known[name]:.2f}" if name in known else "-"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)}; by default all")
+    parser.add_argument("--repeats", type=int, default=5, help="loads of each, in turns (5)")
+    parser.add_argument("--saves", type=int, default=1, help="saves of each (1)")
+    parser.add_argument("--folder", type=Path, help="keep the checkpoints there, or find them there")
+    parser.add_argument("--gib", type=float, default=1.15, help="of a checkpoint, at least (1.15)")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the results there as well")
+    parser.add_argument("--markdown", metavar="FILE", type=Path, help="and the table there")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.cases) - set(CASES):
+        parser.error(f"there is no case {', '.join(sorted(unknown))}")
+    with contextlib.ExitStack() as stack:
+        folder = arguments.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        size = int(arguments.gib * GIB)
+        results = measured(arguments.cases or list(CASES), folder, size, arguments.repeats, arguments.saves)
+    print(markdown(results), end="")
+    for case, sides in results.items():
+        for library, found in sides.items():
+            if found.error is not None:
+                print(f"{case}, {library}: {found.error}")
+    if arguments.json:
+        content = {
+            case: {library: asdict(found) for library, found in sides.items()} for case, sides in results.items()
+        }
+        arguments.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    if arguments.markdown:
+        arguments.markdown.write_text(markdown(results), encoding="utf-8")
+    raise SystemExit(any(map(above, results.values())))
+
+
+if __name__ == "__main__":
+    main()
