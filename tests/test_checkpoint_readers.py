@@ -16,12 +16,9 @@ from torch import Tensor
 from parallel_plans.checkpoint import files
 from parallel_plans.checkpoint.files import open_checkpoint
 from parallel_plans.checkpoint.lazy import LazyTensor
-from parallel_plans.checkpoint.pages import HUGE_PAGE, empty_part
 from parallel_plans.checkpoint.readers import run_jobs
 from parallel_plans.checkpoint.sources import JOB_BYTES, Job
 from parallel_plans.errors import CheckpointError
-
-CPU = torch.device("cpu")
 
 
 def ignore(size: int) -> None:
@@ -227,12 +224,3 @@ def test_short_reads_are_gone_on_with(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(files.os, "preadv", lambda fd, buffers, offset: read(fd, [buffers[0][:100]], offset))
     with open_checkpoint([tmp_path / "x.safetensors"]) as checkpoint:
         assert torch.equal(checkpoint.tensors["whole"].read(), tensors["whole"])
-
-
-@pytest.mark.parametrize("size", [0, 1, HUGE_PAGE - 1, HUGE_PAGE + 1, 5 * HUGE_PAGE])
-def test_a_part_is_an_ordinary_tensor_of_any_size(size: int) -> None:
-    part = empty_part((size,), torch.uint8, CPU)
-    part.fill_(3)
-    assert part.shape == (size,)
-    assert int(part.sum(dtype=torch.long)) == 3 * size
-    assert part.untyped_storage().nbytes() == size

@@ -15,7 +15,6 @@ ALLOWED = {
     "checkpoint/files.py": {"cpu"},
     "checkpoint/file_source.py": {"cpu"},
     "checkpoint/load.py": {"cpu"},
-    "checkpoint/pages.py": {"cpu"},
     "checkpoint/conversion.py": {"cpu"},
     "checkpoint/stand_in.py": {"cpu"},
     "random_state.py": {"cpu"},

@@ -12,48 +12,46 @@ from pathlib import Path
 EVERY = 0.002  # seconds between two looks at memory
 
 
-def _status(*names: str) -> list[int]:
-    """Bytes that /proc/self/status says under these names."""
-    text = Path("/proc/self/status").read_text(encoding="ascii")
-    return [int(match[1]) * 1024 if (match := re.search(rf"{name}:\s+(\d+) kB", text)) else 0 for name in names]
+def _anonymous() -> int:
+    """Bytes of memory that no file stands behind."""
+    return 1024 * _number("/proc/self/status", r"^RssAnon:\s+(\d+) kB")
 
 
-def _io(name: str) -> int:
-    match = re.search(rf"^{name}: (\d+)", Path("/proc/self/io").read_text(encoding="ascii"), re.MULTILINE)
+def _fetched() -> int:
+    """Bytes that disks have delivered because this process asked for them."""
+    return _number("/proc/self/io", r"^read_bytes: (\d+)")
+
+
+def _number(file: str, pattern: str) -> int:
+    match = re.search(pattern, Path(file).read_text(encoding="ascii"), re.MULTILINE)
     assert match is not None
     return int(match[1])
 
 
 class Watch:
-    """What happens to this process inside the block: time, the highest anonymous memory, bytes out of files."""
+    """What happens to this process inside the block: seconds, the most anonymous memory above that at its beginning,
+    bytes fetched from disks."""
 
     def __enter__(self) -> Watch:
         gc.collect()
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._look, daemon=True)
-        self._before = _status("RssAnon", "RssFile")
-        self._highest = list(self._before)
-        self._delivered, self._fetched = _io("rchar"), _io("read_bytes")
+        self._before = self._highest = _anonymous()
+        self._fetched = _fetched()
         self._thread.start()
         self._started = time.perf_counter()
         return self
 
     def _look(self) -> None:
         while not self._is_over.wait(EVERY):
-            self._take()
-
-    def _take(self) -> None:
-        self._highest = list(map(max, self._highest, _status("RssAnon", "RssFile")))
+            self._highest = max(self._highest, _anonymous())
 
     def __exit__(self, *raised: object) -> None:
         self.seconds = time.perf_counter() - self._started
         self._is_over.set()
         self._thread.join()
-        self._take()
-        self.fetched = _io("read_bytes") - self._fetched
-        delivered = _io("rchar") - self._delivered
-        self.anonymous, mapped = (high - low for high, low in zip(self._highest, self._before, strict=True))
-        self.taken = delivered + mapped
+        self.anonymous = max(self._highest, _anonymous()) - self._before
+        self.fetched = _fetched() - self._fetched
 
 
 def forget(folder: Path) -> None:

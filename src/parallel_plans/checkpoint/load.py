@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from parallel_plans.checkpoint.lazy import LazyTensor
-from parallel_plans.checkpoint.pages import empty_part
 from parallel_plans.checkpoint.readers import run_jobs
 from parallel_plans.checkpoint.sources import Job
 from parallel_plans.errors import CheckpointError, Finding
@@ -93,7 +92,7 @@ def read_parts(
             if lent is not None:
                 parts[name], bringing = lent
             else:
-                parts[name] = empty_part(layout.local_shape(place.ranks), dtype, device)
+                parts[name] = torch.empty(layout.local_shape(place.ranks), dtype=dtype, device=device)
                 bringing = tensor.jobs_into(parts[name], region)
             yield from bringing
 
