@@ -11,7 +11,9 @@ measured. Loads find the files in the page cache, except those of the column `st
 
     load      seconds until the last rank has its model, wall clock; the ratio is of the medians over the repeats
     use       the same, and every page of every weight is looked at once: a library may hand out a map of the files,
-              which is read only then
+              which is read only then; a ratio, too
+    cpu       seconds that all ranks' threads were on processors until then, summed up: what is left of a ratio where
+              other work disturbs the machine
     peak      anonymous memory (RssAnon, looked at every 2 ms) above what the process had before, at its highest, over
               the bytes of the parameters and buffers that the rank holds in the end; the rank with the highest ratio
     storage   bytes that the disk delivered (read_bytes in /proc/self/io) to all ranks until they have looked at every
@@ -58,7 +60,7 @@ from parallel_plans import from_pretrained, save_pretrained
 LIBRARIES = ("parallel_plans", "transformers")
 FILES = 3
 GIB = 2**30
-HEADS = ("ranks", "load, s", "theirs", "ratio", "use, s", "theirs", "ratio", "peak", "theirs", "storage", "theirs")
+HEADS = ("ranks", "load, s", "theirs", "ratio", "use", "cpu", "peak", "theirs", "storage", "theirs")
 HEADS += ("save", "theirs", "save, s", "theirs", "above its goal")
 # the highest that may be: of transformers' seconds, of the rank's own bytes, of all ranks', of the largest tensor
 GOALS = {"load": 0.5, "peak": 1.1, "storage": 1.02, "save": 1.0}
@@ -99,10 +101,11 @@ MODELS: dict[str, tuple[Any, Any, dict[str, int]]] = {  # class, class of the co
 
 @dataclass(frozen=True, kw_only=True)
 class Seen:
-    """What one rank saw of a load or a save: seconds (`look` after a load), and bytes."""
+    """What one rank saw of a load or a save: seconds (`look` after a load, `cpu` of both), and bytes."""
 
     seconds: float
     look: float
+    cpu: float
     own: int  # of the parameters and buffers that the rank holds
     anonymous: int
     fetched: int
@@ -111,10 +114,11 @@ class Seen:
 
 @dataclass(kw_only=True)
 class Found:
-    """What all repeats of a case found out about one library: seconds of loading, of that and a look, ratios."""
+    """What all repeats of a case found out about one library: seconds (`load`, `use`, `cpu`), and ratios."""
 
     load: list[float] = field(default_factory=list)
     use: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
     peak: list[float] = field(default_factory=list)
     storage: list[float] = field(default_factory=list)
     save: list[float] = field(default_factory=list)
@@ -189,6 +193,7 @@ def _seen(watch: Watch, model: Any, after: Watch) -> Seen:
     return Seen(
         seconds=watch.seconds,
         look=after.seconds,
+        cpu=watch.cpu + after.cpu,
         own=own_bytes(model),
         anonymous=watch.anonymous,
         fetched=watch.fetched + after.fetched,
@@ -229,6 +234,7 @@ def measure(found: Found, library: str, case: str, path: Path, kind: str) -> Non
     else:
         found.load.append(max(each.seconds for each in load))
         found.use.append(max(each.seconds + each.look for each in load))
+        found.cpu.append(sum(each.cpu for each in load))
         found.peak.append(max(each.anonymous / each.own for each in load))
 
 
@@ -237,7 +243,7 @@ def write_checkpoint(name: str, folder: Path, size: int) -> Path:
     model_class, config_class, sizes = MODELS[name]
     with torch.device("meta"):
         bare, one = (_bytes(model_class(config_class(**sizes, num_hidden_layers=layers))) for layers in (0, 1))
-    config = config_class(**sizes, num_hidden_layers=-(-(size - bare) // (one - bare)), dtype="bfloat16")
+    config = config_class(**sizes, num_hidden_layers=max(1, -(-(size - bare) // (one - bare))), dtype="bfloat16")
     model = model_class._from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder / name, max_shard_size=-(-_bytes(model) // FILES) + 2**25)
     return folder / name
@@ -266,7 +272,8 @@ def ratios(sides: Mapping[str, Found], library: str) -> dict[str, float]:
     found, theirs = sides[library], sides["transformers"]
     numbers = {"peak": found.peak, "storage": found.storage, "save": found.save}
     known = {name: median(values) for name, values in numbers.items() if values}
-    for name, own, other in (("load", found.load, theirs.load), ("use", found.use, theirs.use)):
+    seconds = {"load": (found.load, theirs.load), "use": (found.use, theirs.use), "cpu": (found.cpu, theirs.cpu)}
+    for name, (own, other) in seconds.items():
         if own and other:
             known[name] = median(own) / median(other)
     return known
@@ -283,8 +290,11 @@ def markdown(results: Mapping[str, Mapping[str, Found]]) -> str:
     rows = [list(HEADS), ["---", *["--:"] * (len(HEADS) - 2), "---"]]
     for case, sides in results.items():
         own, other = (ratios(sides, library) for library in LIBRARIES)
-        cells = [case, *(_seconds(sides[library].load) for library in LIBRARIES), _shown(own, "load")]
-        cells += [*(_seconds(sides[library].use) for library in LIBRARIES), _shown(own, "use")]
+        cells = [
+            case,
+            *(_seconds(sides[library].load) for library in LIBRARIES),
+            *(_shown(own, name) for name in ("load", "use", "cpu")),
+        ]
         for name in ("peak", "storage", "save"):
             cells += [_shown(own, name), _shown(other, name)]
         cells += [_seconds(sides[library].save_seconds) for library in LIBRARIES]

@@ -6,15 +6,16 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from parallel_plans.checkpoint import files
-from parallel_plans.checkpoint.files import open_checkpoint
+from parallel_plans.checkpoint.files import Checkpoint, open_checkpoint
 from parallel_plans.checkpoint.lazy import LazyTensor
 from parallel_plans.checkpoint.readers import run_jobs
 from parallel_plans.checkpoint.sources import JOB_BYTES, Job
@@ -224,3 +225,73 @@ def test_short_reads_are_gone_on_with(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(files.os, "preadv", lambda fd, buffers, offset: read(fd, [buffers[0][:100]], offset))
     with open_checkpoint([tmp_path / "x.safetensors"]) as checkpoint:
         assert torch.equal(checkpoint.tensors["whole"].read(), tensors["whole"])
+
+
+def test_an_error_of_a_reader_names_the_tensor_and_leaves_no_thread_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved(tmp_path)
+    before = threading.active_count()
+
+    def broken(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        raise OSError(5, "Input/output error")
+
+    with open_checkpoint([tmp_path / "x.safetensors"]) as checkpoint:
+        lazy = checkpoint.tensors["deep"]
+        monkeypatch.setattr(os, "preadv", broken)
+        jobs = lazy.jobs_into(torch.empty(lazy.shape), [((0, size),) for size in lazy.shape])
+        with pytest.raises(CheckpointError, match=r"x\.safetensors cannot be read: Input/output error") as error:
+            run_jobs(jobs, ignore)
+    assert error.value.findings[0].name == "deep"
+    assert threading.active_count() == before
+
+
+WHOLE = [((0, 300),), ((0, 500),)]
+
+
+@contextmanager
+def lent(folder: Path) -> Iterator[tuple[Checkpoint, Tensor, Tensor, list[Job]]]:
+    """A checkpoint, its tensor as it was saved and as it is lent, and the jobs that bring it."""
+    tensor = torch.randn(300, 500).bfloat16()
+    save_file({"w": tensor, "small": torch.zeros(10)}, folder / "x.safetensors")
+    with open_checkpoint([folder / "x.safetensors"]) as checkpoint:
+        found = checkpoint.tensors["w"].lent(WHOLE, torch.bfloat16)
+        if found is None:
+            pytest.skip("the kernel cannot be asked for pages of a file")
+        yield checkpoint, tensor, found[0], list(found[1])
+
+
+def test_a_lent_part_is_the_files_own_memory_and_outlives_it(tmp_path: Path) -> None:
+    with lent(tmp_path) as (checkpoint, tensor, part, jobs):
+        run_jobs(iter(jobs), ignore)
+        assert sum(job.nbytes for job in jobs) == checkpoint.bytes_read == tensor.nbytes
+    (tmp_path / "x.safetensors").unlink()
+    assert part.equal(tensor)
+    assert part.untyped_storage().nbytes() == tensor.nbytes  # what `torch.save` writes
+
+
+def test_what_is_written_to_a_lent_part_stays_with_the_process(tmp_path: Path) -> None:
+    with lent(tmp_path) as (_, tensor, part, _):
+        part.zero_()
+        assert load_file(tmp_path / "x.safetensors")["w"].equal(tensor)
+        assert not part.any()
+
+
+def test_only_what_lies_in_the_file_as_it_is_to_lie_in_memory_is_lent(tmp_path: Path) -> None:
+    with lent(tmp_path) as (checkpoint, tensor, _, _):
+        lazy = checkpoint.tensors["w"]
+        rows = lazy.lent([((100, 200),), ((0, 500),)], torch.bfloat16)
+        assert rows is not None
+        assert rows[0].equal(tensor[100:200])
+        assert lazy.lent([((0, 300),), ((0, 250),)], torch.bfloat16) is None
+        assert lazy.lent(WHOLE, torch.float32) is None
+        assert lazy.lent([((0, 100), (200, 300)), ((0, 500),)], torch.bfloat16) is None
+        assert checkpoint.tensors["small"].lent([((0, 10),)], torch.float32) is None
+
+
+def test_a_lent_part_of_a_file_that_was_cut_is_a_clear_error(tmp_path: Path) -> None:
+    with lent(tmp_path) as (_, _, _, jobs):
+        os.truncate(tmp_path / "x.safetensors", 10_000)
+        with pytest.raises(CheckpointError, match=r"x\.safetensors ends within a tensor \[PP603\]") as error:
+            run_jobs(iter(jobs), ignore)
+        assert error.value.findings[0].name == "w"
