@@ -36,8 +36,9 @@ import json
 import math
 import mmap
 import os
+import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -253,18 +254,16 @@ def _bytes(model: Any) -> int:
     return sum(each.numel() * torch.bfloat16.itemsize for each in model.parameters())
 
 
-def measured(cases: Sequence[str], folder: Path, size: int, repeats: int, saves: int) -> dict[str, dict[str, Found]]:
-    """What was found out about every case and library; checkpoints that lie in `folder` already are taken."""
-    found = {case: {library: Found() for library in LIBRARIES} for case in cases}
-    for case, sides in found.items():
-        name = CASES[case].model
-        path = folder / name if (folder / name / "config.json").exists() else write_checkpoint(name, folder, size)
-        kinds = ["storage", *["load"] * repeats, *["save"] * saves]
-        for kind in kinds:
-            for library in LIBRARIES:
-                remember(path)
-                measure(sides[library], library, case, path, kind)
-    return found
+def measured(case: str, folder: Path, size: int, repeats: int, saves: int) -> dict[str, Found]:
+    """What was found out about a case, by library; a checkpoint that lies in `folder` already is taken."""
+    sides = {library: Found() for library in LIBRARIES}
+    name = CASES[case].model
+    path = folder / name if (folder / name / "config.json").exists() else write_checkpoint(name, folder, size)
+    for kind in ["storage", *["load"] * repeats, *["save"] * saves]:
+        for library in LIBRARIES:
+            remember(path)
+            measure(sides[library], library, case, path, kind)
+    return sides
 
 
 def ratios(sides: Mapping[str, Found], library: str) -> dict[str, float]:
@@ -285,20 +284,19 @@ def above(sides: Mapping[str, Found]) -> list[str]:
     return [name for name, goal in GOALS.items() if known.get(name, 0.0) > goal]
 
 
-def markdown(results: Mapping[str, Mapping[str, Found]]) -> str:
-    """The results as a table."""
-    rows = [list(HEADS), ["---", *["--:"] * (len(HEADS) - 2), "---"]]
-    for case, sides in results.items():
-        own, other = (ratios(sides, library) for library in LIBRARIES)
-        cells = [
-            case,
-            *(_seconds(sides[library].load) for library in LIBRARIES),
-            *(_shown(own, name) for name in ("load", "use", "cpu")),
-        ]
-        for name in ("peak", "storage", "save"):
-            cells += [_shown(own, name), _shown(other, name)]
-        cells += [_seconds(sides[library].save_seconds) for library in LIBRARIES]
-        rows.append([*cells, ", ".join(above(sides)) or "none"])
+def line_of(case: str, sides: Mapping[str, Found]) -> list[str]:
+    """The cells of a case."""
+    own, other = (ratios(sides, library) for library in LIBRARIES)
+    cells = [case, *(_seconds(sides[library].load) for library in LIBRARIES)]
+    cells += [_shown(own, name) for name in ("load", "use", "cpu")]
+    for name in ("peak", "storage", "save"):
+        cells += [_shown(own, name), _shown(other, name)]
+    cells += [_seconds(sides[library].save_seconds) for library in LIBRARIES]
+    return [*cells, ", ".join(above(sides)) or "none"]
+
+
+def markdown(rows: Iterable[Sequence[str]]) -> str:
+    """Rows of a table."""
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
@@ -326,19 +324,23 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         folder = arguments.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         size = int(arguments.gib * GIB)
-        results = measured(arguments.cases or list(CASES), folder, size, arguments.repeats, arguments.saves)
-    print(markdown(results), end="")
-    for case, sides in results.items():
-        for library, found in sides.items():
-            if found.error is not None:
-                print(f"{case}, {library}: {found.error}")
+        results: dict[str, dict[str, Found]] = {}
+        rows = [list(HEADS), ["---", *["--:"] * (len(HEADS) - 2), "---"]]
+        print(markdown(rows), end="", flush=True)
+        for case in arguments.cases or CASES:
+            sides = results[case] = measured(case, folder, size, arguments.repeats, arguments.saves)
+            rows.append(line_of(case, sides))
+            print(markdown(rows[-1:]), end="", flush=True)
+            for library, found in sides.items():
+                if found.error is not None:
+                    print(f"{case}, {library}: {found.error}", file=sys.stderr)
     if arguments.json:
         content = {
             case: {library: asdict(found) for library, found in sides.items()} for case, sides in results.items()
         }
         arguments.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     if arguments.markdown:
-        arguments.markdown.write_text(markdown(results), encoding="utf-8")
+        arguments.markdown.write_text(markdown(rows), encoding="utf-8")
     raise SystemExit(any(map(above, results.values())))
 
 
