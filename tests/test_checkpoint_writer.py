@@ -15,9 +15,11 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from parallel_plans.checkpoint import replace
+from parallel_plans.checkpoint import replace, save
 from parallel_plans.checkpoint.header import DTYPES
+from parallel_plans.checkpoint.lazy import Leaf
 from parallel_plans.checkpoint.replace import replaced_folder
+from parallel_plans.checkpoint.sources import TensorSource
 from parallel_plans.checkpoint.writer import Entry, shard_entries, write_safetensors
 from parallel_plans.errors import CheckpointError
 
@@ -73,6 +75,15 @@ def test_one_piece_is_held_at_a_time(tmp_path: Path) -> None:
     write_safetensors(tmp_path / "x", [Entry(str(i), torch.float32, (8,), pieces) for i in range(5)])
     assert len(alive) == 10
     assert most == 1
+
+
+@pytest.mark.parametrize("shape", [(64, 50), (1, 64, 50), (7,), (3, 40, 5), ()])
+def test_a_tensor_is_saved_in_pieces_of_bounded_size(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(save, "PIECE_BYTES", 1000)
+    tensor = torch.randn(shape)
+    pieces = list(save._pieces(Leaf(TensorSource(tensor.shape, tensor.dtype, lambda: tensor))))
+    assert torch.cat([piece.reshape(-1) for piece in pieces]).equal(tensor.reshape(-1))
+    assert max(piece.nbytes for piece in pieces) <= 1000
 
 
 @pytest.mark.parametrize("delivered", [torch.zeros(2, 4), torch.zeros(2, 3, dtype=torch.float64), torch.zeros(3, 2)])

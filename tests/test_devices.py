@@ -13,7 +13,8 @@ KINDS = {"cpu", "cuda", "xpu", "mps", "npu", "hpu", "nccl", "gloo"}
 ALLOWED = {
     "mesh.py": {"cpu", "gloo"},
     "checkpoint/files.py": {"cpu"},
-    "checkpoint/readers.py": {"cpu"},
+    "checkpoint/file_source.py": {"cpu"},
+    "checkpoint/load.py": {"cpu"},
     "checkpoint/conversion.py": {"cpu"},
     "checkpoint/stand_in.py": {"cpu"},
     "random_state.py": {"cpu"},

@@ -1,46 +1,25 @@
-"""The safetensors files of a checkpoint, as lazy tensors over them.
-
-What lies in a file as it is to lie in memory is read to its place, by one system call and without a copy in between;
-the rest, rows of which each rank has a part and values of another dtype, is copied out of the file's memory map.
-"""
+"""The safetensors files of a checkpoint, as lazy tensors over them."""
 
 from __future__ import annotations
 
 import json
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
-from parallel_plans.checkpoint.header import DTYPES, LENGTH_BYTES, read_header
-from parallel_plans.checkpoint.indices import Index, start_of_run
+from parallel_plans.checkpoint.file_source import FileSource, OpenFile
+from parallel_plans.checkpoint.header import LENGTH_BYTES, read_header
 from parallel_plans.checkpoint.lazy import LazyTensor, Leaf
 from parallel_plans.errors import CheckpointError, Finding
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 OTHER_FORMATS = (".bin", ".bin.index.json", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf")
-
-
-@dataclass(frozen=True, kw_only=True)
-class OpenFile:
-    """An open file: `map` shows its tensors in memory, `descriptor` is for reads, its data begin at byte `start`."""
-
-    map: Any
-    descriptor: int
-    start: int
-
-    def close(self) -> None:
-        """Gives both back."""
-        self.map.__exit__(None, None, None)
-        os.close(self.descriptor)
 
 
 class Checkpoint:
@@ -59,7 +38,7 @@ class Checkpoint:
 
     @property
     def bytes_read(self) -> int:
-        """Bytes that have been copied out of the files so far."""
+        """Bytes that have been taken out of the files so far."""
         return self._bytes_read
 
     def count(self, size: int) -> None:
@@ -85,7 +64,7 @@ class Checkpoint:
             message = f"{path.name} cannot be opened: {error}"
             return Finding(code="PP603", message=message, file=str(path), name=path.name, found=size)
         for name, entry in entries.items():
-            self.tensors[name] = Leaf(FileSource(self, path, name, entry))
+            self.tensors[name] = Leaf(FileSource(partial(self.file, path), self.count, name, entry))
         return None
 
     def close(self) -> None:
@@ -101,69 +80,11 @@ class Checkpoint:
 
 
 def _opened(path: Path) -> OpenFile:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        if hasattr(os, "posix_fadvise"):  # what lies behind a rank's part is another rank's: nothing is read ahead
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
-        start = LENGTH_BYTES + int.from_bytes(os.pread(descriptor, LENGTH_BYTES, 0), "little")
-        mapped = safe_open(path, framework="pt", device="cpu", backend="mmap")
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return OpenFile(map=mapped, descriptor=descriptor, start=start)
-
-
-class FileSource:
-    """One tensor of an open file."""
-
-    is_read_in_parts = True
-
-    def __init__(self, checkpoint: Checkpoint, path: Path, name: str, entry: Mapping[str, Any]) -> None:
-        self.dtype = DTYPES[entry["dtype"]]
-        shape = entry["shape"]
-        self._is_packed = self.dtype == torch.float4_e2m1fn_x2
-        self.shape = torch.Size([*shape[:-1], shape[-1] // 2] if self._is_packed else shape)
-        self._checkpoint, self._path, self._name = checkpoint, path, name
-        self._offset: int = entry["data_offsets"][0]
-
-    def view(self) -> Tensor:
-        """The tensor as a view of the memory map: nothing is read from the disk until an element is."""
-        mapped = self._checkpoint.file(self._path).map
-        tensor: Tensor = mapped.get_tensor(self._name) if self._is_packed else mapped.get_slice(self._name)[...]
-        return tensor
-
-    def has_read(self, dest: Tensor, index: Sequence[Index]) -> bool:
-        """Whether the elements lay behind each other in the file as they do in `dest`, and have been read there.
-
-        Raises:
-            CheckpointError: the file ends before they do (PP603), or cannot be read (PP602).
-        """
-        first = start_of_run(index, self.shape)
-        if first is None or dest.dtype != self.dtype or dest.device.type != "cpu" or not dest.is_contiguous():
-            return False
-        file = self._checkpoint.file(self._path)
-        self._read(file.descriptor, file.start + self._offset + first * self.dtype.itemsize, dest)
-        return True
-
-    def _read(self, descriptor: int, offset: int, dest: Tensor) -> None:
-        content: Any = dest.view(-1).view(torch.uint8).numpy()
-        target = memoryview(content)
-        missing = target.nbytes
-        while missing:
-            try:
-                missing -= (got := os.preadv(descriptor, [target[-missing:]], offset + target.nbytes - missing))
-            except OSError as error:
-                message = f"{self._path.name} cannot be read: {error.strerror}"
-                raise CheckpointError(self._wrong("PP602", message)) from error
-            if got == 0:
-                raise CheckpointError(self._wrong("PP603", f"{self._path.name} ends within a tensor"))
-        self.count(target.nbytes)
-
-    def _wrong(self, code: str, message: str) -> Finding:
-        return Finding(code=code, message=message, file=str(self._path), name=self._name)
-
-    def count(self, size: int) -> None:
-        self._checkpoint.count(size)
+    with safe_open(path, framework="pt", device="cpu"):  # the format's own library has the last word on the header
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    if hasattr(os, "posix_fadvise"):  # what lies behind a rank's part is another rank's: nothing is read ahead
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+    return OpenFile(path, descriptor, LENGTH_BYTES + int.from_bytes(os.pread(descriptor, LENGTH_BYTES, 0), "little"))
 
 
 def open_checkpoint(files: Sequence[str | Path]) -> Checkpoint:

@@ -72,6 +72,13 @@ class LazyTensor:
                 raise ValueError(f"the ranges {list(ranges)} are not within a dim of {size}")
         return self.jobs(dest, index)
 
+    def lent(self, region: Region, dtype: torch.dtype) -> tuple[Tensor, Iterator[Job]] | None:
+        """The elements in `region` as memory that their source has, and the jobs that bring them there.
+
+        None where there is no such memory, or of another dtype. What is written to it stays with this process.
+        """
+        return None
+
     def jobs(self, dest: Tensor, index: tuple[Index, ...]) -> Iterator[Job]:
         """The jobs that write the elements at `index` (one entry per dim) into `dest`."""
         raise NotImplementedError
@@ -143,6 +150,9 @@ class Leaf(LazyTensor):
     def sources(self) -> Iterator[Source]:
         yield self.source
 
+    def lent(self, region: Region, dtype: torch.dtype) -> tuple[Tensor, Iterator[Job]] | None:
+        return self.source.lent(tuple(index_of(ranges) for ranges in region), dtype)
+
     def jobs(self, dest: Tensor, index: tuple[Index, ...]) -> Iterator[Job]:
         if dest.numel() == 0:
             return
@@ -161,15 +171,8 @@ class Leaf(LazyTensor):
     def _copy(self, dest: Tensor, index: tuple[Index, ...]) -> None:
         if self.source.has_read(dest, index):
             return
-        whole = self.source.view()
-        for combination in itertools.product(*(runs(part) for part in index)):
-            taken = [take for take, _ in combination]
-            piece = whole[tuple(slice(None) if isinstance(take, np.ndarray) else take for take in taken)]
-            for dim, take in enumerate(taken):
-                if isinstance(take, np.ndarray):
-                    piece = taken_along(piece, dim, take)
-            dest[tuple(place for _, place in combination)].copy_(piece)
-            self.source.count(piece.numel() * self.dtype.itemsize)
+        copy_elements(dest, self.source.view(), index)
+        self.source.count(dest.numel() * self.dtype.itemsize)
 
 
 class Joined(LazyTensor):
@@ -270,6 +273,17 @@ class Rearranged(LazyTensor):
         buffer = dest.new_empty(sizes)
         self.base.copy_out(buffer, index)
         dest.copy_(buffer.view(dest.shape))
+
+
+def copy_elements(dest: Tensor, whole: Tensor, index: Sequence[Index]) -> None:
+    """Writes the elements of `whole` at `index` into `dest`."""
+    for combination in itertools.product(*(runs(part) for part in index)):
+        taken = [take for take, _ in combination]
+        piece = whole[tuple(slice(None) if isinstance(take, np.ndarray) else take for take in taken)]
+        for dim, take in enumerate(taken):
+            if isinstance(take, np.ndarray):
+                piece = taken_along(piece, dim, take)
+        dest[tuple(place for _, place in combination)].copy_(piece)
 
 
 def _nbytes(tensor: Tensor) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from parallel_plans.checkpoint.lazy import LazyTensor
-from parallel_plans.checkpoint.readers import empty_part, run_jobs
+from parallel_plans.checkpoint.readers import run_jobs
 from parallel_plans.checkpoint.sources import Job
 from parallel_plans.errors import CheckpointError, Finding
 from parallel_plans.layouts import Layout
@@ -87,9 +87,14 @@ def read_parts(
         for name, tensor in tensors.items():
             entry = table.parameters.get(name)
             layout = Layout(tuple(expected[name].shape)) if entry is None else entry.layout
-            shape = layout.local_shape(place.ranks)
-            parts[name] = empty_part(shape, dtypes(name, expected[name]), device)
-            yield from tensor.jobs_into(parts[name], layout.region(place.ranks))
+            region, dtype = layout.region(place.ranks), dtypes(name, expected[name])
+            lent = tensor.lent(region, dtype) if device.type == "cpu" else None
+            if lent is not None:
+                parts[name], bringing = lent
+            else:
+                parts[name] = torch.empty(layout.local_shape(place.ranks), dtype=dtype, device=device)
+                bringing = tensor.jobs_into(parts[name], region)
+            yield from bringing
 
     run_jobs(jobs(), progress)
     return {id(_put(model, name, part)) for name, part in parts.items()}

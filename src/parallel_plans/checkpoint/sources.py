@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -40,6 +40,10 @@ class Source(Protocol):
         """The whole tensor, best as a view of memory that is not read yet; never written to."""
         ...
 
+    def lent(self, index: Sequence[Index], dtype: torch.dtype) -> tuple[Tensor, Iterator[Job]] | None:
+        """The elements at `index` as memory that the source has, and the jobs that bring them there."""
+        ...
+
     def has_read(self, dest: Tensor, index: Sequence[Index]) -> bool:
         """Whether the elements at `index` are in `dest` now, read without `view`; False where that cannot be."""
         ...
@@ -66,6 +70,9 @@ class TensorSource:
             )
             raise ValueError(f"a source was announced as {expected} and delivers {found}")
         return tensor.detach()
+
+    def lent(self, index: Sequence[Index], dtype: torch.dtype) -> None:
+        """None: this memory is its owner's."""
 
     def has_read(self, dest: Tensor, index: Sequence[Index]) -> bool:
         return False

@@ -34,6 +34,9 @@ class Spread:
         self.has_read(whole, [range(size) for size in self.shape])
         return whole
 
+    def lent(self, index: Sequence[Index], dtype: torch.dtype) -> None:
+        """None: no rank has the whole."""
+
     def has_read(self, dest: Tensor, index: Sequence[Index]) -> bool:
         """Always true: the elements at `index` are in `dest` then, on every rank."""
         dest.copy_(self._collected(index))
