@@ -22,7 +22,7 @@ from parallel_plans.boundary import Boundary, Forward, Site
 from parallel_plans.collectives import Axis
 from parallel_plans.compiling import tracer, untraced
 from parallel_plans.counts import localize_counts
-from parallel_plans.forks import Along, in_fork_scope, opens_fork_scope
+from parallel_plans.forks import Along, in_fork_scope, opens_fork_scope, traced_fork_scope
 from parallel_plans.laid_out import LaidOut
 from parallel_plans.lanes import linear_lane
 from parallel_plans.local_parameters import LocalParameters
@@ -127,8 +127,11 @@ def _scoped(
 
     def run(*args: Any, **kwargs: Any) -> Any:
         if has_forks and torch.is_grad_enabled() and opens_fork_scope():
+            if torch.compiler.is_compiling():
+                with traced_fork_scope():  # traced whole, or not at all
+                    return run(*args, **kwargs)
             # what a scope remembers is not what a tracer sees, so a layer that is not traced whole is not traced at all
-            if not torch.compiler.is_compiling() and tracer():
+            if tracer():
                 return untraced(run, *args, **kwargs)
             return in_fork_scope(run, args, kwargs, laid_out)
         if waits is not None and waits.hold(module):

@@ -86,8 +86,6 @@ def in_fork_scope(
     forward: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], laid_out: LaidOut | None = None
 ) -> Any:
     """What `forward` gives, with `replicate_once` giving one R per value, and parameters laid out before."""
-    if torch.compiler.is_compiling():
-        return _in_traced_scope(forward, args, kwargs)
     _scope.forks = _Forks()
     try:
         if laid_out is not None:
@@ -97,11 +95,13 @@ def in_fork_scope(
         _scope.forks = None
 
 
-def _in_traced_scope(forward: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+@contextmanager
+def traced_fork_scope() -> Iterator[None]:
+    """The same inside the block, while torch.compile traces it."""
     _scope.traced = traced = TracedForks()
     try:
         with traced:  # what `with` gives is lost on a tracer
-            return forward(*args, **kwargs)
+            yield
     finally:
         _scope.traced = None
 
