@@ -16,13 +16,13 @@ from .turns import Make, Seen, run
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A case: lap -> median seconds of each side, ratios of them, and whether the answers are right."""
+    """A case: the seconds of each side's turns by lap, ratios of them, and whether the answers are right."""
 
     model: str
     split: str
     ranks: int
     storage: str
-    seconds: dict[str, dict[str, float]]
+    seconds: dict[str, dict[str, list[float]]]
     # how many times as fast as the others, by lap
     of_transformers: dict[str, float]
     of_one_process: dict[str, float]
@@ -41,7 +41,7 @@ def row_of(case: Case, seen: dict[str, list[Seen]], laps: Iterable[str], toleran
         split=case.split,
         ranks=case.ranks,
         storage=case.storage,
-        seconds={lap: {side: median(slowest[side][lap]) for side in SIDES} for lap in laps},
+        seconds={lap: {side: slowest[side][lap] for side in SIDES} for lap in laps},
         of_transformers={lap: _times(slowest[THEIRS][lap], slowest[OURS][lap]) for lap in laps},
         of_one_process={lap: _times(slowest[ALONE][lap], slowest[OURS][lap]) for lap in laps},
         is_right={
