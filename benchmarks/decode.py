@@ -1,10 +1,11 @@
-"""Tokens per second of a real model, beside transformers' own parallelism and beside one process. Ratios, never seconds.
+"""Tokens per second of real models, beside transformers' own parallelism and one process. Ratios, never seconds.
 
 python benchmarks/decode.py [CASE ...] [--repeats 9] [--quick] [--json FILE]
 
-`make test` fetches SmolLM2-135M-Instruct and makes a mixture of it (examples/get_smollm2.py, examples/upcycle.py); both
-are looked for in .cache. The ranks of a case are spawned (gloo, one thread each) and have the model three times: as this
-project splits it, as transformers does, and whole, on the first rank alone. The sides take turns.
+The models are SmolLM2-135M-Instruct, which `make test` fetches (or examples/get_smollm2.py), and a mixture of half a
+billion random parameters, 32 experts in each of 16 layers. The ranks of a case are spawned (gloo, one thread each) and
+have the model three times: as this project splits it, as transformers does, and whole, on the first rank alone. The
+sides take turns.
 
     prefill   of a text: its tokens at once, and the token that follows
     decode    greedy, one token after the other, on the cache that the prefill left

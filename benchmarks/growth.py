@@ -10,9 +10,9 @@ is Python and dispatch. CPU time of the process counts, the least of the repeats
     decode     a step that writes one token, with a cache of 8
     training   forward and backward of 8 tokens
 
-What is printed is how many times as long the largest takes as the smallest, and the exponent: the slope of a line through
-the upper half of the sizes, on a logarithmic scale; 1 is as fast as the size itself. Exit status 1 where one is above
-`LIMIT`. `--plot` draws all sizes and needs matplotlib (the extra `benchmarks`).
+What is printed is how many times as long the largest takes as the smallest, and the exponent: the slope of a line
+through the upper half of the sizes, on a logarithmic scale; 1 is as fast as the size itself. Exit status 1 where one is
+above `LIMIT`. `--plot` draws all sizes and needs matplotlib (the extra `benchmarks`).
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ from parallel_plans.mesh import start_place, views_for
 from parallel_plans.model_spec import describe
 from parallel_plans.resolve import resolve
 from parallel_plans.table import Table
+from parallel_plans.together import check_together
 
 LIMIT = 1.15  # an exponent this far above 1 is still a line, measured on a machine that does other things
 QUICK = 3  # sizes
@@ -154,7 +155,7 @@ def _model(case: Case) -> Any:
 
 def _resolved(case: Case, model: Any) -> Table:
     plan = load_plan(bundled_folder() / f"{case.model_type}.yaml")
-    return resolve(plan, describe(model), views_for(case.tp, case.ep).sizes)
+    return check_together(resolve(plan, describe(model), views_for(case.tp, case.ep).sizes))
 
 
 def _applied(case: Case, model: Any, table: Table) -> Any:

@@ -2,8 +2,9 @@
 
 python benchmarks/train_step.py [CASE ...] [--repeats 5] [--quick] [--json FILE]
 
-Models, ranks and turns are those of `decode.py`. A step is a forward and a backward pass of a text and a step of AdamW,
-as torch does it by default; every side trains its own copy, from the same weights, with the same text.
+Models, ranks and turns are those of `decode.py`. A step is a forward and a backward pass of a text and a step of AdamW
+(the mixture: SGD, for memory), as torch does it by default; every side trains its own copy, from the same weights, with
+the same text.
 
     step        all of it
     forward     its parts
@@ -11,8 +12,8 @@ as torch does it by default; every side trains its own copy, from the same weigh
     optimizer
 
 What is printed is how many times as fast this project is: the median over the turns of the ratio of one turn to the
-other's beside it, where a turn takes as long as its slowest rank. The losses of all steps are compared with those of one
-process, so gradients and updates are compared too. Exit status 1 where one differs, or where transformers is not
+other's beside it, where a turn takes as long as its slowest rank. The losses of all steps are compared with those of
+one process, so gradients and updates are compared too. Exit status 1 where one differs, or where transformers is not
 slower; of parts nothing is asked.
 """
 

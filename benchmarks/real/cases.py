@@ -19,13 +19,15 @@ ROOT = Path(__file__).resolve().parents[2]
 OURS, THEIRS, ALONE = SIDES = ("parallel_plans", "transformers", "one process")
 
 # what is read, cut to as many tokens as are asked for
-TEXT = """A model that is too large for one machine is split: each process keeps a part of every matrix, computes what it
-can with it, and tells the others what they lack. Done well, nobody who looks at the answers can tell how many processes
-there were. Done badly, the answers are nearly right, which is worse than wrong, since it takes weeks until somebody asks
-why the model is not as good as it should be. So everything that is split is written down in a plan, line by line, and
-the plan is checked before the first weight is read. A plan says which matrices are cut along their rows and which along
+TEXT = """
+A model that is too large for one machine is split: each process keeps a part of every matrix, computes what it can with
+it, and tells the others what they lack. Done well, nobody who looks at the answers can tell how many processes there
+were. Done badly, the answers are nearly right, which is worse than wrong, since it takes weeks until somebody asks why
+the model is not as good as it should be. So everything that is split is written down in a plan, line by line, and the
+plan is checked before the first weight is read. A plan says which matrices are cut along their rows and which along
 their columns, where values are added up, and what every process keeps whole. What is written down can be compared,
-discussed and corrected; what a program decides by itself, in a hurry, cannot. It is the same with bridges and ships."""
+discussed and corrected; what a program decides by itself, in a hurry, cannot. It is the same with bridges and ships.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +118,7 @@ def tokens_of(case: Case, length: int) -> Tensor:
     assert case.folder is not None
     if case.config:
         return torch.randint(3, case.config["vocab_size"], (1, length), generator=torch.Generator().manual_seed(0))
-    ids = AutoTokenizer.from_pretrained(case.folder)(TEXT, return_tensors="pt")["input_ids"][:, :length]
+    ids = AutoTokenizer.from_pretrained(case.folder)(TEXT.strip(), return_tensors="pt")["input_ids"][:, :length]
     if ids.shape[1] < length:
         raise SystemExit(f"the text has {ids.shape[1]} tokens, not {length}")
     return ids

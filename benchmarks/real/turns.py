@@ -61,7 +61,9 @@ def run(make: Make, case: Case, repeats: int) -> dict[str, list[Seen]]:
 
 def _on_rank(rank: int, make: Make, case: Case, repeats: int, meeting: Path) -> None:
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(case.ranks), LOCAL_WORLD_SIZE=str(case.ranks))
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(case.ranks), LOCAL_WORLD_SIZE=str(case.ranks)
+    )
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     store = dist.FileStore(str(meeting), case.ranks)
