@@ -31,7 +31,7 @@ def verdict() -> Iterator[Any]:
 def row(
     verdict: Any, ours: list[list[float]], theirs: list[float], answers: dict[str, list[float]] | None = None
 ) -> Any:
-    """The row of a case with one lap, `step`: the seconds of each of our ranks, of transformers, and 8 of one process."""
+    """The row of a case with one lap, `step`: seconds of each of our ranks, of transformers, 8 of one process."""
     said = {"parallel_plans": [1.0], "transformers": [1.0], "one process": [1.0], **(answers or {})}
     seconds = {"parallel_plans": ours, "transformers": [theirs], "one process": [[8.0] * len(theirs)]}
     seen = {
