@@ -25,7 +25,7 @@ from real.cases import Case, tokens_of
 from real.turns import Clock, Turn
 from real.verdict import parser_of, told
 
-PROMPT, NEW = 128, 24  # tokens
+PROMPT, NEW = 128, 16  # tokens
 LAPS = ("prefill", "decode")
 
 
