@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 
+import transformers
+
 from .cases import ALONE, CASES, OURS, SIDES, THEIRS, Case, quick, written
 from .turns import Make, Seen, run
 
@@ -96,6 +98,7 @@ def told(
     """The exit status, after all cases were run and told of: 1 where a goal is missed or an answer is not right."""
     if unknown := set(arguments.cases) - set(CASES):
         raise SystemExit(f"no such case: {', '.join(sorted(unknown))}")
+    transformers.utils.logging.disable_progress_bar()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for name in arguments.cases or CASES:
