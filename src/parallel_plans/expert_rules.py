@@ -37,6 +37,9 @@ class ExpertRules:
         self._identities = _with_role(dense.modules, "identity")
         self._dense_around = _with_role(dense.modules, "block")
         self._owners = {name.rpartition(".")[0] for name in self.weights} | set(self.blocks)
+        # looked up by what stands above: a model has hundreds of layers, and each asks for its own
+        self._weights_below, self._blocks_below = by_prefix(self.weights), by_prefix(self.blocks)
+        self._routers_below, self._identities_below = by_prefix(self.routers), by_prefix(self._identities)
 
     def holds(self, name: str) -> bool:
         """Whether a module or parameter is an expert's: a rule deals it, or it lies within what a rule deals."""
@@ -58,10 +61,10 @@ class ExpertRules:
     def block_of(self, router: str) -> str | None:
         """The experts that a router sends tokens to: those that lie beside it."""
         beside = router.rpartition(".")[0]
-        return next((block for block in self.blocks if is_within(block, beside)), None)
+        return next(iter(self._blocks_below.get(beside, ())), None)
 
     def _below(self, prefix: str) -> list[str]:
-        return [name for name in self.weights if is_within(name, prefix)]
+        return self._weights_below.get(prefix, [])
 
     def dealt(self, name: str, style: Style) -> Split | None:
         """Which experts each rank of `ep` holds, for a router or experts; counted in experts, not in rows."""
@@ -87,12 +90,13 @@ class ExpertRules:
         Where one lies away from those that are dealt, the rule of the block stands too high: it comes with that rule,
         and with the module in which experts are dealt.
         """
+        below = by_prefix(self.spec.parameters)
         for block, rule in {**self._dense_around, **self.around, **self.blocks}.items():
             dealt = self._below(block)
             if block not in self.blocks and not dealt:
                 continue
-            for name in self.spec.parameters:
-                if not is_within(name, block) or name in self.weights:
+            for name in below.get(block, ()):
+                if name in self.weights:
                     continue
                 if block in self.blocks or self._stacks(name):
                     home = self._home(name, dealt)
@@ -171,13 +175,13 @@ class ExpertRules:
         if style.role == "experts":
             beside = name.rpartition(".")[0]
             return {
-                "is_routed": any(is_within(router, beside) for router in self.routers),
-                "has_identities": any(is_within(each, name) for each in self._identities),
+                "is_routed": beside in self._routers_below,
+                "has_identities": name in self._identities_below,
                 "is_in_block": any(each in self.around or each in self._dense_around for each in prefixes(name)),
             }
         if style.role == "router":
             block = self.block_of(name)
-            return {"has_identities": any(block and is_within(each, block) for each in self._identities)}
+            return {"has_identities": bool(block) and block in self._identities_below}
         return {}
 
     def is_joint(self, name: str, style: Style) -> bool:
@@ -204,6 +208,19 @@ def prefixes(name: str) -> Iterator[str]:
     while name:
         yield name
         name = name.rpartition(".")[0]
+
+
+def by_prefix(names: Iterable[str]) -> dict[str, list[str]]:
+    """Each name above some of the names, these and the root's among them: those of the names that are within it.
+
+    >>> by_prefix(["a.b", "a.c"])
+    {'a.b': ['a.b'], 'a': ['a.b', 'a.c'], '': ['a.b', 'a.c'], 'a.c': ['a.c']}
+    """
+    found: dict[str, list[str]] = {}
+    for name in names:
+        for prefix in (*prefixes(name), ""):
+            found.setdefault(prefix, []).append(name)
+    return found
 
 
 def is_within(name: str, prefix: str) -> bool:

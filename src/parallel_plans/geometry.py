@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 from parallel_plans.expressions import ExpressionError, evaluate_size
@@ -53,6 +53,12 @@ def _runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
     return [
         pair for run in runs for pair in ([(run[0], run[-1])] if len(run) > 2 else [(number, number) for number in run])
     ]
+
+
+@lru_cache(maxsize=1024)
+def _split_of(dim: int, axis: str, ranks: int, parts: tuple[int, ...], units: tuple[int, ...]) -> Split:
+    """The split of a dim made of these parts: made once for all layers, since each says what every rank holds."""
+    return split_dim(dim=dim, size=sum(parts), axis=axis, ranks=ranks, parts=parts, units=units)
 
 
 @cache
@@ -119,7 +125,7 @@ class Geometry:
                 raise self._too_few(part, unit, dim, style, _sizes_for(self.axis, parts, units))
         if self.ranks == 1:
             return None
-        return split_dim(dim=dim, size=shape[dim], axis=self.axis, ranks=self.ranks, parts=parts, units=units)
+        return _split_of(dim, self.axis, self.ranks, parts, units)
 
     def _parts(self, size: int, dim: int, given: Any) -> tuple[int, ...]:
         if isinstance(given, (list, tuple)):

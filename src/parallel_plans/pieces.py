@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from fractions import Fraction
 from functools import cached_property
 
 from parallel_plans.geometry import CannotSplit, Geometry, sizes_that_do
@@ -76,15 +75,15 @@ class Piece:
         return self.tried[question]
 
 
-def _shares(split: Split) -> list[list[tuple[Fraction, Fraction]]]:
-    return [[(Fraction(a, split.size), Fraction(b, split.size)) for a, b in rank] for rank in split.ranges]
+def _scaled(split: Split, factor: int) -> list[list[tuple[int, int]]]:
+    return [[(start * factor, stop * factor) for start, stop in rank] for rank in split.ranges]
 
 
 def is_in_proportion(one: Split | None, other: Split | None) -> bool:
     """Whether every rank holds the same share of both; none of either counts as the same."""
     if one is None or other is None:
         return one is other
-    return _shares(one) == _shares(other)
+    return one is other or _scaled(one, other.size) == _scaled(other, one.size)
 
 
 def pairs_up(one: Split, other: Split) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from parallel_plans.expert_rules import is_within, prefixes
+from parallel_plans.expert_rules import by_prefix, prefixes
 from parallel_plans.styles.base import DELAY
 from parallel_plans.table import ModuleEntry, Table
 
@@ -37,10 +37,10 @@ def forking_modules(model: nn.Module, table: Table) -> set[str]:
     parents = Counter(name.rpartition(".")[0] for name in acting)
     forking = {name for name, count in parents.items() if count > 1}
     forking |= {name for name, entry in table.acting() if entry.style.role == "block"}
+    above = {prefix for parent in parents for prefix in prefixes(parent.rpartition(".")[0])}
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList):
-            layers = (joined(name, own) for own, _ in module.named_children())
-            forking |= {layer for layer in layers if any(parent.startswith(f"{layer}.") for parent in parents)}
+            forking |= above.intersection(joined(name, own) for own, _ in module.named_children())
     return {name for name in forking if not any(above in forking for above in _above(name))}
 
 
@@ -66,10 +66,8 @@ def summing_modules(model: nn.Module, table: Table) -> dict[str, tuple[str, ...]
     outermost = {stack for stack in stacks if not any(above in stacks for above in list(prefixes(stack))[1:])}
     around = {above for stack in outermost if len(parts.get(stack, ())) > 1 for above in (*prefixes(stack), "")}
     found = {name for name in parts if (len(parts[name]) > 1 or name in blocks) and name not in around | stacks}
-    return {
-        above: tuple(name[len(above) :].lstrip(".") for name in delivering if name != above and is_within(name, above))
-        for above in found
-    }
+    below = by_prefix(delivering)
+    return {above: tuple(name[len(above) :].lstrip(".") for name in below[above] if name != above) for above in found}
 
 
 def _delivers_sum(entry: ModuleEntry) -> bool:

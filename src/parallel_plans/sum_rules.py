@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from parallel_plans.accounting import Report
-from parallel_plans.expert_rules import is_within, prefixes
+from parallel_plans.expert_rules import prefixes
 from parallel_plans.table import ModuleEntry, ParameterEntry, Table, wildcarded
 from parallel_plans.views import BLOCK_AXIS, EXPERT_TENSOR_AXIS
 
@@ -57,9 +57,8 @@ def report_unsummed(report: Report, table: Table) -> None:
         use, owner, layer = entry.uses[0], name.rpartition(".")[0], layer_of(name)
         if use.letter != "S" or not use.style.makes_partial:
             continue
-        if any(each in summing for each in prefixes(owner)) or any(
-            not each or is_within(each, layer) for each in layers
-        ):
+        is_summed_in_layer = "" in layers or layer in layers or (not layer and bool(layers))
+        if is_summed_in_layer or any(each in summing for each in prefixes(owner)):
             continue
         report.add(
             "PP114",
