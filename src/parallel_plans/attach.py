@@ -127,7 +127,7 @@ def _scoped(
 
     def run(*args: Any, **kwargs: Any) -> Any:
         if has_forks and torch.is_grad_enabled() and opens_fork_scope():
-            if torch.compiler.is_compiling():
+            if torch.compiler.is_dynamo_compiling():
                 with traced_fork_scope():  # traced whole, or not at all
                     return run(*args, **kwargs)
             # what a scope remembers is not what a tracer sees, so a layer that is not traced whole is not traced at all
@@ -135,7 +135,7 @@ def _scoped(
                 return untraced(run, *args, **kwargs)
             return in_fork_scope(run, args, kwargs, laid_out)
         if waits is not None and waits.hold(module):
-            if not torch.compiler.is_compiling() and tracer():
+            if not torch.compiler.is_dynamo_compiling() and tracer():
                 return untraced(run, *args, **kwargs)
             return waits.run(module, functools.partial(forward, *args, **kwargs))
         return forward(*args, **kwargs)
@@ -216,14 +216,23 @@ _READ = re.compile(r"\bself\.(\w+)\.(\w+)\b")
 
 
 @functools.cache
-def _reads(kind: Any) -> frozenset[tuple[str, str]]:
-    """Every `self.child.name` in the methods of a module class: some read a child's weight instead of calling it."""
-    found: set[tuple[str, str]] = set()
-    for name, method in vars(kind).items():
-        if inspect.isfunction(method) and name != "__init__":
-            with contextlib.suppress(OSError, TypeError):  # code that came without its source
-                found.update(_READ.findall(inspect.getsource(method)))
-    return frozenset(found)
+def _reads(method: Any) -> frozenset[tuple[str, str]]:
+    """Every `self.child.name` in a method: some read a child's weight instead of calling it."""
+    with contextlib.suppress(OSError, TypeError):  # code that came without its source
+        return frozenset(_READ.findall(inspect.getsource(method)))
+    return frozenset()
+
+
+@functools.cache
+def _mentions(kind: Any) -> tuple[tuple[Any, frozenset[str]], ...]:
+    """The methods that a class itself defines, each with the names that its code mentions; to read those is quick."""
+    own = ((name, inspect.unwrap(method)) for name, method in vars(kind).items() if inspect.isfunction(method))
+    return tuple((method, _names_in(method.__code__)) for name, method in own if name != "__init__")
+
+
+def _names_in(code: Any) -> frozenset[str]:
+    within = (_names_in(each) for each in code.co_consts if inspect.iscode(each))
+    return frozenset(code.co_names).union(*within)
 
 
 @functools.cache
@@ -237,12 +246,14 @@ def _methods(kind: Any) -> frozenset[str]:
 def _children_read_by(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The children whose parameters the module's own code reads, each once."""
     kinds: list[Any] = [kind for kind in type(module).__mro__ if issubclass(kind, nn.Module)]
-    read = {names for kind in kinds for names in _reads(kind)}
+    methods = [each for kind in kinds for each in _mentions(kind)]
     for name, child in module.named_children():
         kind: Any = type(child)
         own = {own for own, parameter in child._parameters.items() if parameter is not None}
         # what it reads by itself, or through a method of the child, which does not go by the child's forward
-        if any((name, each) in read for each in own | _methods(kind)) and own:
+        wanted = own | _methods(kind) if own else set()
+        asked = (method for method, names in methods if name in names and not wanted.isdisjoint(names))
+        if any((name, each) in _reads(method) for method in asked for each in wanted):
             yield name, child
 
 

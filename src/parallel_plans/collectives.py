@@ -166,7 +166,7 @@ def all_reduce(value: Tensor, axis: Axis, *, in_place: bool = False) -> Tensor:
     """The sum of every rank's `value`; `in_place` only where nobody else holds `value`."""
     if not in_place or not value.is_contiguous():
         value = value.clone(memory_format=torch.contiguous_format)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         dist.all_reduce(value, group=axis.group)
     else:
         _add_up(value, axis)
@@ -186,7 +186,7 @@ def _add_up(value: Tensor, axis: Axis) -> None:
 
 def _collect(stacked: Tensor, value: Tensor, axis: Axis) -> None:
     """Puts every rank's contiguous `value` into `stacked`, one after the other along dim 0."""
-    if axis.group is None or value.is_complex() or torch.compiler.is_compiling():
+    if axis.group is None or value.is_complex() or torch.compiler.is_dynamo_compiling():
         dist.all_gather_single(stacked, value, group=axis.group)
         return
     work = axis.group.all_gather_single(stacked, value, _GATHER)  # as above
@@ -277,7 +277,7 @@ def _applied(function: Any) -> Callable[..., Any]:
     apply = super(torch.autograd.Function, function).apply
 
     def run(*args: Any) -> Any:
-        is_plain = not (torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling())
+        is_plain = not (torch._C._are_functorch_transforms_active() or torch.compiler.is_dynamo_compiling())
         return apply(*args) if is_plain else function.apply(*args)
 
     return run
@@ -352,7 +352,7 @@ def reduce(value: Tensor, axis: Axis, *, in_place: bool = False) -> Tensor:
     `in_place` only where nobody else holds `value`, and the backward of what made it does not read it.
     """
     is_recorded = value.requires_grad and torch.is_grad_enabled()
-    if _listeners or torch.compiler.is_compiling() or (is_recorded and not (in_place and value.is_contiguous())):
+    if _listeners or torch.compiler.is_dynamo_compiling() or (is_recorded and not (in_place and value.is_contiguous())):
         return _Reduce.apply(value, axis) if is_recorded else all_reduce(value, axis, in_place=in_place)
     if not (in_place and value.is_contiguous()):
         value = value.clone(memory_format=torch.contiguous_format)

@@ -173,7 +173,7 @@ def replicate_once(value: Tensor, axis: Axis, along: Along | None = None) -> Ten
         if _scope.traced is not None and value.requires_grad and torch.is_grad_enabled():
             return _scope.traced.replicate_once(value, axis, () if along is None else along.parameters)
         return replicate(value, axis)
-    if torch.compiler.is_compiling():  # a part of what the scope is around is compiled
+    if torch.compiler.is_dynamo_compiling():  # a part of what the scope is around is compiled
         return untraced(replicate_once, value, axis, along)
     known = forks.at.get(_address(value))
     if known is not None:
@@ -223,7 +223,7 @@ def replicate_group(values: Sequence[Tensor], axis: Axis) -> tuple[Tensor, ...]:
         return _scope.traced.replicate_group(values, axis)
     if forks is None or not torch.is_grad_enabled():
         return tuple(replicate_once(value, axis) for value in values)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         return untraced(replicate_group, values, axis)
     new = [value for value in values if value.requires_grad and _is_new(forks, value, axis)]
     if len(new) > 1:
@@ -250,7 +250,7 @@ def remember_replicated(value: Tensor, axis: Axis, whole: Tensor) -> None:
     if _scope.traced is not None and value.requires_grad:
         _scope.traced.remember(value, axis, whole)
     elif forks is not None and value.requires_grad:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             untraced(remember_replicated, value, axis, whole)
         else:
             forks.add(whole, value, axis, is_all=False)
@@ -263,7 +263,7 @@ def whole_of(value: Tensor) -> Tensor:
     forks = _scope.forks
     if forks is None or not value.requires_grad:
         return value
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         return untraced(whole_of, value)
     for fork in forks.at.get(_address(value), ()):
         if _is(fork.replicated, fork.replicated_version, value):
@@ -282,7 +282,7 @@ def lay_out(parameters: Sequence[Tensor]) -> None:
 def in_use(parameter: Tensor) -> Tensor:
     """What is computed with in the place of a parameter: this rank's part."""
     forks = _scope.forks
-    if forks is None or torch.compiler.is_compiling():
+    if forks is None or torch.compiler.is_dynamo_compiling():
         return local_tensor(parameter)
     local = forks.parameters.get(id(parameter))
     return local_tensor(parameter) if local is None else local
@@ -295,6 +295,6 @@ def replicated_in_use(parameter: Tensor) -> Tensor | None:
     forks = _scope.forks
     if forks is None:
         return None
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         return untraced(replicated_in_use, parameter)
     return forks.replicated.get(id(parameter))

@@ -104,7 +104,7 @@ def local_tensor(value: Tensor) -> Tensor:
     """This rank's part of a parameter, with gradients where they are on; a plain tensor is its own part."""
     if not isinstance(value, DTensor):
         return value
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         return value.to_local()  # what follows is made for speed, and of what a compiler cannot trace
     if torch.is_grad_enabled() and value.requires_grad:
         return cast(Tensor, _Local.apply(value))

@@ -60,7 +60,7 @@ def sums_wait() -> bool:
 
 def sums_may_wait() -> bool:
     """Whether a `sum_scope` may be opened; not where torch.compile is tracing, which wants plain tensors."""
-    return not (SCOPE.is_barred or torch.compiler.is_compiling())
+    return not (SCOPE.is_barred or torch.compiler.is_dynamo_compiling())
 
 
 def deliver_sum(value: Tensor, axis: Axis, *, in_place: bool = False, delay: bool = True) -> Tensor:
@@ -70,7 +70,12 @@ def deliver_sum(value: Tensor, axis: Axis, *, in_place: bool = False, delay: boo
     on plain tensors. `in_place` as in `reduce`.
     """
     tally = SCOPE.tally
-    if tally is None or not delay or torch.compiler.is_compiling() or tally.is_recorded != torch.is_grad_enabled():
+    if (
+        tally is None
+        or not delay
+        or torch.compiler.is_dynamo_compiling()
+        or tally.is_recorded != torch.is_grad_enabled()
+    ):
         return reduce(value, axis, in_place=in_place)
     delivered = partial(value, axis)
     if isinstance(delivered, Partial):

@@ -30,7 +30,7 @@ _LAST = frozenset({"SumBackward1", "IndexAddBackward0", "ToCopyBackward0"})
 
 def _is_new(output: Tensor, given: tuple[Any, ...]) -> bool:
     """Whether the experts' output is nobody else's, so that it may be reduced where it lies."""
-    if torch.compiler.is_compiling():  # no address and no history to look at; a compiler sees to it by itself
+    if torch.compiler.is_dynamo_compiling():  # no address and no history to look at; a compiler sees to it by itself
         return False
     if output.grad_fn is not None:
         return output.grad_fn.name() in _LAST

@@ -13,7 +13,6 @@ from typing import Any
 
 from parallel_plans.errors import Finding
 from parallel_plans.plan import Rule
-from parallel_plans.sums import no_sum_scope
 from parallel_plans.table import Table, wildcarded
 from parallel_plans.verify.blame import rule_at
 from parallel_plans.verify.flow import Flow
@@ -53,7 +52,7 @@ def check_layouts(subject: Subject, times: dict[str, int], shorter: Subject | No
     """
     ranks = sorted({0, subject.views.world - 1})
     subject, views = _short_enough(subject, shorter)
-    seen = [_followed(subject, rank, views) for rank in ranks]
+    seen = [follow(subject, rank, views) for rank in ranks]
     findings = [finding for each in seen[:1] for finding in _of_rank(each)]
     findings += [each for each in _of_rank(seen[-1]) if not _is_told(each, findings)] if len(seen) > 1 else []
     if not findings and len(seen) > 1:
@@ -65,16 +64,6 @@ def check_layouts(subject: Subject, times: dict[str, int], shorter: Subject | No
     findings += [_unproven(seen[0].table, name, modules) for name, modules in unproven.items()]
     depends = any(each.crash is not None and isinstance(each.crash[1], LOOKS_AT_VALUES) for each in seen)
     return Layouts(findings=findings, flow=Flow(steps=tuple(seen[0].steps), times=times), depends_on_values=depends)
-
-
-def _followed(subject: Subject, rank: int, views: Seen | None) -> Followed:
-    """A step of one rank; where something is wrong in it, one in which no sum waits, which better tells where."""
-    followed = follow(subject, rank, views)
-    if not followed.tracker.problems:
-        return followed
-    with no_sum_scope():
-        at_once = follow(subject, rank, views)
-    return at_once if at_once.tracker.problems else followed
 
 
 def _short_enough(subject: Subject, shorter: Subject | None) -> tuple[Subject, Seen]:
