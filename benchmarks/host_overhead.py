@@ -4,7 +4,8 @@ python benchmarks/host_overhead.py [--models llama,qwen3_moe] [--repeats 30] [--
 
 One process is rank 0 of two on a fake process group, which says nothing to anybody: what is measured is what a rank's
 own Python and dispatch cost. Models are so narrow that arithmetic takes next to no time. The floor is the same model
-with the local shapes and no parallelism. All take turns, step by step; what is printed are medians over the repeats.
+with the local shapes and no parallelism. All take turns, eight steps at a time; what is printed is the
+median over the turns of a side's time over the floor's beside it.
 
     decode    one token, with a cache of 8
     training  forward and backward of 8 tokens
@@ -138,8 +139,8 @@ def training(model: Any, tokens: Tensor) -> Step:
 STEP_KINDS: dict[str, Callable[[Any, Tensor], Step]] = {"decode": decode, "training": training}
 
 
-def seconds(steps: dict[str, Step], repeats: int) -> dict[str, float]:
-    """The median CPU seconds of each side's step; the sides take turns."""
+def seconds(steps: dict[str, Step], repeats: int) -> dict[str, list[float]]:
+    """The CPU seconds of each side's step, turn by turn; the sides take turns."""
     for step in steps.values():
         for _ in range(WARM_UP):
             step()
@@ -155,21 +156,21 @@ def seconds(steps: dict[str, Step], repeats: int) -> dict[str, float]:
                 found[side].append((time.process_time() - start) / STEPS)
     finally:
         gc.enable()
-    return {side: median(each) for side, each in found.items()}
+    return found
 
 
 def ratios(name: str, repeats: int) -> list[Ratio]:
-    """What each side's steps take in times of the floor's."""
+    """What each side's steps take in times of the floor's: the median over the turns, each beside the floor's own."""
     tokens = torch.randint(1, VOCAB, (1, LENGTH), generator=torch.Generator().manual_seed(0))
     found = []
     with tempfile.TemporaryDirectory() as folder:
         models = sides_of(name, Path(folder))
         for kind, make in STEP_KINDS.items():
             took = seconds({side: make(model, tokens) for side, model in models.items()}, repeats)
-            for side, each in took.items():
+            for side, turns in took.items():
                 limit = LIMITS.get((kind, side))
-                ratio = each / took[FLOOR]
-                found.append(Ratio(model=name, step=kind, side=side, seconds=each, ratio=ratio, limit=limit))
+                ratio = median(one / floor for one, floor in zip(turns, took[FLOOR], strict=True))
+                found.append(Ratio(model=name, step=kind, side=side, seconds=median(turns), ratio=ratio, limit=limit))
     return found
 
 

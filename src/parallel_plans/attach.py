@@ -134,7 +134,11 @@ def _scoped(
             if tracer():
                 return untraced(run, *args, **kwargs)
             return in_fork_scope(run, args, kwargs, laid_out)
-        if waits is not None and waits.hold(module):
+        if waits is None or torch.compiler.is_dynamo_compiling():
+            return forward(*args, **kwargs)
+        if waits.is_idle and not (module.training or torch.is_grad_enabled()):
+            return forward(*args, **kwargs)
+        if waits.hold(module):
             if not torch.compiler.is_dynamo_compiling() and tracer():
                 return untraced(run, *args, **kwargs)
             return waits.run(module, functools.partial(forward, *args, **kwargs))

@@ -33,6 +33,7 @@ class Waits:
 
     def __init__(self, delivering: tuple[str, ...]) -> None:
         self.delivering = delivering
+        self.is_idle = False  # outside of training and without autograd, where every bit of host time counts
         self._found: dict[_Mode, bool] = {}
         self._again: set[_Mode] = set()  # where the last run was a trial in vain, which backward may compute again
 
@@ -75,6 +76,7 @@ class Waits:
                 guard.end(keep=self._found.get(mode, False))
         if not self._found[mode]:
             self._again.add(mode)
+            self.is_idle |= mode == (False, False)
         return output
 
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from parallel_plans.boundary import Arguments, Boundary, Forward, Keywords, Site
 from parallel_plans.collectives import declare, gather, take_own, vouch
+from parallel_plans.compiling import untraced
 from parallel_plans.experts.alignment import allow_any_width
 from parallel_plans.experts.call import ExpertsCall
 from parallel_plans.experts.exchange import Exchange, exchange_of
@@ -50,6 +51,8 @@ class DispatchBoundary(Boundary):
         self.align_size = int(site.options.get("align_size", 1))
 
     def __call__(self, forward: Forward, args: Arguments, kwargs: Keywords) -> Any:
+        if torch.compiler.is_dynamo_compiling():  # how many rows travel is known when they do
+            return untraced(self, forward, args, kwargs)
         call = ExpertsCall(args, kwargs)
         call = call.mapped(lambda value: self._vouched(value, "V", "I"))
         if call.sizes is not None:
