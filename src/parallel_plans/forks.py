@@ -281,11 +281,14 @@ def lay_out(parameters: Sequence[Tensor]) -> None:
 
 def in_use(parameter: Tensor) -> Tensor:
     """What is computed with in the place of a parameter: this rank's part."""
+    if type(parameter) is DTensor and not (torch.is_grad_enabled() or torch.compiler.is_dynamo_compiling()):
+        return parameter._local_tensor
     forks = _scope.forks
-    if forks is None or torch.compiler.is_dynamo_compiling():
-        return local_tensor(parameter)
-    local = forks.parameters.get(id(parameter))
-    return local_tensor(parameter) if local is None else local
+    if forks is not None and not torch.compiler.is_dynamo_compiling():
+        local = forks.parameters.get(id(parameter))
+        if local is not None:
+            return local
+    return local_tensor(parameter)
 
 
 def replicated_in_use(parameter: Tensor) -> Tensor | None:

@@ -45,22 +45,20 @@ def linear_lane(own: LocalParameters, forward: Forward, boundaries: tuple[Bounda
 
 def _plain(module: nn.Linear) -> Forward:
     def run(input: Tensor) -> Tensor:
-        kept: dict[str, Any] = module._parameters
-        weight, bias = kept["weight"], kept["bias"]
-        return functional.linear(input, _local(weight), None if bias is None else _local(bias))
+        weight, bias = _kept(module)
+        return functional.linear(input, weight, bias)
 
     return run
 
 
 def _colwise(module: nn.Linear, axis: Axis, along: Along | None) -> Forward:
     def run(input: Tensor) -> Tensor:
-        kept: dict[str, Any] = module._parameters
-        weight, bias = kept["weight"], kept["bias"]
+        weight, bias = _kept(module)
         if type(input) is Partial:
             input = whole(input)
         if input.requires_grad and torch.is_grad_enabled():
             input = replicate_once(input, axis, along)
-        return functional.linear(input, _local(weight), None if bias is None else _local(bias))
+        return functional.linear(input, weight, bias)
 
     return run
 
@@ -69,23 +67,25 @@ def _rowwise(module: nn.Linear, site: Site, bias_is_after: bool) -> Forward:
     axis, delay = site.axis, site.may_delay
 
     def run(input: Tensor) -> Tensor:
-        kept: dict[str, Any] = module._parameters
-        weight, bias = kept["weight"], kept["bias"]
+        weight, bias = _kept(module)
         if type(input) is Partial:
             input = whole(input)
-        if bias is None:
-            output = functional.linear(input, _local(weight))
-            if SCOPE.tally is None:
-                return reduce(output, axis, in_place=True)
-            return deliver_sum(output, axis, in_place=True, delay=delay)
-        if not bias_is_after:
-            output = functional.linear(input, _local(weight), _local(bias))
-            return deliver_sum(output, axis, in_place=True, delay=delay)
-        output = deliver_sum(functional.linear(input, _local(weight)), axis, in_place=True, delay=delay)
-        return output + _local(bias).to(output.dtype)  # under autocast they differ
+        output = functional.linear(input, weight, None if bias_is_after else bias)
+        if SCOPE.tally is None:
+            output = reduce(output, axis, in_place=True)
+        else:
+            output = deliver_sum(output, axis, in_place=True, delay=delay)
+        return output + bias.to(output.dtype) if bias_is_after and bias is not None else output  # autocast: they differ
 
     return run
 
 
-def _local(parameter: Tensor) -> Tensor:
-    return parameter if type(parameter) is nn.Parameter else in_use(parameter)
+def _kept(module: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    """The weight and the bias that are computed with."""
+    kept: dict[str, Any] = module._parameters
+    weight, bias = kept["weight"], kept["bias"]
+    if type(weight) is not nn.Parameter:
+        weight = in_use(weight)
+    if bias is not None and type(bias) is not nn.Parameter:
+        bias = in_use(bias)
+    return weight, bias

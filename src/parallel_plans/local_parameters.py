@@ -56,13 +56,14 @@ class LocalParameters:
 
         def run(*args: Any, **kwargs: Any) -> Any:
             kept: dict[str, Any] = module._parameters
-            originals = {name: kept[name] for name in apart}
-            for name, parameter in originals.items():
-                kept[name] = in_use(parameter)
+            originals = [kept[name] for name in apart]
+            for name in apart:
+                kept[name] = in_use(kept[name])
             try:
                 return forward(*args, **kwargs)
             finally:
-                kept.update(originals)
+                for name, parameter in zip(apart, originals, strict=True):
+                    kept[name] = parameter
 
         return run
 
@@ -110,9 +111,12 @@ class LocalParameters:
         def run(*args: Any, **kwargs: Any) -> Any:
             kept: dict[str, Any] = module._parameters
             parameter = kept[name]
-            if (are_plain and not torch.is_grad_enabled()) or not isinstance(parameter, nn.Parameter):
-                return forward(*args, **kwargs)
-            kept[name] = self._in_use(name, parameter)
+            if not torch.is_grad_enabled():
+                if are_plain:
+                    return forward(*args, **kwargs)
+                kept[name] = in_use(parameter)
+            elif isinstance(parameter, nn.Parameter):  # if not, a module around has laid it out
+                kept[name] = self._in_use(name, parameter)
             try:
                 return forward(*args, **kwargs)
             finally:

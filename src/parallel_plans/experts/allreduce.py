@@ -68,19 +68,24 @@ class ExpertsBoundary(Boundary):
                 module._is_expert_parallel = True  # type: ignore[assignment]
 
     def around(self, forward: Forward) -> Forward:
-        """`forward` across this boundary; the shortest way without gradients, where every rank runs all experts."""
+        """`forward` across this boundary; the shortest way, where every rank runs all experts."""
         crossed = super().around(forward)
         if self.owned is not None:
             return crossed
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            if torch.is_grad_enabled():
-                return crossed(*args, **kwargs)
+            is_recorded = torch.is_grad_enabled()
+            if is_recorded:
+                call = ExpertsCall(args, kwargs, self.forms)
+                if call.weights is None or call.ids is None:
+                    return crossed(*args, **kwargs)
+                hidden, weights = replicate_group((call.hidden, call.weights), self.site.axis)
+                call = call.replaced(hidden, weights=weights)
+                args, kwargs = call.args, call.kwargs
             output = forward(*args, **kwargs)
-            given = (*args, *kwargs.values())
-            if isinstance(output, Tensor):
-                return self._sum(output, given)
-            return change_output(lambda value: self._sum(value, given), output)
+            if isinstance(output, Tensor) and (output.requires_grad or not is_recorded):
+                return self._sum(output, (*args, *kwargs.values()))
+            return change_output(lambda value: self._delivered(value, ExpertsCall(args, kwargs, self.forms)), output)
 
         return run
 
