@@ -176,3 +176,25 @@ def test_a_sum_that_waits_is_reduced_where_compiled_code_needs_it() -> None:
     for eager, got in run_on_ranks(of_sums, 2):
         assert torch.equal(eager, (torch.arange(6.0) * 6 + 1).exp())
         assert torch.equal(got, eager)
+
+
+def travelled() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("dp", "tp"))
+    model = tiny_model("qwen3_moe", tied=False)
+    plan = bundled_folder() / "qwen3_moe.yaml"
+    parallelize(model, plan, mesh, ep_plan="dispatch", ep_size=2, storage="local")
+    batch, found = tokens(), []
+    for run in (model, torch.compile(model, backend="aot_eager")):
+        model.zero_grad()
+        output = run(input_ids=batch, labels=batch, use_cache=False)
+        output.loss.backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        found.append({"logits": output.logits.detach(), **{name: g.clone() for name, g in gradients.items()}})
+    return found[0], found[1]
+
+
+def test_tokens_travel_in_a_compiled_model_as_they_do_without() -> None:
+    for eager, got in run_on_ranks(travelled, 2):
+        assert got.keys() == eager.keys()
+        for name, value in got.items():
+            assert_close(name, value, eager[name], relative=EXACT)
