@@ -18,7 +18,6 @@ from torch._subclasses.fake_tensor import (
 
 from parallel_plans.collectives import listening
 from parallel_plans.geometry import Geometry
-from parallel_plans.sums import no_sum_scope
 from parallel_plans.table import Table
 from parallel_plans.verify.flow import Mark, Value
 from parallel_plans.verify.letters.changes import shard_of
@@ -66,10 +65,7 @@ def seen_of_whole(subject: Subject, most: float = math.inf) -> Whole:
 
 
 def follow(subject: Subject, rank: int, views: Seen | None = None) -> Followed:
-    """A step of one rank, followed; `views` are those of the whole model.
-
-    Every sum is reduced where it is made: one that waits is the same sum, and what is wrong is told where it is.
-    """
+    """A step of one rank, followed; `views` are those of the whole model."""
     with fake_rank(subject, rank) as running, ExitStack() as stack:
         tracker = Tracker(subject.views, running.where, views)
         assert running.table is not None
@@ -80,7 +76,6 @@ def follow(subject: Subject, rank: int, views: Seen | None = None) -> Followed:
             stack.callback(handle.remove)
         stack.enter_context(listening(tracker))
         stack.enter_context(tracker)
-        stack.enter_context(no_sum_scope())
         try:
             output = running.step()
         except Exception as error:  # the code of a model raises any kind

@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,9 @@ from parallel_plans.model_spec import describe
 from parallel_plans.plan import Plan
 from parallel_plans.resolve import resolve
 from parallel_plans.state import full_state_dict, gathered, local_part, parallel_of
+from parallel_plans.sums import no_sum_scope
 from parallel_plans.table import Table
-from parallel_plans.verify.compare import FORWARD, GRADIENTS, RIGHT, WRITING, Run
+from parallel_plans.verify.compare import FORWARD, GRADIENTS, RIGHT, WRITING, Run, reached
 from parallel_plans.verify.observed import Inputs, Observed, StepFailed, backward, forward, write
 from parallel_plans.verify.saved import saved_and_loaded
 from parallel_plans.verify.threads import RankHung, run_on_threads
@@ -50,6 +52,7 @@ class Trial:
         saves: whether the weights are saved and loaded again, where the model is one of transformers.
         layers: which layers of the model its own are.
         fits: whether another plan would fit the model at its own size; asked of what is proposed instead.
+        waits: whether sums may wait for each other, as they do outside of the verifier.
     """
 
     plan: Plan
@@ -60,6 +63,7 @@ class Trial:
     saves: bool = False
     layers: tuple[int, ...] = ()
     fits: Callable[[Plan], bool] = lambda plan: True
+    waits: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +88,11 @@ def check_numerics(trial: Trial) -> Outcome:
     from parallel_plans.verify.tell import findings_of  # it tries other plans
 
     run = run_trial(trial, truths_of(trial))
+    if run.table is not None and reached(run)[0] != RIGHT:
+        at_once = replace(trial, waits=False)
+        again = run_trial(at_once, run.truths)
+        if reached(again)[0] != RIGHT:  # wrong without delayed sums too, and told where it is made
+            trial, run = at_once, again
     return Outcome(findings=list(findings_of(trial, run)), calls=list(run.calls))
 
 
@@ -137,7 +146,7 @@ def _on_rank(trial: Trial, table: Table, rank: int, seen: Sequence[Observed], un
     try:
         model = copy.deepcopy(trial.model)
         apply_table(model, table, _place(views), storage="local")
-        with in_float64():
+        with in_float64(), nullcontext() if trial.waits else no_sum_scope():
             _step(model, inputs, observed, until)
         if until > FORWARD:
             if len(trial.batches) > 1:
