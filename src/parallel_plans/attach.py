@@ -139,7 +139,7 @@ def _scoped(
         if waits.is_idle and not (module.training or torch.is_grad_enabled()):
             return forward(*args, **kwargs)
         if waits.hold(module):
-            if not torch.compiler.is_dynamo_compiling() and tracer():
+            if tracer():
                 return untraced(run, *args, **kwargs)
             return waits.run(module, functools.partial(forward, *args, **kwargs))
         return forward(*args, **kwargs)

@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor
 from parallel_plans.collectives import Axis, replicate, replicate_together
 from parallel_plans.compiling import untraced
 from parallel_plans.storage import local_tensor, local_tensors
-from parallel_plans.traced_forks import TracedForks
+from parallel_plans.traced_forks import TracedForks, shown
 
 if TYPE_CHECKING:
     from parallel_plans.laid_out import LaidOut
@@ -156,7 +156,7 @@ def _made_before(known: list[_Fork], value: Tensor, axis: Axis) -> Tensor | None
         if fork.axis is not axis:
             continue
         if fork.is_all and _is(fork.whole, fork.whole_version, value):
-            return _shown(fork.replicated, value)
+            return shown(fork.replicated, value)
         if _is(fork.replicated, fork.replicated_version, value):
             return value
     return None
@@ -240,10 +240,6 @@ def _is_new(forks: _Forks, value: Tensor, axis: Axis) -> bool:
     return known is None or (whole_of(value) is value and _made_before(known, value, axis) is None)
 
 
-def _shown(value: Tensor, like: Tensor) -> Tensor:
-    return value if value.shape == like.shape else value.view(like.shape)
-
-
 def remember_replicated(value: Tensor, axis: Axis, whole: Tensor) -> None:
     """Inside a scope, `value` is an R over `axis` from now on, and comes from the I `whole`."""
     forks = _scope.forks
@@ -267,7 +263,7 @@ def whole_of(value: Tensor) -> Tensor:
         return untraced(whole_of, value)
     for fork in forks.at.get(_address(value), ()):
         if _is(fork.replicated, fork.replicated_version, value):
-            return _shown(fork.whole, value)
+            return shown(fork.whole, value)
     return value
 
 

@@ -85,10 +85,10 @@ class TracedForks(TorchFunctionMode):
         if origin is not None:
             if origin[0] is axis:
                 return value
-            value = _shown(origin[1], value)
+            value = shown(origin[1], value)
         replicated = self._replicated(value, axis)
         if replicated is not None:
-            return _shown(replicated, value)
+            return shown(replicated, value)
         made = self._together([*(local_tensor(each) for each in along), value], axis)
         for index, each in enumerate(along):
             self.parameters.append((each, made[index]))
@@ -126,8 +126,9 @@ class TracedForks(TorchFunctionMode):
     def whole_of(self, value: Tensor) -> Tensor:
         """As `parallel_plans.forks.whole_of`."""
         origin = self._origin(value)
-        return value if origin is None else _shown(origin[1], value)
+        return value if origin is None else shown(origin[1], value)
 
 
-def _shown(value: Tensor, like: Tensor) -> Tensor:
+def shown(value: Tensor, like: Tensor) -> Tensor:
+    """The value in the shape of another that has as many elements."""
     return value if value.shape == like.shape else value.view(like.shape)

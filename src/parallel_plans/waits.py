@@ -43,8 +43,6 @@ class Waits:
 
     def hold(self, module: nn.Module) -> bool:
         """Whether sums wait in this run of the module."""
-        if torch.compiler.is_dynamo_compiling():
-            return False
         mode = module.training, torch.is_grad_enabled()
         if self._found.get(mode, True):
             return sums_may_wait()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from parallel_plans.boundary import Arguments, Boundary, Forward, Keywords, Site, change_first, change_output
-from parallel_plans.collectives import Axis, vouch
+from parallel_plans.collectives import vouch
 from parallel_plans.experts.alignment import allow_any_width
 from parallel_plans.experts.call import ExpertsCall
 from parallel_plans.experts.routing import Ownership, masked_routes, on_own_routes
@@ -69,18 +69,13 @@ class ExpertsBoundary(Boundary):
 
     def around(self, forward: Forward) -> Forward:
         """`forward` across this boundary; the shortest way, where every rank runs all experts."""
-        crossed = super().around(forward)
         if self.owned is not None:
-            return crossed
+            return super().around(forward)
 
         def run(*args: Any, **kwargs: Any) -> Any:
             is_recorded = torch.is_grad_enabled()
             if is_recorded:
-                call = ExpertsCall(args, kwargs, self.forms)
-                if call.weights is None or call.ids is None:
-                    return crossed(*args, **kwargs)
-                hidden, weights = replicate_group((call.hidden, call.weights), self.site.axis)
-                call = call.replaced(hidden, weights=weights)
+                call = self._entered(ExpertsCall(args, kwargs, self.forms))
                 args, kwargs = call.args, call.kwargs
             output = forward(*args, **kwargs)
             if isinstance(output, Tensor) and (output.requires_grad or not is_recorded):
@@ -90,14 +85,16 @@ class ExpertsBoundary(Boundary):
         return run
 
     def __call__(self, forward: Forward, args: Arguments, kwargs: Keywords) -> Any:
-        axis, call = self.site.axis, ExpertsCall(args, kwargs, self.forms)
-        # I -> R changes nothing but gradients
-        if torch.is_grad_enabled() and (call.ids is not None or not self.site.options["is_in_block"]):
-            call = self._used(call, axis)
+        call = ExpertsCall(args, kwargs, self.forms)
+        if torch.is_grad_enabled():  # I -> R changes nothing but gradients
+            call = self._entered(call)
         output = self._run(forward, call)
         return change_output(lambda value: self._delivered(value, call), output)
 
-    def _used(self, call: ExpertsCall, axis: Axis) -> ExpertsCall:
+    def _entered(self, call: ExpertsCall) -> ExpertsCall:
+        axis = self.site.axis
+        if call.ids is None and self.site.options["is_in_block"]:
+            return call
         if self.owned is not None and self.site.options["is_routed"]:
             # the router has made its weights R, which a layer that is computed again in backward no longer remembers
             return call.replaced(replicate_once(call.hidden, axis))
