@@ -33,7 +33,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import transformers
-from host_overhead import LENGTH, STEP_KINDS
+from host_overhead import LENGTH, SIZES, STEP_KINDS
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import CONFIG_MAPPING
 
@@ -50,18 +50,7 @@ LIMIT = 1.15  # an exponent this far above 1 is still a line, measured on a mach
 QUICK = 3  # sizes
 WARM_UP = 2
 
-_NARROW: dict[str, Any] = {
-    "vocab_size": 128,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "tie_word_embeddings": False,
-    "pad_token_id": 0,
-}
+_NARROW: dict[str, Any] = {**SIZES, "num_hidden_layers": 4}
 _EXPERTS: dict[str, Any] = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 # a head, and an expert, for each of the most ranks
 _WIDE = {"vocab_size": 512, "hidden_size": 512, "intermediate_size": 512, "num_hidden_layers": 2, "head_dim": 2}

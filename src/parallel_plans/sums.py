@@ -53,11 +53,6 @@ def no_sum_scope() -> Iterator[None]:
         SCOPE.tally, SCOPE.is_barred = before
 
 
-def sums_wait() -> bool:
-    """Whether a `sum_scope` is open."""
-    return SCOPE.tally is not None
-
-
 def sums_may_wait() -> bool:
     """Whether a `sum_scope` may be opened; not where torch.compile is tracing, which wants plain tensors."""
     return not (SCOPE.is_barred or torch.compiler.is_dynamo_compiling())
