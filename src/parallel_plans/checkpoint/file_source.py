@@ -173,9 +173,11 @@ class FileSource:
         descriptor = self._file().descriptor
         for start in range(0, len(piece), READ_AHEAD):  # a kernel that is asked for more at once may do less
             os.posix_fadvise(descriptor, place + start, min(READ_AHEAD, len(piece) - start), os.POSIX_FADV_WILLNEED)
-        if not has_brought(piece):
-            is_there = os.fstat(descriptor).st_size >= place + len(piece)
-            raise self._wrong("PP602", "cannot be read") if is_there else self._cut_short()
+        is_there = has_brought(piece)
+        if os.fstat(descriptor).st_size < place + len(piece):  # what is missing of a last page would be zeros
+            raise self._cut_short()
+        if not is_there:
+            raise self._wrong("PP602", "cannot be read")
 
     def _read(self, dest: Tensor, offset: int) -> None:
         """Has the bytes of the file from `offset` on in `dest`: as pages of the file where these can lie there."""

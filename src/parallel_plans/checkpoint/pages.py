@@ -94,6 +94,7 @@ def given_way(flat: Tensor, descriptor: int, place: int) -> slice:
     access, flags = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | FIXED
     at, size = start + before, stop - before
     assert _mmap is not None
+    assert size > 0
     if _mmap(at, size, access, flags | NO_RESERVE, descriptor, place + before) == at:
         return slice(before, stop)
     _mmap(at, size, access, flags | mmap.MAP_ANONYMOUS, -1, 0)  # a kernel may have made way before it refused
