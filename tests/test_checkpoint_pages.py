@@ -8,19 +8,35 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.conversion_mapping import get_model_conversion_mapping
 
 from parallel_plans.checkpoint import pages
+from parallel_plans.checkpoint.conversion import convert_for_load
 from parallel_plans.checkpoint.files import Checkpoint, open_checkpoint
 from parallel_plans.checkpoint.lazy import Joined, LazyTensor, Region, Stacked
 from parallel_plans.checkpoint.readers import run_jobs
 from parallel_plans.errors import CheckpointError
 
 EXPERTS, ROWS, COLUMNS = 3, 400, 512  # of each of two tensors of an expert, in bytes
+MIXTURE = {
+    "vocab_size": 64,
+    "hidden_size": 256,
+    "intermediate_size": 64,
+    "moe_intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+}
 MAPS = Path("/proc/self/maps")
 
 pytestmark = pytest.mark.skipif(not (pages.CAN_BRING and MAPS.exists()), reason="the kernel cannot be asked for pages")
@@ -227,3 +243,27 @@ def test_a_file_of_which_the_last_page_is_cut_is_a_clear_error(tmp_path: Path) -
         os.truncate(path, path.stat().st_size - 10)
         with pytest.raises(CheckpointError, match=r"x\.safetensors ends within a tensor \[PP603\]"):
             run_jobs(found[1], lambda size: None)
+
+
+@pytest.mark.usefixtures("short_pieces")
+def test_a_mixtures_experts_are_put_together_of_the_files_pages_whole_and_split(tmp_path: Path) -> None:
+    config = AutoConfig.for_model("qwen3_moe", **MIXTURE)
+    model: Any = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path)  # a key for each expert and projection
+    name, ffn = "model.layers.0.mlp.experts.gate_up_proj", MIXTURE["moe_intermediate_size"]
+    right: Tensor = model.state_dict()[name].detach()
+    with torch.device("meta"):
+        empty: Any = AutoModelForCausalLM.from_config(config)
+    with open_checkpoint([tmp_path / "model.safetensors"]) as checkpoint:
+        lazy = convert_for_load(empty, checkpoint.tensors, get_model_conversion_mapping(empty)).tensors[name]
+        split = [((0, 4),), ((ffn // 2, ffn), (ffn + ffn // 2, 2 * ffn)), ((0, 256),)]
+        for region, picked, pieces in (
+            ([((2, 4),), ((0, 2 * ffn),), ((0, 256),)], right[2:], 4),
+            (split, right.view(4, 2, ffn, 256)[:, :, ffn // 2 :].reshape(4, ffn, 256), 8),
+        ):
+            before = maps_of(tmp_path / "model.safetensors")
+            part = stitched(lazy, region)
+            # an expert's two projections may lie behind each other in the file too, and be one map then
+            assert pieces // 2 <= maps_of(tmp_path / "model.safetensors") - before <= pieces
+            assert part.equal(picked)
+            del part

@@ -82,7 +82,7 @@ class LazyTensor:
         run = self.first_run(index)
         if run is None or dtype != self.dtype:
             return None
-        dest = room([len(part) for part in index], dtype, *run)
+        dest = room([len(part) for part in index], dtype, run[0], min(run[1], JOB_BYTES))
         return None if dest is None else (dest, self.jobs(dest, index))
 
     def first_run(self, index: Sequence[Index]) -> tuple[int, int] | None:
