@@ -28,7 +28,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import AllgatherOptions
+from torch._C._distributed_c10d import AllgatherOptions, AllreduceCoalescedOptions
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from parallel_plans.layouts import Split
@@ -157,6 +157,8 @@ def record_collectives() -> Iterator[list[Call]]:
 
 _SUM = dist.AllreduceOptions()
 _SUM.asyncOp = False
+_SUMS = AllreduceCoalescedOptions()
+_SUMS.asyncOp = False
 _GATHER = AllgatherOptions()
 _GATHER.asyncOp = False
 
@@ -206,10 +208,10 @@ def all_gather(local: Tensor, axis: Axis, split: Split, dim: int) -> Tensor:
         local = torch.nn.functional.pad(local, padding)
     stacked = local.new_empty((axis.size * local.shape[0], *local.shape[1:]))
     _collect(stacked, local.contiguous(), axis)
-    pieces = stacked.view(axis.size, *local.shape)
+    pieces = stacked.tensor_split(axis.size)
     if split.is_in_order and min(sizes) == longest:
-        return pieces.movedim(0, dim).flatten(dim, dim + 1)
-    parts = [piece.narrow(dim, 0, size) for piece, size in zip(pieces.unbind(0), sizes, strict=True)]
+        return stacked if dim == 0 else torch.cat(pieces, dim)
+    parts = [piece.narrow(dim, 0, size) for piece, size in zip(pieces, sizes, strict=True)]
     if split.is_in_order:
         return torch.cat(parts, dim=dim)
     whole = local.new_empty([split.size if d == dim else size for d, size in enumerate(local.shape)])
@@ -248,7 +250,7 @@ def all_to_all(value: Tensor, axis: Axis, send: tuple[int, ...], receive: tuple[
 
 
 def _needs_gradient(value: Tensor) -> bool:
-    return torch.is_grad_enabled() and value.requires_grad
+    return value.requires_grad and torch.is_grad_enabled()
 
 
 def _function(ahead: Callable[..., Tensor], back: Callable[..., Tensor]) -> Any:
@@ -287,11 +289,12 @@ class _Replicate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, axis: Axis) -> Tensor:
         ctx.axis = axis
+        ctx.is_private = False
         return value.view_as(value)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return reduce(gradient, ctx.axis), None
+        return reduce(gradient, ctx.axis, in_place=ctx.is_private), None
 
 
 # Each with the transition opposite to it; the names on the right are the functions below.
@@ -305,6 +308,7 @@ _Exchange = _function(all_to_all, lambda gradient, axis, send, receive: exchange
 
 
 _replicated = _applied(_Replicate)
+_gathered = _applied(_Gather)
 
 
 def replicate(value: Tensor, axis: Axis) -> Tensor:
@@ -316,18 +320,19 @@ class _ReplicateTogether(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, axis: Axis, *values: Tensor) -> tuple[Tensor, ...]:
         ctx.axis = axis
+        ctx.is_private = False
         ctx.set_materialize_grads(False)  # what is not used needs no reduction
         return tuple([value.view_as(value) for value in values])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         found = [gradient for gradient in gradients if gradient is not None]
-        if len(found) < 2 or any(gradient.dtype != found[0].dtype for gradient in found):
+        if len(found) < 2 or any([gradient.dtype != found[0].dtype for gradient in found]):
             return None, *[None if gradient is None else reduce(gradient, ctx.axis) for gradient in gradients]
-        if any(map(_needs_gradient, found)):
+        if torch.is_grad_enabled() and any(map(_needs_gradient, found)):
             pieces = reduce_together(found, ctx.axis)
         else:
-            pieces = _all_reduced_together(found, ctx.axis, is_one_shared=True)
+            pieces = _all_reduced_together(found, ctx.axis, own=gradients[-1] if ctx.is_private else None)
         if len(found) == len(gradients):
             return None, *pieces
         at = iter(pieces)
@@ -371,12 +376,21 @@ class _ReduceTogether(torch.autograd.Function):
         return None, *gradients
 
 
-def _all_reduced_together(values: Sequence[Tensor], axis: Axis, *, is_one_shared: bool = False) -> tuple[Tensor, ...]:
-    """The sums; each in memory of its own, but for the largest where `is_one_shared`: it keeps what the others had."""
-    sums = all_reduce(_flatten_dense_tensors(values), axis, in_place=True)
-    shared = max(value.numel() for value in values) if is_one_shared else -1
-    pieces: tuple[Tensor, ...] = _unflatten_dense_tensors(sums, values)
-    return tuple([piece if piece.numel() == shared else piece.clone() for piece in pieces])
+def _all_reduced_together(values: Sequence[Tensor], axis: Axis, *, own: Tensor | None = None) -> tuple[Tensor, ...]:
+    """The sums, each in memory of its own; `own` may be that of one of the values, which nobody else holds."""
+    if _listeners or torch.compiler.is_dynamo_compiling() or axis.group is None or values[0].is_complex():
+        flat = all_reduce(_flatten_dense_tensors(values), axis, in_place=True)
+        return tuple([piece.clone() for piece in _unflatten_dense_tensors(flat, values)])
+    # the same collective as above; a backend that wants its values in one piece puts them together by itself
+    sums = [each if each is own and each.is_contiguous() else _copy(each) for each in values]
+    work = axis.group.allreduce_coalesced(sums, _SUMS)
+    if work is not None:
+        work.wait()
+    return tuple(sums)
+
+
+def _copy(value: Tensor) -> Tensor:
+    return value.clone(memory_format=torch.contiguous_format)
 
 
 def reduce_together(values: Sequence[Tensor], axis: Axis) -> tuple[Tensor, ...]:
@@ -392,7 +406,7 @@ def reduce_for_use(value: Tensor, axis: Axis) -> Tensor:
 
 def gather(local: Tensor, axis: Axis, split: Split, dim: int) -> Tensor:
     """S(dim) -> I: the whole value; each rank's gradient is its own slice."""
-    return _Gather.apply(local, axis, split, dim) if _needs_gradient(local) else all_gather(local, axis, split, dim)
+    return _gathered(local, axis, split, dim) if _needs_gradient(local) else all_gather(local, axis, split, dim)
 
 
 def take_own(value: Tensor, axis: Axis, split: Split, dim: int) -> Tensor:
