@@ -20,6 +20,7 @@ A backward is written with the opposite transition, so gradients of gradients ar
 from __future__ import annotations
 
 import functools
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -289,12 +290,11 @@ class _Replicate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, axis: Axis) -> Tensor:
         ctx.axis = axis
-        ctx.is_private = False
         return value.view_as(value)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return reduce(gradient, ctx.axis, in_place=ctx.is_private), None
+        return reduce(gradient, ctx.axis), None
 
 
 # Each with the transition opposite to it; the names on the right are the functions below.
@@ -307,7 +307,31 @@ _ScatterSum = _function(reduce_scatter, lambda *back: gather_for_use(*back))
 _Exchange = _function(all_to_all, lambda gradient, axis, send, receive: exchange(gradient, axis, receive, send))
 
 
-_replicated = _applied(_Replicate)
+_ON_BACKWARD = "reduce"
+
+
+def _replicated(value: Tensor, axis: Axis) -> Tensor:
+    """As `_Replicate`, with a hook on the gradient, which takes a third of a function's time."""
+    if torch._C._are_functorch_transforms_active() or torch.compiler.is_dynamo_compiling():
+        return _Replicate.apply(value, axis)
+    made: Any = value.expand_as(value)  # a node of its own, and not one that `parallel_plans.forks` looks through
+    # to change it in place is an error, as it is for what a function gives: its gradient would not be summed
+    torch._C._autograd._set_creation_meta(made, torch._C._autograd.CreationMeta.IN_CUSTOM_FUNCTION)
+    # what `register_hook` does, without a handle
+    made._backward_hooks = OrderedDict({_ON_BACKWARD: functools.partial(reduce, axis=axis)})
+    made.grad_fn._register_hook_dict(made)
+    return made
+
+
+def set_private(replicated: Any, axis: Axis, is_private: bool) -> None:
+    """Says of an R whether nobody else holds its gradient, so that it is summed where it lies."""
+    hooks = replicated._backward_hooks
+    if hooks and _ON_BACKWARD in hooks:
+        hooks[_ON_BACKWARD] = functools.partial(reduce, axis=axis, in_place=is_private)
+    elif hasattr(replicated.grad_fn, "is_private"):  # made together with others
+        replicated.grad_fn.is_private = is_private
+
+
 _gathered = _applied(_Gather)
 
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from parallel_plans.collectives import Axis, replicate, replicate_together
+from parallel_plans.collectives import Axis, replicate, replicate_together, set_private
 from parallel_plans.compiling import untraced
 from parallel_plans.storage import local_tensor, local_tensors
 from parallel_plans.traced_forks import TracedForks, shown
@@ -183,7 +183,7 @@ def replicate_once(value: Tensor, axis: Axis, along: Along | None = None, *, for
             return _scope.traced.replicate_once(value, axis, () if along is None else along.parameters)
         made = replicate(value, axis)
         if for_linear and made is not value and not torch.compiler.is_dynamo_compiling():
-            _set_private(made, True)
+            set_private(made, axis, True)
         return made
     if torch.compiler.is_dynamo_compiling():  # a part of what the scope is around is compiled
         return untraced(replicate_once, value, axis, along)
@@ -196,7 +196,7 @@ def replicate_once(value: Tensor, axis: Axis, along: Along | None = None, *, for
         if replicated is not None:
             if not for_linear:  # what takes it now may make its gradient of what others hold as well
                 for fork in known:
-                    _set_private(fork.replicated, False)
+                    set_private(fork.replicated, fork.axis, False)
             return replicated
         whole = whole_of(value)
         if whole is not value:
@@ -204,19 +204,10 @@ def replicate_once(value: Tensor, axis: Axis, along: Along | None = None, *, for
     replicated = replicate(value, axis) if along is None else along.replicated(forks, value, axis)
     fork = forks.add(value, replicated, axis, is_all=True)
     if for_linear:
-        _set_private(replicated, True)
+        # a linear layer makes a new gradient of its input, and autograd a new sum of several
+        set_private(replicated, axis, True)
         forks.last = fork
     return replicated
-
-
-def _set_private(replicated: Tensor, is_private: bool) -> None:
-    """Says of an R whether nobody else holds its gradient, so that it is summed where it lies.
-
-    A linear layer makes a new gradient of its input, and autograd a new sum of several.
-    """
-    node: Any = replicated.grad_fn
-    if hasattr(node, "is_private"):  # not where another function of autograd has made it
-        node.is_private = is_private
 
 
 class Along:
