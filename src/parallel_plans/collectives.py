@@ -311,7 +311,7 @@ _ON_BACKWARD = "reduce"
 
 
 def _replicated(value: Tensor, axis: Axis) -> Tensor:
-    """As `_Replicate`, with a hook on the gradient, which takes a third of a function's time."""
+    """As `_Replicate`, with a hook on the gradient, which takes less time than a function of autograd."""
     if torch._C._are_functorch_transforms_active() or torch.compiler.is_dynamo_compiling():
         return _Replicate.apply(value, axis)
     made: Any = value.expand_as(value)  # a node of its own, and not one that `parallel_plans.forks` looks through
