@@ -109,14 +109,15 @@ class LocalParameters:
         module, are_plain = self.module, not self.apart
 
         def run(*args: Any, **kwargs: Any) -> Any:
+            is_recorded = torch.is_grad_enabled()
+            if are_plain and not is_recorded:
+                return forward(*args, **kwargs)
             kept: dict[str, Any] = module._parameters
             parameter = kept[name]
-            if not torch.is_grad_enabled():
-                if are_plain:
-                    return forward(*args, **kwargs)
-                kept[name] = in_use(parameter)
-            elif isinstance(parameter, nn.Parameter):  # if not, a module around has laid it out
-                kept[name] = self._in_use(name, parameter)
+            local = replicated_in_use(parameter) if is_recorded else in_use(parameter)
+            if local is None:  # what is no nn.Parameter, a module around has laid out
+                local = self._in_use(name, parameter) if isinstance(parameter, nn.Parameter) else parameter
+            kept[name] = local
             try:
                 return forward(*args, **kwargs)
             finally:
