@@ -24,6 +24,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -34,6 +35,8 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from parallel_plans.layouts import Split
 
+SUMMING_SEVERAL = frozenset({"gloo", "nccl", "fake", "threaded"})  # backends with `allreduce_coalesced`
+
 
 @dataclass(frozen=True, kw_only=True)
 class Axis:
@@ -43,6 +46,14 @@ class Axis:
     group: dist.ProcessGroup | None  # None for an axis of one rank, on which nothing is said
     size: int
     rank: int
+
+    @cached_property
+    def sums_several(self) -> bool:
+        """Whether the group's backend is one of those that sum several values in one collective."""
+        if self.group is None:
+            return False
+        backends = dist.get_backend_config(self.group).split(",")  # "cpu:gloo,cuda:nccl"
+        return all(backend.rpartition(":")[2] in SUMMING_SEVERAL for backend in backends)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Axis:
         return self  # a process group cannot be copied, and a copied model runs on the same ranks
@@ -402,9 +413,10 @@ class _ReduceTogether(torch.autograd.Function):
 
 def _all_reduced_together(values: Sequence[Tensor], axis: Axis, *, own: Tensor | None = None) -> tuple[Tensor, ...]:
     """The sums, each in memory of its own; `own` may be that of one of the values, which nobody else holds."""
-    if _listeners or torch.compiler.is_dynamo_compiling() or axis.group is None or values[0].is_complex():
+    if _listeners or torch.compiler.is_dynamo_compiling() or not axis.sums_several or values[0].is_complex():
         flat = all_reduce(_flatten_dense_tensors(values), axis, in_place=True)
         return tuple([piece.clone() for piece in _unflatten_dense_tensors(flat, values)])
+    assert axis.group is not None
     # the same collective as above; a backend that wants its values in one piece puts them together by itself
     sums = [each if each is own and each.is_contiguous() else _copy(each) for each in values]
     work = axis.group.allreduce_coalesced(sums, _SUMS)
