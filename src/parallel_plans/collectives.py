@@ -220,9 +220,12 @@ def all_gather(local: Tensor, axis: Axis, split: Split, dim: int) -> Tensor:
         local = torch.nn.functional.pad(local, padding)
     stacked = local.new_empty((axis.size * local.shape[0], *local.shape[1:]))
     _collect(stacked, local.contiguous(), axis)
+    is_even = split.is_in_order and min(sizes) == longest
+    if is_even and (dim == 0 or local.numel() == longest):  # of one token, too, parts lie one behind the other
+        return stacked if dim == 0 else stacked.view(*local.shape[:dim], split.size, *local.shape[dim + 1 :])
     pieces = stacked.tensor_split(axis.size)
-    if split.is_in_order and min(sizes) == longest:
-        return stacked if dim == 0 else torch.cat(pieces, dim)
+    if is_even:
+        return torch.cat(pieces, dim)
     parts = [piece.narrow(dim, 0, size) for piece, size in zip(pieces, sizes, strict=True)]
     if split.is_in_order:
         return torch.cat(parts, dim=dim)

@@ -52,6 +52,8 @@ class LocalParameters:
             return forward
         if len(self.apart) == 1:
             return self._around_one(forward, *self.apart)
+        if len(self.apart) == 2:
+            return self._around_two(forward, *self.apart)
         module, apart = self.module, self.apart
 
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -79,6 +81,21 @@ class LocalParameters:
                 return forward(*args, **kwargs)
             finally:
                 kept[name] = parameter
+
+        return run
+
+    def _around_two(self, forward: Forward, first: str, second: str) -> Forward:
+        """The same with two parameters, as experts and layers with a bias have."""
+        module = self.module
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            kept: dict[str, Any] = module._parameters
+            one, other = kept[first], kept[second]
+            kept[first], kept[second] = in_use(one), in_use(other)
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                kept[first], kept[second] = one, other
 
         return run
 

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from parallel_plans.boundary import Arguments, Boundary, Forward, Keywords, Site, change_first, change_output
-from parallel_plans.collectives import vouch
+from parallel_plans.collectives import reduce, vouch
 from parallel_plans.experts.alignment import allow_any_width
 from parallel_plans.experts.call import ExpertsCall
 from parallel_plans.experts.routing import Ownership, masked_routes, on_own_routes
 from parallel_plans.experts.taking_part import taking_part, weights_below
 from parallel_plans.forks import replicate_group, replicate_once
-from parallel_plans.sums import deliver_sum
+from parallel_plans.sums import SCOPE, deliver_sum
 
 # what experts end with, each with a backward that does not read its result
 _LAST = frozenset({"SumBackward1", "IndexAddBackward0", "ToCopyBackward0"})
@@ -81,6 +81,8 @@ class ExpertsBoundary(Boundary):
             if is_recorded:
                 args, kwargs = self._entered(args, kwargs)
             output = forward(*args, **kwargs)
+            if not is_recorded and SCOPE.tally is None and isinstance(output, Tensor):  # nothing else can be meant
+                return reduce(output, axis, in_place=_is_new(output, (*args, *kwargs.values()) if kwargs else args))
             if isinstance(output, Tensor) and (output.requires_grad or not is_recorded):
                 given = (*args, *kwargs.values()) if kwargs else args
                 return deliver_sum(output, axis, in_place=_is_new(output, given), delay=delay)
