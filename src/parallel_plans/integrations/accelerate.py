@@ -27,7 +27,7 @@ from parallel_plans.integrations import refusals
 from parallel_plans.integrations.batches import average_in_backward, compare_batches
 from parallel_plans.integrations.optimizers import cut_state_dicts, parameters_in_order, whole_state_dicts
 from parallel_plans.integrations.weights import read_weights, whole_weights
-from parallel_plans.launcher import SIZES_ARE_SET
+from parallel_plans.launcher import launched_batches, launched_tp_size
 from parallel_plans.mesh import Place, started_ranks
 from parallel_plans.random_state import shared_random_state
 from parallel_plans.state import Parallel, parallel_of
@@ -45,11 +45,13 @@ class PlannedSizes(ParallelismConfig):  # type: ignore[misc]
 
 def left_to_plans(config: ParallelismConfig | None) -> ParallelismConfig | None:
     """`config`, or what the launch file says where it is None; without effect on accelerate where it asks for `tp`."""
-    if config is None and os.environ.get(SIZES_ARE_SET, "").lower() == "true":
-        config = ParallelismConfig()
-    if config is None or config.tp_size == 1 or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
         return config
-    return PlannedSizes(dp_shard_size=config.data_parallel_size, tp_size=config.tp_size)
+    tp, batches = launched_tp_size(), launched_batches()
+    if config is not None:
+        tp, batches = config.tp_size, config.data_parallel_size
+    # accelerate knows no copies beside `tp`, and looks at the product alone where it looks at all
+    return config if tp is None or tp == 1 else PlannedSizes(dp_shard_size=batches, tp_size=tp)
 
 
 def planned(model: nn.Module) -> nn.Module | None:

@@ -50,10 +50,8 @@ class AveragedInBackward:
 
     def before_gradient(self, parameter: nn.Parameter, gradient: Tensor) -> None:
         """Runs in backward, before the gradient is added to what is there."""
-        if not self.is_on:
-            return
         self._reopen(parameter)
-        if not self.is_queued:
+        if self.is_on and not self.is_queued:
             self.is_queued = True
             Variable._execution_engine.queue_callback(self.after_backward)
 
