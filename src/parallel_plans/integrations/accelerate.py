@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +12,6 @@ import accelerate
 import torch
 import torch.distributed as dist
 from accelerate.data_loader import DataLoaderShard
-from accelerate.parallelism_config import ParallelismConfig
 from accelerate.state import PartialState
 from accelerate.utils import recursively_apply
 from torch import Tensor, nn
@@ -26,54 +24,14 @@ from parallel_plans.gradients import clip_grad_norm_
 from parallel_plans.integrations import refusals
 from parallel_plans.integrations.batches import average_in_backward, compare_batches
 from parallel_plans.integrations.optimizers import cut_state_dicts, parameters_in_order, whole_state_dicts
+from parallel_plans.integrations.planned import parallel_in, planned
+from parallel_plans.integrations.sizes import Schedule, left_to_plans
 from parallel_plans.integrations.weights import read_weights, whole_weights
-from parallel_plans.launcher import launched_batches, launched_tp_size
 from parallel_plans.mesh import Place, started_ranks
 from parallel_plans.random_state import shared_random_state
-from parallel_plans.state import Parallel, parallel_of
 from parallel_plans.views import DATA_AXIS, TENSOR_AXIS
 
 _RANKS_ARE_COPIES = "MULTI_"  # what the names of those kinds of launches begin with in which accelerate splits no model
-
-
-class PlannedSizes(ParallelismConfig):  # type: ignore[misc]
-    """The sizes of a launch file, where a plan sees to them: accelerate itself finds nothing to do."""
-
-    def __bool__(self) -> bool:
-        return False
-
-
-def left_to_plans(config: ParallelismConfig | None) -> ParallelismConfig | None:
-    """`config`, or what the launch file says where it is None; without effect on accelerate where it asks for `tp`."""
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
-        return config
-    tp, batches = launched_tp_size(), launched_batches()
-    if config is not None:
-        tp, batches = config.tp_size, config.data_parallel_size
-    # accelerate knows no copies beside `tp`, and looks at the product alone where it looks at all
-    return config if tp is None or tp == 1 else PlannedSizes(dp_shard_size=batches, tp_size=tp)
-
-
-def planned(model: nn.Module) -> nn.Module | None:
-    """The module under a plan that `model` is, or wraps; None where there is none.
-
-    Raises:
-        LaunchError: PP733 where `model` has parameters beside those of the module under the plan.
-    """
-    root = next((module for module in model.modules() if "_parallel" in vars(module)), None)
-    if root is None or root is model:
-        return root
-    inside = set(root.parameters())
-    beside = [name for name, parameter in model.named_parameters() if parameter not in inside]
-    if beside:
-        raise LaunchError(refusals.beside(beside[0]))
-    return root
-
-
-def _parallel(root: nn.Module) -> Parallel:
-    parallel = parallel_of(root)
-    assert parallel is not None
-    return parallel
 
 
 class Accelerator(accelerate.Accelerator):  # type: ignore[misc]
@@ -112,7 +70,7 @@ class Accelerator(accelerate.Accelerator):  # type: ignore[misc]
         root = planned(model)
         if root is None:
             return
-        place = _parallel(root).place
+        place = parallel_in(root).place
         self._check_launch(place)
         if self._place is None:
             if self._dataloaders:
@@ -156,7 +114,7 @@ class Accelerator(accelerate.Accelerator):  # type: ignore[misc]
         self.take_ranks_of(model)
         # in evaluation mode accelerate does all that it does to a model but wrap it
         prepared = super().prepare_model(model, device_placement=False, evaluation_mode=True)
-        place = _parallel(root).place
+        place = parallel_in(root).place
         compare_batches(root, place)
         if not evaluation_mode and place.axes[DATA_AXIS].size > 1:
             average_in_backward(root)
@@ -193,6 +151,16 @@ class Accelerator(accelerate.Accelerator):  # type: ignore[misc]
                 sampler.generator.manual_seed(int(torch.empty((), dtype=torch.int64).random_().item()))
         return sampler.generator
 
+    def prepare_scheduler(self, scheduler: Any) -> Any:
+        """See accelerate. A step of the schedule for each batch, of which ranks that share one have one."""
+        if self._place is None or getattr(scheduler, "_is_accelerate_prepared", False):
+            return super().prepare_scheduler(scheduler)
+        super().prepare_scheduler(scheduler)
+        made = self._schedulers[-1]
+        batches = 1 if self.split_batches else self._place.axes[DATA_AXIS].size
+        self._schedulers[-1] = Schedule(made.scheduler, made.optimizers, made.step_with_optimizer, batches)
+        return self._schedulers[-1]
+
     def unwrap_model(self, model: nn.Module, keep_fp32_wrapper: bool = True, keep_torch_compile: bool = True) -> Any:
         """See accelerate."""
         bare = super().unwrap_model(model, True, keep_torch_compile)
@@ -215,7 +183,7 @@ class Accelerator(accelerate.Accelerator):  # type: ignore[misc]
             own = {parameter for parameter in root.parameters() if parameter.requires_grad}
             if own and own == {parameter for parameter in given if parameter.requires_grad}:
                 return clip_grad_norm_(root, max_norm, norm_type)
-            if _parallel(root).storage == "local" and not own.isdisjoint(given):
+            if parallel_in(root).storage == "local" and not own.isdisjoint(given):
                 raise LaunchError(refusals.SOME_PARAMETERS)
         return super().clip_grad_norm_(given, max_norm, norm_type)
 

@@ -11,12 +11,13 @@ import transformers
 from torch import nn
 
 from parallel_plans.checkpoint.files import resolve_files
-from parallel_plans.integrations.accelerate import Accelerator, left_to_plans, planned
+from parallel_plans.integrations.accelerate import Accelerator
 from parallel_plans.integrations.optimizers import cut_state_dicts, whole_state_dicts
+from parallel_plans.integrations.planned import planned
+from parallel_plans.integrations.sizes import left_to_plans
 from parallel_plans.integrations.weights import read_weights
 from parallel_plans.state import parallel_of
 from parallel_plans.views import TENSOR_AXIS
-
 
 _Base: Any = object  # a Trainer, once it is inherited beside one
 
