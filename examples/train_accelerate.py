@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import set_seed
+from accelerate.utils import DataLoaderConfiguration, set_seed
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
@@ -49,7 +49,9 @@ def rows_of(tokenizer: Any, path: str, length: int) -> list[dict[str, torch.Tens
 def main() -> None:
     asked = arguments()
     set_seed(0)
-    accelerator = Accelerator(gradient_accumulation_steps=asked.accumulate)
+    # an order of rows that depends on seed and epoch alone: the same on any number of ranks, and after a restart
+    loading = DataLoaderConfiguration(use_seedable_sampler=True)
+    accelerator = Accelerator(gradient_accumulation_steps=asked.accumulate, dataloader_config=loading)
     tokenizer = AutoTokenizer.from_pretrained(asked.checkpoint)
     model = AutoModelForCausalLM.from_pretrained(
         asked.checkpoint,
