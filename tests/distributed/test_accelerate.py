@@ -11,6 +11,7 @@ import accelerate
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate.utils import DistributedType
 from ranks import run_on_ranks
 from rows import Row
 from safetensors.torch import load_file
@@ -24,6 +25,7 @@ from transformers import AutoModelForCausalLM as Ordinary
 
 from parallel_plans import full_gradients, full_state_dict
 from parallel_plans.integrations.accelerate import Accelerator
+from parallel_plans.integrations.optimizers import cut_state_dicts
 from parallel_plans.state import local_part
 from parallel_plans.storage import Storage
 
@@ -196,6 +198,23 @@ def test_mixed_precision_is_that_of_one_process_and_can_be_taken_off(tmp_path: P
         assert not torch.allclose(found["mixed"], found["unwrapped"], rtol=0, atol=1e-5)
 
 
+class Stream(IterableDataset):
+    """Rows that come one by one."""
+
+    def __iter__(self) -> Any:
+        return iter(range(8))
+
+
+def streamed(folder: str) -> list[list[int]]:
+    _, loader = Accelerator().prepare(loaded(folder, TP2), DataLoader(Stream(), batch_size=3))
+    return [batch.tolist() for batch in loader]
+
+
+def test_ranks_of_a_batch_get_what_one_of_them_reads_from_a_stream(tmp_path: Path) -> None:
+    for batches in run_on_ranks(streamed, 2, checkpoint(tmp_path, "llama")):
+        assert batches == [[0, 1, 2], [3, 4, 5], [6, 7]]
+
+
 def shuffled(folder: str, row: Row) -> tuple[list[list[int]], Any, Any, list[int]]:
     torch.manual_seed(dist.get_rank())  # every rank draws its own random numbers
     accelerator = Accelerator()
@@ -222,13 +241,6 @@ def test_ranks_of_a_batch_see_one_order_and_count_once(row: Row, tmp_path: Path)
     for _, tensors, objects, _ in results:
         assert sorted(tensors) == list(range(10))
         assert sorted(each["value"] for batch in objects for each in batch) == list(range(10))
-
-
-class Stream(IterableDataset):
-    """Rows that come one by one."""
-
-    def __iter__(self) -> Any:
-        return iter(range(8))
 
 
 def wrapped_by_torch(model: Any) -> None:
@@ -259,6 +271,30 @@ def other_sizes(model: Any) -> None:
 def alone(model: Any) -> None:
     # on CPUs, told nothing, accelerate takes each process to be alone
     Accelerator.in_place_of(accelerate.Accelerator()).prepare(model)
+
+
+def split_by_accelerate(model: Any) -> None:
+    accelerator = Accelerator()
+    accelerator.state._shared_state["distributed_type"] = DistributedType.FSDP
+    accelerator.prepare(model)
+
+
+def scaled(model: Any) -> None:
+    accelerator = Accelerator()
+    accelerator.scaler = torch.amp.GradScaler("cpu")  # what accelerate makes for fp16 where there is an accelerator
+    accelerator.prepare(model)
+
+
+def foreign(model: Any) -> None:
+    optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
+    saved = optimizer.state_dict()
+    saved["state"] = {0: {"momentum_buffer": torch.zeros(3, 3)}}
+    with cut_state_dicts({optimizer: model}):
+        optimizer.load_state_dict(saved)
+
+
+def beside(model: Any) -> None:
+    Accelerator().prepare(nn.ModuleDict({"model": model, "head": nn.Linear(2, 2)}))
 
 
 def dispatched(model: Any) -> None:
@@ -302,11 +338,15 @@ REFUSALS = (
     (own_batches, TP2, "dtensor", "PP731"),
     (other_sizes, TP2, "dtensor", "PP732"),
     (alone, TP2, "dtensor", "PP732"),
+    (split_by_accelerate, TP2, "dtensor", "PP732"),
     (dispatched, TP2_DP2, "dtensor", "PP733"),
+    (scaled, TP2, "dtensor", "PP733"),
+    (beside, TP2, "dtensor", "PP733"),
     (some_parameters, TP2, "local", "PP733"),
     (pickled, TP2, "dtensor", "PP733"),
     (replaced, TP2, "local", "PP733"),
     (factored, TP2, "local", "PP734"),
+    (foreign, TP2, "dtensor", "PP734"),
 )
 
 
