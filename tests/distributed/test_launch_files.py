@@ -23,6 +23,7 @@ from tools import checkpoint
 from transformers import AutoModelForCausalLM as Ordinary
 from transformers import PreTrainedTokenizerFast
 
+from parallel_plans.integrations.sizes import left_to_plans
 from parallel_plans.launcher import launched_batches, launched_tp_size
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,6 +49,9 @@ def test_a_launch_file_starts_as_many_ranks_as_its_sizes_ask_for(file: Path, mon
     tp = launched_tp_size()
     assert tp == config.parallelism_config["parallelism_config_tp_size"]
     assert tp * launched_batches() == config.num_processes == args.num_processes
+    sizes = left_to_plans(None)
+    assert (sizes.tp_size, sizes.data_parallel_size) == (tp, launched_batches())
+    assert not sizes  # accelerate itself is not to act on them
     assert int(args.nproc_per_node) * config.num_machines == config.num_processes
     assert int(args.nproc_per_node) % tp == 0  # what layers send stays within a machine
 

@@ -19,7 +19,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 
-from parallel_plans.errors import LaunchError
 from parallel_plans.gradients import clip_grad_norm_
 from parallel_plans.integrations import refusals
 from parallel_plans.integrations.batches import average_in_backward, compare_batches
@@ -74,7 +73,7 @@ class Accelerator(accelerate.Accelerator):  # type: ignore[misc]
         self._check_launch(place)
         if self._place is None:
             if self._dataloaders:
-                raise LaunchError(refusals.PREPARED_TOO_EARLY)
+                raise refusals.refusal(refusals.PREPARED_TOO_EARLY)
             self._place = place
             names = ("dp_replicate", "tp") if place.axes[DATA_AXIS].size > 1 else ("tp",)
             shape = (place.axes[DATA_AXIS].size, place.axes[TENSOR_AXIS].size)[-len(names) :]
@@ -85,15 +84,15 @@ class Accelerator(accelerate.Accelerator):  # type: ignore[misc]
         tp, batches, asked = place.axes[TENSOR_AXIS], place.axes[DATA_AXIS], self.parallelism_config
         sizes = tp.size, batches.size
         if (self.num_processes, self.process_index) != (tp.size * batches.size, batches.rank * tp.size + tp.rank):
-            raise LaunchError(refusals.other_ranks(self.num_processes, *sizes))
+            raise refusals.refusal(refusals.other_ranks(self.num_processes, *sizes))
         if not self.distributed_type.value.startswith(_RANKS_ARE_COPIES):
-            raise LaunchError(refusals.other_kind(self.distributed_type.value))
+            raise refusals.refusal(refusals.other_kind(self.distributed_type.value))
         if asked is not None and asked.tp_size > 1 and (asked.tp_size, asked.data_parallel_size) != sizes:
-            raise LaunchError(refusals.other_sizes((asked.tp_size, asked.data_parallel_size), sizes))
+            raise refusals.refusal(refusals.other_sizes((asked.tp_size, asked.data_parallel_size), sizes))
         if self._place is not None and self._place.axes[TENSOR_AXIS].size != tp.size:
-            raise LaunchError(refusals.two_sizes(self._place.axes[TENSOR_AXIS].size, tp.size))
+            raise refusals.refusal(refusals.two_sizes(self._place.axes[TENSOR_AXIS].size, tp.size))
         if self.scaler is not None:
-            raise LaunchError(refusals.SCALER)
+            raise refusals.refusal(refusals.SCALER)
 
     # Preparing
 
@@ -126,7 +125,7 @@ class Accelerator(accelerate.Accelerator):  # type: ignore[misc]
         if self._place is None or getattr(data_loader, "_is_accelerate_prepared", False):
             return super().prepare_data_loader(data_loader, *args, **kwargs)
         if self._place.axes[DATA_AXIS].size > 1 and self._is_dispatched(data_loader):
-            raise LaunchError(refusals.DISPATCHED)
+            raise refusals.refusal(refusals.DISPATCHED)
         generator = self._shared_generator(data_loader)
         prepared = super().prepare_data_loader(data_loader, *args, **kwargs)
         if generator is not None and isinstance(prepared, DataLoaderShard):
@@ -184,7 +183,7 @@ class Accelerator(accelerate.Accelerator):  # type: ignore[misc]
             if own and own == {parameter for parameter in given if parameter.requires_grad}:
                 return clip_grad_norm_(root, max_norm, norm_type)
             if parallel_in(root).storage == "local" and not own.isdisjoint(given):
-                raise LaunchError(refusals.SOME_PARAMETERS)
+                raise refusals.refusal(refusals.SOME_PARAMETERS)
         return super().clip_grad_norm_(given, max_norm, norm_type)
 
     # Metrics
@@ -254,7 +253,7 @@ class Accelerator(accelerate.Accelerator):  # type: ignore[misc]
     def save_state(self, output_dir: str | None = None, safe_serialization: bool = True, **kwargs: Any) -> Any:
         """See accelerate. Weights and optimizers are saved whole; any number of ranks can go on from them."""
         if not safe_serialization and any(map(planned, self._models)):
-            raise LaunchError(refusals.PICKLED)
+            raise refusals.refusal(refusals.PICKLED)
         with whole_state_dicts(self._optimizers_of_plans(), keep=self._saves):
             saved = super().save_state(output_dir, safe_serialization, **kwargs)
         self.wait_for_everyone()

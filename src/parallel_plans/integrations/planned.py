@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import nn
 
-from parallel_plans.errors import LaunchError
 from parallel_plans.integrations import refusals
 from parallel_plans.state import Parallel, parallel_of
 
@@ -21,7 +20,7 @@ def planned(model: nn.Module) -> nn.Module | None:
     inside = set(root.parameters())
     beside = [name for name, parameter in model.named_parameters() if parameter not in inside]
     if beside:
-        raise LaunchError(refusals.beside(beside[0]))
+        raise refusals.refusal(refusals.beside(beside[0]))
     return root
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from parallel_plans.errors import Finding
+from parallel_plans.errors import Finding, LaunchError, ParallelPlansError
+from parallel_plans.messages import print_once
 
 PREPARED_TOO_EARLY = Finding(
     code="PP731",
@@ -35,6 +36,11 @@ PICKLED = Finding(
     expected="weights of which every rank can read its own bytes",
     fix="drop safe_serialization",
 )
+
+
+def refusal(finding: Finding) -> ParallelPlansError:
+    """The error that every rank raises alike, to be printed once."""
+    return print_once(LaunchError(finding))
 
 
 def beside(name: str) -> Finding:

@@ -26,7 +26,7 @@ def left_to_plans(config: ParallelismConfig | None) -> ParallelismConfig | None:
     if config is not None:
         tp, batches = config.tp_size, config.data_parallel_size
     # accelerate knows no copies beside `tp`, and looks at the product alone where it looks at all
-    return config if tp is None or tp == 1 else PlannedSizes(dp_shard_size=batches, tp_size=tp)
+    return config if tp is None or tp == 1 else PlannedSizes(dp_replicate_size=1, dp_shard_size=batches, tp_size=tp)
 
 
 class Schedule(AcceleratedScheduler):  # type: ignore[misc]
