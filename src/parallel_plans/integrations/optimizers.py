@@ -6,7 +6,7 @@ What is written is what one process would write, so that any number of ranks can
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -33,13 +33,17 @@ def _named(model: nn.Module) -> dict[int, str]:
     return {id(parameter): name for name, parameter in model.named_parameters(remove_duplicate=False)}
 
 
+def _form(value: Any) -> Any:
+    """A number as it is, without the device that it is on; of a tensor its dtype."""
+    if not isinstance(value, Tensor):
+        return value
+    return local_part(value).dtype if value.ndim else local_part(value).to("cpu")
+
+
 def _forms(optimizer: Optimizer, parallel: Parallel) -> dict[int, State]:
     """Number -> name -> what a state is like, over all ranks: a rank has none where it never had a gradient."""
     own: dict[int, State] = {
-        number: {
-            key: local_part(value).dtype if isinstance(value, Tensor) and value.ndim else value
-            for key, value in optimizer.state.get(parameter, {}).items()
-        }
+        number: {key: _form(value) for key, value in optimizer.state.get(parameter, {}).items()}
         for number, parameter in enumerate(parameters_in_order(optimizer))
     }
     told = [own]
@@ -83,7 +87,7 @@ def whole_state(optimizer: Optimizer, model: nn.Module, *, keep: bool) -> State:
 def _gathered(value: Any, form: Any, parameter: Tensor, layout: Layout, parallel: Parallel, key: str) -> Any:
     """One state of a parameter, whole; what this rank lacks is zeros, or what another rank has."""
     if not isinstance(form, torch.dtype):
-        return form.to("cpu") if isinstance(form, Tensor) else form
+        return form
     part = local_part(parameter)
     local = torch.zeros_like(part, dtype=form) if value is None else local_part(value)
     if local.shape == part.shape:
@@ -138,31 +142,36 @@ def _cut(value: Any, parameter: Tensor, layout: Layout, parallel: Parallel, name
     return DTensor.from_local(part, place.mesh, kept, run_check=False, shape=parameter.shape, stride=parameter.stride())
 
 
-def _instead(whole: State, optimizer: Optimizer, saved: State) -> State:
-    return whole
-
-
-def _cut_for(model: nn.Module, optimizer: Optimizer, saved: State) -> State:
-    return cut_state(saved, optimizer, model)
-
-
 @contextlib.contextmanager
 def whole_state_dicts(optimizers: Mapping[Optimizer, nn.Module], *, keep: bool) -> Iterator[None]:
     """Inside the block each optimizer's `state_dict()` is whole where `keep` is set. Every rank enters it.
 
     The states are put together as it begins, so that inside not every rank needs to ask for them.
     """
-    with contextlib.ExitStack() as hooks:
-        for optimizer, model in optimizers.items():
-            whole = whole_state(optimizer, model, keep=keep)
-            hooks.callback(optimizer.register_state_dict_post_hook(partial(_instead, whole)).remove)
+    wholes = {optimizer: whole_state(optimizer, model, keep=keep) for optimizer, model in optimizers.items()}
+    with _in_place_of("state_dict", {optimizer: partial(dict, whole) for optimizer, whole in wholes.items()}):
         yield
 
 
 @contextlib.contextmanager
 def cut_state_dicts(optimizers: Mapping[Optimizer, nn.Module]) -> Iterator[None]:
     """Inside the block each optimizer's `load_state_dict` takes a whole one, and keeps this rank's part."""
-    with contextlib.ExitStack() as hooks:
-        for optimizer, model in optimizers.items():
-            hooks.callback(optimizer.register_load_state_dict_pre_hook(partial(_cut_for, model)).remove)
+    loads = {optimizer: partial(_load_cut, optimizer, model) for optimizer, model in optimizers.items()}
+    with _in_place_of("load_state_dict", loads):
         yield
+
+
+def _load_cut(optimizer: Optimizer, model: nn.Module, saved: State) -> None:
+    type(optimizer).load_state_dict(optimizer, cut_state(saved, optimizer, model))
+
+
+@contextlib.contextmanager
+def _in_place_of(method: str, functions: Mapping[Optimizer, Callable[..., Any]]) -> Iterator[None]:
+    """Inside the block optimizers have these methods: torch's hooks do not run where a class has its own."""
+    for optimizer, function in functions.items():
+        setattr(optimizer, method, function)
+    try:
+        yield
+    finally:
+        for optimizer in functions:
+            delattr(optimizer, method)

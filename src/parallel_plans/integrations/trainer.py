@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from pathlib import Path
 from typing import Any
 
@@ -93,17 +92,22 @@ class PlannedTrainer(_Base):  # type: ignore[misc]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         root = planned(self.model if model is None else model)
-        if root is None or root is not self.accelerator.unwrap_model(self.model if model is None else model):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)  # an adapter loads itself
+        if root is None or _is_adapter(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
-            read_weights(root, resolve_files(Path(resume_from_checkpoint)))
+            read_weights(root, resolve_files(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
-        best = self.state.best_model_checkpoint
-        if best is None or self._root is not self.accelerator.unwrap_model(self.model):
+        best, root = self.state.best_model_checkpoint, self._root
+        if root is None or _is_adapter(best):
             super()._load_best_model()
         else:
-            read_weights(self.accelerator.unwrap_model(self.model), resolve_files(os.fspath(best)))
+            read_weights(root, resolve_files(best))
+
+
+def _is_adapter(folder: str) -> bool:
+    """Whether a checkpoint is that of an adapter, which loads itself."""
+    return (Path(folder) / "adapter_config.json").is_file()
 
 
 class Trainer(PlannedTrainer, transformers.Trainer):  # type: ignore[misc]

@@ -29,7 +29,8 @@ def layouts_of(model: nn.Module, parallel: Parallel) -> dict[str, Layout]:
         LaunchError: PP733 where parameters that the plan was resolved for go by other names now.
     """
     state = model.state_dict(keep_vars=True)
-    lost = sorted(parallel.table.parameters.keys() - state.keys())
+    prefix = getattr(parallel, "prefix", "")
+    lost = sorted(name for name in parallel.table.parameters if prefix + name not in state)
     if lost:
         raise LaunchError(
             Finding(
