@@ -19,7 +19,6 @@ from torch.optim import Optimizer
 from parallel_plans.errors import Finding, LaunchError
 from parallel_plans.layouts import Layout
 from parallel_plans.state import Parallel, gathered, local_part, parallel_of
-from parallel_plans.storage import placements
 
 State = dict[str, Any]
 
@@ -134,12 +133,11 @@ def _cut(value: Any, parameter: Tensor, layout: Layout, parallel: Parallel, name
         message = "the optimizer's saved state is not that of the whole parameter"
         found, expected = f"{list(value.shape)}", str(layout)
         raise LaunchError(Finding(code="PP734", message=message, name=name, found=found, expected=expected))
-    place = parallel.place
-    part = layout.take(value, place.ranks).to(local_part(parameter).device).clone()
+    part = layout.take(value, parallel.place.ranks).to(local_part(parameter).device).clone()
     if not isinstance(parameter, DTensor):
         return part
-    kept = placements(layout, place)
-    return DTensor.from_local(part, place.mesh, kept, run_check=False, shape=parameter.shape, stride=parameter.stride())
+    mesh, kept = parameter.device_mesh, parameter.placements
+    return DTensor.from_local(part, mesh, kept, run_check=False, shape=parameter.shape, stride=parameter.stride())
 
 
 @contextlib.contextmanager
