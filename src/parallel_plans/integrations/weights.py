@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from parallel_plans.agreement import Agreement
-from parallel_plans.checkpoint.conversion import convert_for_load
+from parallel_plans.checkpoint.conversion import Converted, convert_for_load
 from parallel_plans.checkpoint.files import open_checkpoint
 from parallel_plans.checkpoint.lazy import LazyTensor
 from parallel_plans.checkpoint.load import compare, misfit
@@ -95,23 +96,25 @@ def _by_own_names(
     """The tensors by the model's names and in its shapes, all of them."""
     layouts = layouts_of(model, parallel)
     shapes = {name: torch.empty(layout.shape, device="meta") for name, layout in layouts.items()}
-    if shapes.keys() <= tensors.keys() | set(getattr(model, "all_tied_weights_keys", ())):
-        converted = {name: tensor for name, tensor in tensors.items() if name in shapes}
-        unexpected = set(tensors) - set(shapes)
-    else:
+    found = Converted({name: tensor for name, tensor in tensors.items() if name in shapes}, set(tensors) - set(shapes))
+    if _lacking(model, found.tensors) and isinstance(model, PreTrainedModel):
         from transformers.conversion_mapping import get_model_conversion_mapping
 
         with torch.device("meta"):
             whole = type(model)(deepcopy(model.config))
-        made = convert_for_load(whole, tensors, get_model_conversion_mapping(whole))
-        converted, unexpected = made.tensors, made.unexpected
-    report = compare(converted, unexpected, shapes)
-    ignored = set(getattr(model, "all_tied_weights_keys", ())) | set(
-        getattr(model, "_keys_to_ignore_on_save", None) or ()
-    )
-    if report.misshapen or report.missing - ignored:
-        raise misfit(report, file, lambda name: name in ignored)
-    return converted
+        found = convert_for_load(whole, tensors, get_model_conversion_mapping(whole))
+    report, lacking = compare(found.tensors, found.unexpected, shapes), _lacking(model, found.tensors)
+    if report.misshapen or lacking:
+        raise misfit(report, file, lambda name: name not in lacking | report.unexpected)
+    return found.tensors
+
+
+def _lacking(model: nn.Module, names: Container[str]) -> set[str]:
+    """The entries of the state dict that are not among `names`, nor what they are tied to, and should be."""
+    state = model.state_dict(keep_vars=True)
+    there = {id(value) for name, value in state.items() if name in names}
+    unsaved = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+    return {name for name, value in state.items() if id(value) not in there and name not in unsaved}
 
 
 @torch.no_grad()
