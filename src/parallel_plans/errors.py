@@ -87,6 +87,11 @@ CODES: dict[str, str] = {
     "PP704": "no plan can be found for the model",
     "PP705": "another rank failed",
     "PP706": "the ranks do not agree",
+    "PP730": "a model under a plan is wrapped by what takes every rank for a copy",
+    "PP731": "ranks that share a batch are given different ones",
+    "PP732": "the ranks that a tool sees are not those of the model",
+    "PP733": "an option of a tool cannot be combined with a plan",
+    "PP734": "a saved state does not fit the model",
 }
 
 

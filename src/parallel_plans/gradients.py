@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from parallel_plans.collectives import Axis
 from parallel_plans.layouts import Layout
 from parallel_plans.mesh import Place, device_of
 from parallel_plans.state import local_part, parallel_of
@@ -58,6 +59,12 @@ def _with_gradient_somewhere(model: nn.Module, place: Place) -> list[tuple[str, 
     return [each for each, has_one in zip(parameters, has.tolist(), strict=True) if has_one]
 
 
+def copies_of(layout: Layout | None, place: Place) -> Axis:
+    """The ranks that hold the same part of a parameter, and see other batches."""
+    is_dealt = layout is not None and any(split.axis in (EXPERT_AXIS, BLOCK_AXIS) for split in layout.splits)
+    return place.axes[EXPERT_DATA_AXIS if is_dealt and not place.views.shares_batch else DATA_AXIS]
+
+
 @torch.no_grad()
 def average_gradients(model: nn.Module) -> None:
     """Averages `model`'s gradients over the batches of all ranks, in place; every rank calls it after backward.
@@ -81,9 +88,7 @@ def average_gradients(model: nn.Module) -> None:
     for name, parameter in _with_gradient_somewhere(model, place):
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-        layout = parallel.layout(name)
-        is_dealt = layout is not None and any(split.axis in (EXPERT_AXIS, BLOCK_AXIS) for split in layout.splits)
-        copies = place.axes[EXPERT_DATA_AXIS if is_dealt and not place.views.shares_batch else DATA_AXIS]
+        copies = copies_of(parallel.layout(name), place)
         gradient = local_part(parameter.grad)
         if copies.size > 1:
             dist.all_reduce(gradient, group=copies.group)

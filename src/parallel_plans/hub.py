@@ -23,6 +23,7 @@ from parallel_plans.agreement import Agreement
 from parallel_plans.apply import apply_table
 from parallel_plans.checkpoint.save import attach_save
 from parallel_plans.errors import Finding, LaunchError, ParallelPlansError
+from parallel_plans.launcher import launched_tp_size
 from parallel_plans.loading import Loading
 from parallel_plans.lookup import PlanSource
 from parallel_plans.mesh import Place, check_sizes, place_on, start_place, started_ranks, this_rank
@@ -65,7 +66,7 @@ def from_pretrained(
         ep_plan: how experts are dealt over ranks: `"auto"` (as the plan says: routes masked where the ranks share a
             batch, tokens sent where they do not), `"dispatch"` (tokens sent in any case), or rules of its own.
         sp_plan: sequence parallelism; not built yet, refused.
-        tp_size: ranks on the axis `tp`; defaults to all that were started.
+        tp_size: ranks on the axis `tp`; defaults to what accelerate's launch file says, else to all that were started.
         ep_size: ranks over which whole experts are dealt; all that hold one (`etp_size`) with an `ep_plan`, else 1. It
             may be larger than `tp_size`: ranks with batches of their own then share experts.
         etp_size: ranks that split each expert; defaults to `tp_size`, and to 1 where experts are dealt.
@@ -86,6 +87,7 @@ def from_pretrained(
     try:
         _check_arguments(storage, sp_plan, kwargs)
         world = started_ranks() if mesh is None else mesh.size()
+        tp_size = launched_tp_size() if tp_size is None and mesh is None else tp_size
         if ep_plan is not None and ep_size is None:
             ep_size = max(1, world // (etp_size or 1))
         place = None if mesh is None else place_on(mesh, ep_size, etp_size)

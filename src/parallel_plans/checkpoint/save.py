@@ -32,7 +32,7 @@ from parallel_plans.state import Parallel, local_part, parallel_of
 
 PIECE_BYTES = 2**23  # of a tensor, gathered and written at once
 # arguments of transformers' method that say nothing about what is written here
-_WITHOUT_EFFECT = ("token", "save_peft_format")
+_WITHOUT_EFFECT = ("token", "save_peft_format", "save_function", "safe_serialization")
 _REFUSED = {
     "push_to_hub": "save first, then upload the folder",
     "distributed_checkpoint": "drop it: this writes one checkpoint that any number of ranks can read",

@@ -1,0 +1,1 @@
+"""Models under a plan in other people's tools."""
