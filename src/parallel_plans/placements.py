@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
@@ -93,15 +94,20 @@ def held_region(value: DTensor) -> tuple[tuple[Range, ...], ...] | None:
             found[each.dim] = _strided(value, each, mesh_dim)
     if not found:
         return None
-    whole = [((0, size),) if size else () for size in value.shape]
+    whole: list[tuple[Range, ...]] = [((0, size),) if size else () for size in value.shape]
     for mesh_dim, each in enumerate(value.placements):
         if isinstance(each, Shard) and each.dim not in found:
-            start, stop = whole[each.dim][0] if whole[each.dim] else (0, 0)
-            size, offset = each._local_shard_size_and_offset(
-                stop - start, value.device_mesh.size(mesh_dim), rank_on(value.device_mesh, (mesh_dim,))
-            )
-            whole[each.dim] = ((start + int(offset), start + int(offset) + size),) if size else ()
+            whole[each.dim] = _chunk_of(whole[each.dim], value.device_mesh, mesh_dim)
     return tuple(found.get(dim, ranges) for dim, ranges in enumerate(whole))
+
+
+def _chunk_of(ranges: tuple[Range, ...], mesh: DeviceMesh, mesh_dim: int) -> tuple[Range, ...]:
+    """What a `Shard` over one dim of the mesh leaves this rank of one stretch: torch's chunk of it."""
+    chunks = []
+    for start, stop in ranges:
+        step, rank = -(-(stop - start) // mesh.size(mesh_dim)), rank_on(mesh, (mesh_dim,))
+        chunks.append((min(stop, start + rank * step), min(stop, start + (rank + 1) * step)))
+    return tuple(each for each in chunks if each[0] < each[1])
 
 
 def _strided(value: DTensor, placement: _StridedShard, mesh_dim: int) -> tuple[Range, ...]:
@@ -126,4 +132,4 @@ def _cut(split: Split) -> tuple[tuple[Range, ...], ...]:
 
 def _pieces(piece: Range, edges: Sequence[int]) -> Iterator[Range]:
     inner = [piece[0], *(edge for edge in edges if piece[0] < edge < piece[1]), piece[1]]
-    yield from zip(inner, inner[1:], strict=False)
+    yield from pairwise(inner)
