@@ -87,6 +87,12 @@ CODES: dict[str, str] = {
     "PP704": "no plan can be found for the model",
     "PP705": "another rank failed",
     "PP706": "the ranks do not agree",
+    # Training states (PP725 to PP729)
+    "PP725": "a training state is missing, unfinished or damaged",
+    "PP726": "a training state is of another model",
+    "PP727": "a training state is of another optimizer, or lacks an object that is asked for",
+    "PP728": "a training state cannot be written",
+    "PP729": "a format cannot hold a parameter of which a rank has several pieces",
 }
 
 

@@ -205,7 +205,7 @@ def _write_folder(
     model: Any, folder: Path, files: dict[str, tuple[Entry, ...]], shards: Shards, variant: str | None
 ) -> None:
     if hasattr(model, "config"):
-        _write_config(model, folder)
+        write_config(model, folder)
     for name, entries in files.items():
         write_safetensors(folder / name, entries, {"format": "pt"})
     if shards.index is not None:
@@ -222,7 +222,7 @@ def _count(model: nn.Module) -> int:
     return sum(entries[name].layout.numel for name, _ in model.named_parameters())
 
 
-def _write_config(model: Any, folder: Path) -> None:
+def write_config(model: Any, folder: Path) -> None:
     """What transformers writes beside the weights."""
     model.config.dtype = str(model.dtype).removeprefix("torch.")
     model.config.architectures = [type(model).__name__]
