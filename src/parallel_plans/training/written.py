@@ -26,7 +26,7 @@ from parallel_plans.errors import CheckpointError, Finding
 from parallel_plans.messages import print_once
 from parallel_plans.training.ranks import Ranks
 
-PIECE_BYTES = 2**26  # the most that is written, or read, as one: what a rank holds beside its own state
+PIECE_BYTES = 2**24  # the most that is written, or read, as one: what a rank holds beside its own state
 METADATA = ".metadata"  # torch's: what is in which file; it is written last
 
 
