@@ -10,18 +10,21 @@ DTensors.
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
+from parallel_plans.errors import CheckpointError, Finding
 from parallel_plans.layouts import Split, blocks
 from parallel_plans.placements import held_region, is_numbered, numbered_splits, rank_on
 
@@ -151,12 +154,28 @@ def get_tensor_shard(self: DTensor, index: MetadataIndex) -> Tensor:
     raise ValueError(f"{index.fqn}: this rank has no piece at {tuple(index.offset or ())}")
 
 
+_write_data = HuggingFaceStorageWriter.write_data
+
+
+@functools.wraps(_write_data)
+def write_data(self: HuggingFaceStorageWriter, plan: SavePlan, planner: SavePlanner) -> Any:
+    """`HuggingFaceStorageWriter.write_data`, but where it would write one piece of several, in silence: its files have
+    one tensor of a name."""
+    several = [name for name, times in Counter(item.index.fqn for item in plan.items).items() if times > 1]
+    if several:
+        message = f"a rank has several pieces of {len(several)} parameters, and a safetensors file has one of a name"
+        fix = "model.save_pretrained(folder), or save_state and `parallel-plans consolidate`"
+        raise CheckpointError(Finding(code="PP729", message=message, name=several[0], fix=fix))
+    return _write_data(self, plan, planner)
+
+
 def take_over() -> None:
-    """Puts the functions above in the place of DTensor's methods; once is enough."""
-    for name, function in (
-        ("redistribute", redistribute),
-        ("__create_write_items__", create_write_items),
-        ("__create_chunk_list__", create_chunk_list),
-        ("__get_tensor_shard__", get_tensor_shard),
+    """Puts the functions above in the place of torch's methods; once is enough."""
+    for owner, name, function in (
+        (DTensor, "redistribute", redistribute),
+        (DTensor, "__create_write_items__", create_write_items),
+        (DTensor, "__create_chunk_list__", create_chunk_list),
+        (DTensor, "__get_tensor_shard__", get_tensor_shard),
+        (HuggingFaceStorageWriter, "write_data", write_data),
     ):
-        setattr(DTensor, name, function)
+        setattr(owner, name, function)
