@@ -76,10 +76,10 @@ def _on_meta(state: Path, folder: Path, facts: Facts) -> Any:
         message, fix = "there is no config in the state", "pass --config FOLDER, with the model's config.json"
         raise CheckpointError(Finding(code="PP725", message=message, file=str(folder), fix=fix))
     config = AutoConfig.from_pretrained(folder)
-    (name, *_) = config.architectures or [""]
+    name = facts["models"][MODEL]["class"]
     model_class: Any = getattr(transformers, name, None)
     if model_class is None:
-        message = f"the config's architecture {name!r} is none of transformers"
+        message = f"the model was a {name}, which is no class of transformers"
         raise CheckpointError(Finding(code="PP726", message=message, file=str(folder)))
     with torch.device("meta"):
         model = model_class(config)

@@ -36,6 +36,7 @@ def facts_of(contents: Contents, ranks: Ranks) -> Facts:
     """The facts of what is about to be saved; the same on every rank."""
     models = {
         name: {
+            "class": model.kind,
             "tensors": {key: _tensor_facts(tensor) for key, tensor in model.laid_out()},
             "tied": dict(model.tied),
         }

@@ -42,11 +42,13 @@ class ModelTensors:
     """What a model has to save.
 
     Args:
+        kind: its class.
         values: parameters and persistent buffers by name, as they are kept.
         lies: how each lies.
         tied: other names of parameters -> the name under which `values` has them.
     """
 
+    kind: str
     values: Mapping[str, Tensor]
     lies: Mapping[str, Lies]
     tied: Mapping[str, str]
@@ -80,4 +82,4 @@ def model_tensors(model: nn.Module) -> ModelTensors:
         place = None if parallel is None else parallel.place
         values[name] = value
         lies[name] = Lies(layout=layout or Layout(tuple(value.shape)), place=place)
-    return ModelTensors(values=values, lies=lies, tied=tied)
+    return ModelTensors(kind=type(model).__name__, values=values, lies=lies, tied=tied)

@@ -30,7 +30,7 @@ from parallel_plans.training.contents import (
     random_state,
 )
 from parallel_plans.training.facts import FACTS_NAME, Facts, check, digest, facts_of, read_facts, write_facts
-from parallel_plans.training.optimizer_tensors import as_kept, is_like, numbers_of, place_for
+from parallel_plans.training.optimizer_tensors import Known, as_kept, is_like, numbers_of, place_for
 from parallel_plans.training.ranks import Ranks, from_first, ranks_of
 from parallel_plans.training.written import METADATA, read, read_metadata, write
 
@@ -229,15 +229,17 @@ class _Saved:
             for saved, own in zip(read["groups"], current["param_groups"], strict=True)
         ]
         optimizer.load_state_dict({**read["rest"], "state": states, "param_groups": groups})
-        self._keep_dtypes(optimizer, states, numbers)
+        self._keep_as_read(optimizer, states, numbers)
 
-    def _keep_dtypes(self, optimizer: Any, states: Mapping[int, Mapping[str, Any]], numbers: Mapping[int, Any]) -> None:
-        """Undoes the cast to the parameter's dtype that torch makes when an optimizer loads what it had in another."""
+    def _keep_as_read(
+        self, optimizer: Any, states: Mapping[int, Mapping[str, Any]], numbers: Mapping[int, Known]
+    ) -> None:
+        """Undoes what torch does to a state that an optimizer loads: a cast to the parameter's dtype, texts lost."""
         kept = optimizer.state if isinstance(optimizer, torch.optim.Optimizer) else {}
         for number, entries in states.items():
             own = kept.get(numbers[number].value, {})
             for key, value in entries.items():
-                if isinstance(value, Tensor) and key in own and own[key].dtype != value.dtype:
+                if key in own and (not isinstance(value, Tensor) or own[key].dtype != value.dtype):
                     own[key] = value
 
     def plain_values(self, state: Mapping[str, Any]) -> dict[str, Any]:
