@@ -2,9 +2,9 @@
 
 `full_tensor()`, `redistribute` and `torch.distributed.checkpoint` ask a DTensor for the whole, or for the pieces that
 this rank has. The methods by which they ask are taken over here, for DTensors whose placement says that it is one of
-ours, or that their part is several pieces (which torch's own checkpoints would write as one, in silence). All other
-DTensors go torch's own way. A method is the only place: gradients and optimizer states are made by torch, as plain
-DTensors.
+ours, or that their part is several pieces (which torch's own checkpoints would write as one, in silence), also where
+`fully_shard` has cut it once more. All other DTensors go torch's own way. A method is the only place: gradients and
+optimizer states are made by torch, as plain DTensors.
 """
 
 from __future__ import annotations
@@ -25,62 +25,95 @@ from torch.distributed.tensor import DTensor, Placement, Replicate
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
 from parallel_plans.errors import CheckpointError, Finding
-from parallel_plans.layouts import Split, blocks
-from parallel_plans.placements import held_region, is_numbered, numbered_splits, rank_on
+from parallel_plans.layouts import blocks
+from parallel_plans.placements import Dealt, chunk, dealt_dims, held_region, rank_on
 
 Slices = tuple[slice, ...]
 
 
-def _gathered(local: Tensor, split: Split, mesh: DeviceMesh, mesh_dims: Sequence[int]) -> Tensor:
-    """The whole of a split dim, from the parts on the ranks along these dims of the mesh."""
-    longest = max(split.local_sizes)
-    padding = [0, 0] * (local.dim() - 1 - split.dim) + [0, longest - local.shape[split.dim]]
-    parts = torch.nn.functional.pad(local, padding).unsqueeze(0)
-    for mesh_dim in reversed(mesh_dims):  # the innermost first, so that the ranks' parts come in order
-        every = [torch.empty_like(parts) for _ in range(mesh.size(mesh_dim))]
-        dist.all_gather(every, parts.contiguous(), group=mesh.get_group(mesh_dim))
-        parts = torch.cat(every)
-    shape = [split.size if dim == split.dim else size for dim, size in enumerate(local.shape)]
-    whole = local.new_empty(shape)
+def _collected(parts: Tensor, mesh: DeviceMesh, mesh_dim: int) -> Tensor:
+    """What the ranks along a dim of the mesh have, one behind the other."""
+    every = [torch.empty_like(parts) for _ in range(mesh.size(mesh_dim))]
+    dist.all_gather(every, parts.contiguous(), group=mesh.get_group(mesh_dim))
+    return torch.cat(every)
+
+
+def _padded(local: Tensor, dim: int, size: int) -> Tensor:
+    padding = [0, 0] * (local.dim() - 1 - dim) + [0, size - local.shape[dim]]
+    return torch.nn.functional.pad(local, padding)
+
+
+def _gathered(local: Tensor, dealt: Dealt, mesh: DeviceMesh) -> Tensor:
+    """The whole of a split dim, from the parts on the ranks."""
+    split, dim = dealt.split, dealt.split.dim
+    if dealt.chunked is not None:
+        own = split.local_sizes[rank_on(mesh, dealt.mesh_dims)]
+        step = -(-own // mesh.size(dealt.chunked))
+        chunks = _collected(_padded(local, dim, step).unsqueeze(0), mesh, dealt.chunked)
+        local = torch.cat(chunks.unbind(0), dim).narrow(dim, 0, own)
+    parts = _padded(local, dim, max(split.local_sizes)).unsqueeze(0)
+    for mesh_dim in reversed(dealt.mesh_dims):  # the innermost first, so that the ranks' parts come in order
+        parts = _collected(parts, mesh, mesh_dim)
+    whole = local.new_empty([split.size if each == dim else size for each, size in enumerate(local.shape)])
     for rank, size in enumerate(split.local_sizes):
-        split.put(whole, parts[rank].narrow(split.dim, 0, size), rank)
+        split.put(whole, parts[rank].narrow(dim, 0, size), rank)
     return whole
 
 
-def _spec(value: DTensor, laid_out: Sequence[Placement]) -> DTensorSpec:
-    return DTensorSpec(value.device_mesh, tuple(laid_out), tensor_meta=value._spec.tensor_meta)
+def _own(whole: Tensor, dealt: Dealt, mesh: DeviceMesh) -> Tensor:
+    """This rank's part of a whole dim."""
+    local = dealt.split.take(whole, rank_on(mesh, dealt.mesh_dims))
+    if dealt.chunked is None:
+        return local
+    start, stop = chunk(local.shape[dealt.split.dim], mesh, dealt.chunked)
+    return local.narrow(dealt.split.dim, start, stop - start)
+
+
+def _to_join(value_placements: Sequence[Placement], like: DTensor) -> list[Dealt]:
+    """The dims that torch cannot put together."""
+    found = dealt_dims(value_placements, like.shape, like.device_mesh)
+    return [each for each in found if not each.is_torch_s]
+
+
+def _joined(value_placements: Sequence[Placement], dealt: Sequence[Dealt]) -> tuple[Placement, ...]:
+    """The placements once these dims are whole."""
+    over = {mesh_dim for each in dealt for mesh_dim in (*each.mesh_dims, each.chunked)}
+    return tuple(Replicate() if mesh_dim in over else each for mesh_dim, each in enumerate(value_placements))
+
+
+def _wrapped(local: Tensor, like: DTensor, laid_out: Sequence[Placement]) -> DTensor:
+    spec = DTensorSpec(like.device_mesh, tuple(laid_out), tensor_meta=like._spec.tensor_meta)
+    return DTensor.__new__(DTensor, local.contiguous(), spec, requires_grad=like.requires_grad)
 
 
 class _Joined(torch.autograd.Function):
-    """The same value, `Replicate` over the dims of the mesh that a numbered split goes over."""
+    """The same value, with the dims whole that torch cannot put together."""
 
     @staticmethod
     def forward(ctx: Any, value: DTensor) -> DTensor:
-        ctx.like, local = value, value._local_tensor
-        for split, mesh_dims in numbered_splits(value.placements):
-            local = _gathered(local, split, value.device_mesh, mesh_dims)
-        joined = [Replicate() if is_numbered(each) else each for each in value.placements]
-        return DTensor.__new__(DTensor, local, _spec(value, joined), requires_grad=value.requires_grad)
+        ctx.placements, local, dealt = value.placements, value._local_tensor, _to_join(value.placements, value)
+        for each in dealt:
+            local = _gathered(local, each, value.device_mesh)
+        return _wrapped(local, value, _joined(value.placements, dealt))
 
     @staticmethod
     def backward(ctx: Any, gradient: DTensor) -> DTensor:
-        wanted = [Replicate() if is_numbered(each) else each for each in ctx.like.placements]
-        return _Parted.apply(gradient.redistribute(placements=wanted), ctx.like.placements)
+        return gradient.redistribute(placements=ctx.placements)
 
 
 class _Parted(torch.autograd.Function):
-    """The same value, of which every rank keeps its part of what is `Replicate` where the placements are numbered."""
+    """The same value, of which every rank keeps its part of the dims that torch cannot split."""
 
     @staticmethod
-    def forward(ctx: Any, value: DTensor, laid_out: Sequence[Placement]) -> DTensor:
-        local = value._local_tensor
-        for split, mesh_dims in numbered_splits(laid_out):
-            local = split.take(local, rank_on(value.device_mesh, mesh_dims))
-        return DTensor.__new__(DTensor, local.clone(), _spec(value, laid_out), requires_grad=value.requires_grad)
+    def forward(ctx: Any, value: DTensor, laid_out: tuple[Placement, ...]) -> DTensor:
+        ctx.placements, local = value.placements, value._local_tensor
+        for each in _to_join(laid_out, value):
+            local = _own(local, each, value.device_mesh)
+        return _wrapped(local.clone(), value, laid_out)
 
     @staticmethod
     def backward(ctx: Any, gradient: DTensor) -> tuple[DTensor, None]:
-        return _Joined.apply(gradient), None
+        return gradient.redistribute(placements=ctx.placements), None
 
 
 _redistribute = DTensor.redistribute
@@ -96,11 +129,12 @@ def redistribute(
     """`DTensor.redistribute`, from and to placements that torch does not know."""
     if placements is None or tuple(placements) == self.placements:
         return _redistribute(self, device_mesh, placements, **options)
-    if any(map(is_numbered, self.placements)):
+    if _to_join(self.placements, self):
         self = _Joined.apply(self)
-    known = [Replicate() if is_numbered(each) else each for each in placements]
+    wanted = tuple(placements)
+    known = _joined(wanted, _to_join(wanted, self))
     value = _redistribute(self, device_mesh, known, **options)
-    return _Parted.apply(value, tuple(placements)) if any(map(is_numbered, placements)) else value
+    return value if known == wanted else _Parted.apply(value, wanted)
 
 
 def pieces(value: DTensor) -> list[tuple[Slices, Slices]] | None:

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from parallel_plans.layouts import Layout, Range, Split
+from parallel_plans.layouts import Layout, Range, Split, merged
 from parallel_plans.mesh import Place
 
 _NUMBER_BYTES = 6  # the factor is an int64; so many bytes of a hash never meet by chance
@@ -58,15 +58,77 @@ def is_numbered(placement: Placement) -> bool:
     return isinstance(placement, _StridedShard) and int(placement.split_factor) < 0
 
 
-def numbered_splits(spec_placements: Sequence[Placement]) -> Iterator[tuple[Split, tuple[int, ...]]]:
-    """Every split that is said by number, and the dims of the mesh over which it goes, outermost first."""
-    told: dict[Placement, list[int]] = {}
-    for mesh_dim, each in enumerate(spec_placements):
-        if is_numbered(each):
-            told.setdefault(each, []).append(mesh_dim)
-    for each, mesh_dims in told.items():
-        assert isinstance(each, _StridedShard)
-        yield _numbered[int(each.split_factor)].at(each.dim), tuple(mesh_dims)
+@dataclass(frozen=True, kw_only=True)
+class Dealt:
+    """How one dim of a DTensor lies where torch would think otherwise.
+
+    Args:
+        split: which ranges of the dim each rank has, one behind the other.
+        mesh_dims: the dims of the mesh over which it goes, outermost first.
+        is_numbered: whether torch has no placement for it.
+        chunked: the dim of the mesh over which every rank's part is chunked further, as `fully_shard` does.
+    """
+
+    split: Split
+    mesh_dims: tuple[int, ...]
+    is_numbered: bool
+    chunked: int | None
+
+    @property
+    def is_torch_s(self) -> bool:
+        """Whether torch can put the whole together, although it takes the parts for one piece."""
+        return self.chunked is None and not self.is_numbered
+
+    def own(self, mesh: DeviceMesh) -> tuple[Range, ...]:
+        """The ranges that this rank has."""
+        ranges = _cut(self.split)[rank_on(mesh, self.mesh_dims)]
+        if self.chunked is None:
+            return ranges
+        start, stop = chunk(sum(b - a for a, b in ranges), mesh, self.chunked)
+        return _between(ranges, start, stop)
+
+
+def dealt_dims(value_placements: Sequence[Placement], shape: Sequence[int], mesh: DeviceMesh) -> Iterator[Dealt]:
+    """The dims of which torch would be wrong about a rank's part.
+
+    Raises:
+        NotImplementedError: a split that torch has no placement for is split again, otherwise than by `fully_shard`.
+    """
+    split_over: dict[int, list[int]] = {}
+    for mesh_dim, each in enumerate(value_placements):
+        if isinstance(each, (Shard, _StridedShard)):
+            split_over.setdefault(each.dim, []).append(mesh_dim)
+    for dim, mesh_dims in split_over.items():
+        last = value_placements[mesh_dims[-1]]
+        if not isinstance(last, _StridedShard):
+            continue
+        is_ours = is_numbered(last)
+        same = [each for each in mesh_dims if is_ours and value_placements[each] == last] or mesh_dims[-1:]
+        outer = [each for each in mesh_dims if each not in same]
+        if len(outer) > 1 or any(not isinstance(value_placements[each], _StridedShard) for each in outer):
+            if is_ours:
+                raise NotImplementedError(f"dim {dim} of {list(shape)} lies as {list(value_placements)} say")
+            continue
+        yield Dealt(
+            split=_split_of(last, shape[dim], mesh.size(same[-1])),
+            mesh_dims=tuple(same),
+            is_numbered=is_ours,
+            chunked=outer[0] if outer else None,
+        )
+
+
+def _split_of(placement: _StridedShard, size: int, ranks: int) -> Split:
+    factor = int(placement.split_factor)
+    if factor < 0:
+        return _numbered[factor].at(placement.dim)
+    ranges: list[list[Range]] = [[] for _ in range(ranks)]
+    part = -(-size // factor)
+    for start in range(0, size, part):
+        own = min(part, size - start)
+        step = -(-own // ranks)
+        for rank in range(ranks):
+            ranges[rank].append((start + min(own, rank * step), start + min(own, (rank + 1) * step)))
+    return Split(dim=placement.dim, size=size, axis="", ranges=tuple(merged(each) for each in ranges))
 
 
 def rank_on(mesh: DeviceMesh, mesh_dims: Sequence[int]) -> int:
@@ -78,48 +140,40 @@ def rank_on(mesh: DeviceMesh, mesh_dims: Sequence[int]) -> int:
     return rank
 
 
+def chunk(size: int, mesh: DeviceMesh, mesh_dim: int) -> Range:
+    """What `torch.chunk` of so many elements leaves this rank on one dim of the mesh."""
+    step, rank = -(-size // mesh.size(mesh_dim)), rank_on(mesh, (mesh_dim,))
+    return min(size, rank * step), min(size, (rank + 1) * step)
+
+
+def _between(ranges: Sequence[Range], start: int, stop: int) -> tuple[Range, ...]:
+    """What lies from the `start`th to the `stop`th of the elements in `ranges`."""
+    found, offset = [], 0
+    for low, high in ranges:
+        a, b = max(low, low + start - offset), min(high, low + stop - offset)
+        if a < b:
+            found.append((a, b))
+        offset += high - low
+    return tuple(found)
+
+
 def held_region(value: DTensor) -> tuple[tuple[Range, ...], ...] | None:
     """For every dim, the ranges of the whole that this rank's part has; None where it is one stretch as torch thinks.
 
     Ranges that ranks hold in part together are cut where the others' begin and end, so that what several ranks have is
     the same range on each.
     """
-    found: dict[int, tuple[Range, ...]] = {}
-    dims = [each.dim for each in value.placements if isinstance(each, (Shard, _StridedShard))]
-    for split, mesh_dims in numbered_splits(value.placements):
-        if dims.count(split.dim) == len(mesh_dims):
-            found[split.dim] = _cut(split)[rank_on(value.device_mesh, mesh_dims)]
-    for mesh_dim, each in enumerate(value.placements):
-        if isinstance(each, _StridedShard) and dims.count(each.dim) == 1 and not is_numbered(each):
-            found[each.dim] = _strided(value, each, mesh_dim)
+    mesh = value.device_mesh
+    found = {each.split.dim: each.own(mesh) for each in dealt_dims(value.placements, value.shape, mesh)}
     if not found:
         return None
     whole: list[tuple[Range, ...]] = [((0, size),) if size else () for size in value.shape]
     for mesh_dim, each in enumerate(value.placements):
-        if isinstance(each, Shard) and each.dim not in found:
-            whole[each.dim] = _chunk_of(whole[each.dim], value.device_mesh, mesh_dim)
+        if isinstance(each, Shard) and each.dim not in found and whole[each.dim]:
+            ((start, stop),) = whole[each.dim]
+            low, high = chunk(stop - start, mesh, mesh_dim)
+            whole[each.dim] = ((start + low, start + high),) if low < high else ()
     return tuple(found.get(dim, ranges) for dim, ranges in enumerate(whole))
-
-
-def _chunk_of(ranges: tuple[Range, ...], mesh: DeviceMesh, mesh_dim: int) -> tuple[Range, ...]:
-    """What a `Shard` over one dim of the mesh leaves this rank of one stretch: torch's chunk of it."""
-    chunks = []
-    for start, stop in ranges:
-        step, rank = -(-(stop - start) // mesh.size(mesh_dim)), rank_on(mesh, (mesh_dim,))
-        chunks.append((min(stop, start + rank * step), min(stop, start + (rank + 1) * step)))
-    return tuple(each for each in chunks if each[0] < each[1])
-
-
-def _strided(value: DTensor, placement: _StridedShard, mesh_dim: int) -> tuple[Range, ...]:
-    """The ranges of a `_StridedShard` of torch's own: each of its parts is chunked over the ranks."""
-    size, parts = value.shape[placement.dim], int(placement.split_factor)
-    ranks, rank = value.device_mesh.size(mesh_dim), rank_on(value.device_mesh, (mesh_dim,))
-    ranges, part = [], -(-size // parts)
-    for start in range(0, size, part):
-        own = min(part, size - start)
-        step = -(-own // ranks)
-        ranges.append((start + min(own, rank * step), start + min(own, (rank + 1) * step)))
-    return tuple(each for each in ranges if each[0] < each[1])
 
 
 def _cut(split: Split) -> tuple[tuple[Range, ...], ...]:

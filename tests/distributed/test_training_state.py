@@ -18,16 +18,30 @@ from ranks import outcomes, run_on_ranks
 from rows import Row, loaded
 from safetensors.torch import load_file
 from tiny import tiny_model, tokens
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.device_mesh import init_device_mesh
-from training_runs import ONE_PROCESS, Counter, Run, differing, on, resumed_run, saved_run, started, wholes
+from torch.distributed.fsdp import fully_shard
+from training_runs import (
+    ONE_PROCESS,
+    Counter,
+    Parts,
+    Run,
+    differing,
+    on,
+    optimizer_of,
+    resumed_run,
+    saved_run,
+    started,
+    wholes,
+)
 from transformers import AutoModelForCausalLM as Ordinary
 from typer.testing import CliRunner
 
 from parallel_plans import CheckpointError, load_state, parallelize, save_state
 from parallel_plans.checkpoint import replace
 from parallel_plans.cli.main import app
+from parallel_plans.lookup import bundled_folder
 from parallel_plans.training import state as states
 from parallel_plans.training import written
 
@@ -409,6 +423,41 @@ def test_a_second_model_and_its_optimizer_are_saved_too(checkpoints: Callable[..
     folder = str(checkpoints("llama", True)[0])
     (before, *_) = run_on_ranks(_with_average, 2, folder, str(tmp_path / "state"), TP2, True)
     assert differing(_with_average(folder, str(tmp_path / "state"), ONE_PROCESS, False), before) == []
+
+
+def _fully_sharded(folder: str, kind: str) -> Parts:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    model = parallelize(Ordinary.from_pretrained(folder), bundled_folder() / f"{kind}.yaml", mesh)
+    for module in (*model.model.layers, model):
+        fully_shard(module, mesh=mesh["dp"])
+    optimizer = optimizer_of(model)
+    return Parts(model, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 1), Counter(0))
+
+
+def _saved_fully_sharded(folder: str, target: str, kind: str) -> tuple[dict[str, Tensor], list[str]]:
+    parts = _fully_sharded(folder, kind)
+    for _ in range(2):
+        parts.model(input_ids=tokens(), labels=tokens()).loss.backward()
+        parts.optimizer.step()
+    save_state(target, **parts.passed)
+    before, again = wholes(parts), _fully_sharded(folder, kind)
+    load_state(target, **again.passed)
+    return before, differing(wholes(again), before)
+
+
+@pytest.mark.parametrize("kind", ["phi3", "llama"])
+def test_parts_that_are_sharded_over_batches_too_are_saved(kind: str, tmp_path: Path) -> None:
+    """torch's `fully_shard` chunks every part once more; packed and uneven ones as they lie in memory."""
+    uneven = {"num_attention_heads": 6, "num_key_value_heads": 3} if kind == "llama" else {}
+    tiny_model(kind, tied=False, **uneven).save_pretrained(folder := tmp_path / "model")
+    results = run_on_ranks(_saved_fully_sharded, 4, str(folder), str(tmp_path / "state"), kind)
+    assert [wrong for _, wrong in results] == [[]] * 4
+    before = results[0][0]
+    parts = started(str(folder), ONE_PROCESS)
+    truth = wholes(parts)
+    load_state(tmp_path / "state", **parts.passed)
+    assert differing(wholes(parts), before) == []
+    assert len(differing(before, truth)) > len(truth)  # it has been trained
 
 
 # -- an ordinary checkpoint out of it -------------------------------------------------------------------------------
