@@ -226,6 +226,11 @@ def _cut(name: str) -> Callable[[Path], None]:
     return lambda state: (state / name).write_bytes((state / name).read_bytes()[:-9])
 
 
+def _of_another_state(state: Path) -> None:
+    save_state(state / "other", model=nn.Linear(2, 2))
+    shutil.copytree(state / "other", state, dirs_exist_ok=True, ignore=lambda *_: ["training_state.json"])
+
+
 def _other_version(state: Path) -> None:
     (state / "training_state.json").write_text('{"version": 2}')
 
@@ -240,6 +245,7 @@ def _other_version(state: Path) -> None:
         (_remove("training_state.json"), "training_state.json is missing"),
         (_cut("training_state.json"), "training_state.json cannot be read"),
         (_other_version, "the state is of version 2"),
+        (_of_another_state, ".metadata and training_state.json are of two states"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -260,11 +266,11 @@ def test_what_is_missing_is_said_and_nothing_is_changed(
 def test_files_beside_a_state_stay_and_those_of_the_old_one_go(tmp_path: Path) -> None:
     model = nn.Linear(3, 2)
     save_state(tmp_path / "state", model=model)
-    (tmp_path / "state" / "notes.txt").write_text("mine")
+    (tmp_path / "state" / "tokenizer_config.json").write_text("mine")
     (tmp_path / "state" / "__7_0.distcp").write_bytes(b"of more ranks")
     save_state(tmp_path / "state", model=model)
     names = {path.name for path in (tmp_path / "state").iterdir()}
-    assert names == {"notes.txt", "training_state.json", ".metadata", "__0_0.distcp"}
+    assert names == {"tokenizer_config.json", "training_state.json", ".metadata", "__0_0.distcp"}
     assert [path.name for path in tmp_path.iterdir()] == ["state"]
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from parallel_plans.agreement import Agreement
 from parallel_plans.checkpoint.replace import replaced_folder
+from parallel_plans.errors import CheckpointError, Finding
 from parallel_plans.state import local_part
 from parallel_plans.training.contents import (
     CONVERSIONS,
@@ -35,7 +36,9 @@ from parallel_plans.training.ranks import Ranks, from_first, ranks_of
 from parallel_plans.training.written import METADATA, read, read_metadata, write
 
 # what an earlier state in the folder may have, and the next one must not
-_OF_A_STATE = re.compile(rf"__\d+_\d+\.distcp|{re.escape(METADATA)}(\.tmp)?|{re.escape(FACTS_NAME)}|.*config\.json")
+_OF_A_STATE = re.compile(
+    rf"__\d+_\d+\.distcp|{re.escape(METADATA)}(\.tmp)?|{re.escape(FACTS_NAME)}|(generation_)?config\.json"
+)
 
 
 def save_state(
@@ -75,6 +78,7 @@ def save_state(
             fresh, step = Path(from_first(str(fresh), ranks)), "writing the training state"
             write(_written(contents, model, ranks), fresh, ranks)
             if ranks.is_first:
+                read_metadata(fresh)  # what the others wrote is in this folder, not in one of theirs by that name
                 _write_config(model, fresh)
                 write_facts(facts, fresh)
             agreement.confirm(step)
@@ -191,7 +195,9 @@ class _Saved:
             state |= self._optimizer_places(name)
         state |= {self._object_name(name): None for name in self.facts["objects"]}
         missing = sorted(state.keys() - names)
-        assert not missing, missing  # what the facts say was written with them
+        if missing:
+            message = f"{METADATA} and {FACTS_NAME} are of two states: {len(missing)} entries are missing"
+            raise CheckpointError(Finding(code="PP725", message=message, name=missing[0]))
         return state
 
     def _object_name(self, name: str) -> str:
