@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.testing._internal.two_tensor import TwoTensor
 from training_runs import (
     ONE_PROCESS,
     Counter,
@@ -353,6 +354,11 @@ def test_what_cannot_be_saved_is_refused(tmp_path: Path) -> None:
     strange = torch.optim.SGD([torch.zeros(4, requires_grad=True)])
     with pytest.raises(CheckpointError, match=r"a parameter \[4\] that is not the model's \[PP728\]"):
         save_state(tmp_path / "state", model=model, optimizer=strange)
+    model.register_parameter("many", nn.Parameter(TwoTensor(torch.ones(2), torch.ones(2))))
+    with pytest.raises(
+        CheckpointError, match=r"many is a TwoTensor, and a training state has plain tensors only \[PP728\]"
+    ):
+        save_state(tmp_path / "state", model=model)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -370,6 +376,19 @@ def _rows_alone(target: str) -> None:
     model = parallelize(nn.Sequential(nn.Linear(4, 6, bias=False)), {"0": "colwise"}, mesh, storage="local")
     (optimizer := Rows(model.parameters())).step()
     save_state(target, model=model, optimizer=optimizer)
+
+
+def _grown(target: str) -> None:
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    model = parallelize(nn.Sequential(nn.Linear(4, 6, bias=False)), {"0": "colwise"}, mesh)
+    model[0].register_parameter("scale", nn.Parameter(torch.ones(3)))
+    save_state(target, model=model)
+
+
+def test_a_parameter_that_came_after_the_split_is_refused(tmp_path: Path) -> None:
+    for kind, (name, message, _) in outcomes(_grown, 2, str(tmp_path / "state")):
+        assert (kind, name) == ("raised", "CheckpointError")
+        assert "the parameter was put into the model after it was split" in message
 
 
 def test_a_state_that_is_split_in_an_unknown_way_is_refused(tmp_path: Path) -> None:
@@ -397,12 +416,16 @@ class Half(torch.optim.SGD):
 )
 def test_any_optimizer_goes_on(make: Callable[..., torch.optim.Optimizer], tmp_path: Path) -> None:
     model, other = nn.Linear(3, 2), nn.Linear(3, 2)
-    optimizer, fresh = make(model.parameters()), make(other.parameters())
+    optimizer, fresh = make(model.named_parameters()), make(other.named_parameters())
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     save_state(tmp_path / "state", model=model, optimizer=optimizer)
     load_state(tmp_path / "state", model=other, optimizer=fresh)
+    for parameter in other.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    fresh.step()
+    load_state(tmp_path / "state", model=other, optimizer=fresh)  # over what it has by now
     for mine, its in zip(other.parameters(), model.parameters(), strict=True):
         assert torch.equal(mine, its)
         assert fresh.state[mine].keys() == optimizer.state[its].keys()

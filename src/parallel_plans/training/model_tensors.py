@@ -13,7 +13,7 @@ from parallel_plans.errors import CheckpointError, Finding
 from parallel_plans.layouts import Layout
 from parallel_plans.mesh import Place
 from parallel_plans.placements import placements
-from parallel_plans.state import parallel_of
+from parallel_plans.state import local_part, parallel_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,8 @@ def model_tensors(model: nn.Module) -> ModelTensors:
     """The tensors of a model, parallelized or not.
 
     Raises:
-        CheckpointError: a module keeps something else than tensors in its state dict (PP728).
+        CheckpointError: it has what no state can hold (PP728): something else than plain tensors, parameters that were
+            put into it after it was split.
     """
     parallel = parallel_of(model)
     values: dict[str, Tensor] = {}
@@ -71,14 +72,22 @@ def model_tensors(model: nn.Module) -> ModelTensors:
     tied: dict[str, str] = {}
     names: dict[int, str] = {}
     for name, value in model.state_dict(keep_vars=True).items():
-        if not isinstance(value, Tensor):
-            message = f"{name} is a {type(value).__name__}, and a model's state has tensors only"
+        if not isinstance(value, Tensor) or type(local_part(value)) is not Tensor:
+            message = f"{name} is a {type(value).__name__}, and a training state has plain tensors only"
             raise CheckpointError(Finding(code="PP728", message=message, name=name))
         if id(value) in names:
             tied[name] = names[id(value)]
             continue
         names[id(value)] = name
         layout = None if parallel is None else parallel.layout(name)
+        if (
+            parallel is not None
+            and layout is None
+            and isinstance(value, nn.Parameter)
+            and not isinstance(value, DTensor)
+        ):
+            message = "the parameter was put into the model after it was split: how it lies is not known"
+            raise CheckpointError(Finding(code="PP728", message=message, name=name))
         place = None if parallel is None else parallel.place
         values[name] = value
         lies[name] = Lies(layout=layout or Layout(tuple(value.shape)), place=place)

@@ -16,9 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from parallel_plans.agreement import Agreement
 from parallel_plans.checkpoint.replace import replaced_folder
+from parallel_plans.checkpoint.save import write_config
 from parallel_plans.errors import CheckpointError, Finding
 from parallel_plans.state import local_part
 from parallel_plans.training.contents import (
@@ -36,9 +38,7 @@ from parallel_plans.training.ranks import Ranks, from_first, ranks_of
 from parallel_plans.training.written import METADATA, read, read_metadata, write
 
 # what an earlier state in the folder may have, and the next one must not
-_OF_A_STATE = re.compile(
-    rf"__\d+_\d+\.distcp|{re.escape(METADATA)}(\.tmp)?|{re.escape(FACTS_NAME)}|(generation_)?config\.json"
-)
+_OF_A_STATE = re.compile(rf"__\d+_\d+\.distcp|{re.escape(METADATA)}|{re.escape(FACTS_NAME)}|(generation_)?config\.json")
 
 
 def save_state(
@@ -119,9 +119,7 @@ def _device_of(model: nn.Module) -> torch.device:
 
 def _write_config(model: Any, folder: Path) -> None:
     """The model's config and generation config, for an ordinary checkpoint to be made of the state one day."""
-    if hasattr(model, "config") and hasattr(model, "can_generate"):
-        from parallel_plans.checkpoint.save import write_config
-
+    if isinstance(model, PreTrainedModel):
         write_config(model, folder)
 
 
