@@ -1,7 +1,7 @@
 """What torch's `DTensor` cannot know by itself of a parameter that only this package knows how to lay out.
 
-`full_tensor()`, `redistribute` and `torch.distributed.checkpoint` ask a DTensor for the whole, or for the pieces that
-this rank has. The methods by which they ask are taken over here, for DTensors whose placement says that it is one of
+`full_tensor()`, `redistribute`, `distribute_tensor`, state dicts of wholes and `torch.distributed.checkpoint` ask for
+the whole, or for the pieces that this rank has. The methods by which they ask are taken over here, for DTensors whose placement says that it is one of
 ours, or that their part is several pieces (which torch's own checkpoints would write as one, in silence), also where
 `fully_shard` has cut it once more. All other DTensors go torch's own way. A method is the only place: gradients and
 optimizer states are made by torch, as plain DTensors.
@@ -17,16 +17,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import _state_dict_utils
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate
+from torch.distributed.tensor._collective_utils import mesh_broadcast
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from parallel_plans.errors import CheckpointError, Finding
 from parallel_plans.layouts import blocks
-from parallel_plans.placements import Dealt, chunk, dealt_dims, held_region, rank_on
+from parallel_plans.placements import Dealt, chunk, dealt_dims, held_region, is_numbered, rank_on
 
 Slices = tuple[slice, ...]
 
@@ -188,6 +191,53 @@ def get_tensor_shard(self: DTensor, index: MetadataIndex) -> Tensor:
     raise ValueError(f"{index.fqn}: this rank has no piece at {tuple(index.offset or ())}")
 
 
+_distribute_tensors = _state_dict_utils._distribute_tensors
+
+
+def distribute_tensors(local_state_dict: dict[str, Any], keys: list[str], *others: Any, **options: Any) -> None:
+    """What `set_model_state_dict` and its like do with whole tensors: every rank keeps its part of each.
+
+    A value is (DTensor, whole tensor) and becomes the DTensor; a DTensor on `meta` is made anew.
+    """
+    by_torch = []
+    for key in keys:
+        pair: Any = local_state_dict.get(key)
+        is_pair = isinstance(pair, tuple) and isinstance(pair[0], DTensor)
+        found = pieces(pair[0]) if is_pair else None
+        if found is None:
+            by_torch.append(key)
+            continue
+        value, whole = pair
+        local = value._local_tensor.detach()
+        if local.is_meta:
+            local = torch.empty_like(local, device=whole.device)
+            value = _wrapped(local, value, value.placements)
+        for source, target in found:
+            local[target].copy_(whole[source])
+        local_state_dict[key] = value
+    _distribute_tensors(local_state_dict, by_torch, *others, **options)
+
+
+_shard_tensor = _StridedShard._shard_tensor
+
+
+@functools.wraps(_shard_tensor)
+def shard_tensor(
+    self: _StridedShard, tensor: Tensor, mesh: DeviceMesh, mesh_dim: int, src_data_rank: int | None = 0
+) -> Tensor:
+    """What `distribute_tensor` does along one dim of the mesh: this rank's part of what the source rank has."""
+    if not is_numbered(self):
+        return _shard_tensor(self, tensor, mesh, mesh_dim, src_data_rank)
+    (dealt,) = dealt_dims([self], tensor.shape, mesh)
+    if mesh.size(mesh_dim) != dealt.split.ranks:
+        raise NotImplementedError(f"{self} is of {dealt.split.ranks} ranks, dim {mesh_dim} of the mesh has others")
+    whole = tensor
+    if src_data_rank is not None:
+        whole = tensor.clone(memory_format=torch.contiguous_format)  # the caller's stays as it is
+        mesh_broadcast(whole, mesh, mesh_dim, group_src=src_data_rank)
+    return dealt.split.take(whole, rank_on(mesh, (mesh_dim,))).clone()
+
+
 _write_data = HuggingFaceStorageWriter.write_data
 
 
@@ -210,6 +260,8 @@ def take_over() -> None:
         (DTensor, "__create_write_items__", create_write_items),
         (DTensor, "__create_chunk_list__", create_chunk_list),
         (DTensor, "__get_tensor_shard__", get_tensor_shard),
+        (_state_dict_utils, "_distribute_tensors", distribute_tensors),
+        (_StridedShard, "_shard_tensor", shard_tensor),
         (HuggingFaceStorageWriter, "write_data", write_data),
     ):
         setattr(owner, name, function)

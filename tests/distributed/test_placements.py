@@ -13,8 +13,9 @@ from ranks import outcomes, run_on_ranks
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter, load, save
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from parallel_plans.layouts import Layout, Split, nested, split_dim
@@ -141,6 +142,43 @@ def _through_torch(folder: str) -> dict[str, list[str]]:
 def test_torch_s_checkpoints_and_its_reader_of_safetensors_take_any_split(tmp_path: Path) -> None:
     for found in run_on_ranks(_through_torch, RANKS, str(tmp_path)):
         assert found == {"parts from torch": [], "parts from hub": [], "wholes": []}
+
+
+class Held(nn.Module):
+    """All of the splits, each the parameter of a model."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.all = nn.ParameterDict({name.replace(" ", "_"): nn.Parameter(tensor) for name, tensor in tensors.items()})
+
+
+def _distributed() -> dict[str, list[str]]:
+    truth, parts = _split(), _split(zeros=True)
+    is_first = dist.get_rank() == 0
+    wrong: dict[str, list[str]] = {"distribute_tensor": []}
+    for name, split in SPLITS.items():
+        whole = whole_of(split) if is_first else torch.zeros_like(whole_of(split))
+        found = distribute_tensor(whole, parts[name].device_mesh, parts[name].placements)
+        if not found.to_local().equal(truth[name].to_local()):
+            wrong["distribute_tensor"].append(name)
+    wholes = Held({name: whole_of(split) for name, split in SPLITS.items()}).state_dict()
+    for given, options in (
+        (dict(wholes), StateDictOptions(full_state_dict=True)),
+        (dict(wholes) if is_first else {}, StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)),
+    ):
+        set_model_state_dict(model := Held(_split(zeros=True)), given, options=options)
+        back = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=False))
+        wrong[f"parts {len(wrong)}"] = [
+            name for name in SPLITS if not model.all[name.replace(" ", "_")].to_local().equal(truth[name].to_local())
+        ]
+        wrong[f"wholes {len(wrong)}"] = [name for name in wholes if not back[name].equal(wholes[name])]
+    return wrong
+
+
+def test_torch_gives_every_rank_its_part_of_a_whole() -> None:
+    for found in run_on_ranks(_distributed, RANKS):
+        assert len(found) == 5
+        assert [name for names in found.values() for name in names] == [], found
 
 
 def _to_safetensors(folder: str, names: tuple[str, ...]) -> None:
