@@ -1,10 +1,10 @@
 """What torch's `DTensor` cannot know by itself of a parameter that only this package knows how to lay out.
 
 `full_tensor()`, `redistribute`, `distribute_tensor`, state dicts of wholes and `torch.distributed.checkpoint` ask for
-the whole, or for the pieces that this rank has. The methods by which they ask are taken over here, for DTensors whose placement says that it is one of
-ours, or that their part is several pieces (which torch's own checkpoints would write as one, in silence), also where
-`fully_shard` has cut it once more. All other DTensors go torch's own way. A method is the only place: gradients and
-optimizer states are made by torch, as plain DTensors.
+the whole, or for the pieces that this rank has. The functions by which they ask are taken over here, for DTensors whose
+placement says that it is one of ours, or that their part is several pieces (which torch's own checkpoints would write
+as one, in silence), also where `fully_shard` has cut it once more. All other DTensors go torch's own way. These
+functions are the only place: gradients and optimizer states are made by torch, as plain DTensors.
 """
 
 from __future__ import annotations

@@ -19,7 +19,9 @@ from rows import Row, loaded
 from safetensors.torch import load_file
 from tiny import tiny_model, tokens
 from torch import Tensor, nn
+from torch.distributed.checkpoint import load, save
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.two_tensor import TwoTensor
@@ -34,6 +36,7 @@ from training_runs import (
     resumed_run,
     saved_run,
     started,
+    trained,
     wholes,
 )
 from transformers import AutoModelForCausalLM as Ordinary
@@ -154,6 +157,32 @@ def test_large_tensors_are_written_and_read_in_pieces(checkpoints: Callable[...,
     assert max(size.numel() * 4 for size in sizes) <= 1000
     for run in on(TP2, resumed_run, str(folder), str(tmp_path / "state"), TP2):
         assert differing(run.state, before.state) == []
+
+
+def _torch_s_own(folder: str, target: str, row: Row, is_first: bool) -> dict[str, Tensor]:
+    parts = started(folder, row)
+    if is_first:
+        trained(parts, row)
+    model, optimizer = get_state_dict(parts.model, parts.optimizer)
+    state: dict[str, Any] = {"model": model, "optimizer": optimizer}
+    if is_first:
+        save(state, checkpoint_id=target)
+    else:
+        load(state, checkpoint_id=target)
+        set_state_dict(
+            parts.model, parts.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+        )
+    return wholes(parts)
+
+
+@pytest.mark.parametrize("name", ["uneven", "packed"])
+def test_torch_s_own_way_is_right_with_dtensors(name: str, checkpoints: Callable[..., Any], tmp_path: Path) -> None:
+    model_type, tied, row, _ = SAVED[name]
+    folder, target = str(checkpoints(model_type, tied)[0]), str(tmp_path / "state")
+    other = TP2 if name == "uneven" else TP4
+    (before, *_) = run_on_ranks(_torch_s_own, row.world, folder, target, row, True)
+    for after in run_on_ranks(_torch_s_own, other.world, folder, target, other, False):
+        assert differing(after, before) == []
 
 
 # -- what is there is whole ------------------------------------------------------------------------------------------
