@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,20 @@ from parallel_plans.state import local_part
 from parallel_plans.training.contents import contents_of
 
 ONE_PROCESS = Row(world=1, tp=1)
+TP2, TP3, TP4 = Row(world=2, tp=2), Row(world=3, tp=3), Row(world=4, tp=4)
+EP2 = Row(world=2, tp=2, ep=2, etp=1)
+TP4_EP2_ETP2 = Row(world=4, tp=4, ep=2, etp=2)
+TP2_EP4 = Row(world=4, tp=2, ep=4, etp=1)
+TP1_EP4 = Row(world=4, tp=1, ep=4, etp=1)
+
+# model type, tied, ranks and storage of runs that are saved
+SAVED = {
+    "packed": ("phi3", False, TP2, "local"),
+    "uneven": ("llama", True, TP3, "dtensor"),
+    "whole": ("qwen3_moe", False, ONE_PROCESS, "local"),
+    "experts": ("qwen3_moe", False, TP4_EP2_ETP2, "dtensor"),
+    "batches": ("qwen3_moe", False, TP2_EP4, "local"),
+}
 STEPS = 2
 
 
@@ -43,6 +58,9 @@ class Run:
     values: dict[str, Any]
     rates: list[float]
     counted: int
+
+
+Saved = tuple[Path, Path, list[Run]]  # the checkpoint that a run began from, its training state, what came of it
 
 
 class Counter:
