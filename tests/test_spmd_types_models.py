@@ -66,6 +66,7 @@ def _changes_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "reduce", reduced)  # never behind autograd, where a checker sees nothing
     # the long way, which a checker can follow
     monkeypatch.setattr(collectives, "_replicated", lambda *given: collectives._Replicate.apply(*given))
+    monkeypatch.setattr(collectives, "_gathered", lambda *given: collectives._Gather.apply(*given))
     monkeypatch.setattr(
         collectives, "_replicated_together", lambda *given: collectives._ReplicateTogether.apply(*given)
     )

@@ -23,6 +23,7 @@ Calls = Counter[tuple[str, int]]  # (operation, bytes of its local input) -> how
 # what the same operation is called: by c10d, and by the functional collectives
 _KINDS = {
     "allreduce_": "all_reduce",
+    "allreduce_coalesced_": "all_reduce",
     "all_reduce_": "all_reduce",
     "allgather_": "all_gather",
     "_allgather_base_": "all_gather",

@@ -72,8 +72,10 @@ class ParallelForward(functools.partial[Any]):
         run = None if reached else linear_lane(own, inner, boundaries)
         if run is None:
             run = _in_general(own, inner, reached, boundaries)
-        if has_forks or waits is not None:
-            run = _scoped(run, own.module, has_forks, laid_out, waits)
+        if waits is not None:
+            run = _waiting(run, own.module, waits)
+        if has_forks:
+            run = _forking(run, laid_out)
         self = super().__new__(cls, run)
         self.own, self.reached, self.boundaries = own, reached, boundaries
         self.has_forks, self.waits, self.laid_out, self.forward = has_forks, waits, laid_out, inner
@@ -120,29 +122,34 @@ def _of_whole(forward: Forward) -> Forward:
     return run
 
 
-def _scoped(
-    forward: Forward, module: nn.Module, has_forks: bool, laid_out: LaidOut | None, waits: Waits | None
-) -> Forward:
-    """`forward`, in which values may fork and sums may wait, and parameters are laid out in one step."""
+def _forking(forward: Forward, laid_out: LaidOut | None) -> Forward:
+    """`forward`, in which values may fork, and parameters are laid out in one step."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        if has_forks and torch.is_grad_enabled() and opens_fork_scope():
-            if torch.compiler.is_dynamo_compiling():
-                with traced_fork_scope():  # traced whole, or not at all
-                    return run(*args, **kwargs)
-            # what a scope remembers is not what a tracer sees, so a layer that is not traced whole is not traced at all
-            if tracer():
-                return untraced(run, *args, **kwargs)
-            return in_fork_scope(run, args, kwargs, laid_out)
-        if waits is None or torch.compiler.is_dynamo_compiling():
+        if not (torch.is_grad_enabled() and opens_fork_scope()):
             return forward(*args, **kwargs)
-        if waits.is_idle and not (module.training or torch.is_grad_enabled()):
+        if torch.compiler.is_dynamo_compiling():
+            with traced_fork_scope():  # traced whole, or not at all
+                return forward(*args, **kwargs)
+        # what a scope remembers is not what a tracer sees, so a layer that is not traced whole is not traced at all
+        if tracer():
+            return untraced(run, *args, **kwargs)
+        return in_fork_scope(forward, args, kwargs, laid_out)
+
+    return run
+
+
+def _waiting(forward: Forward, module: nn.Module, waits: Waits) -> Forward:
+    """`forward`, in which sums may wait."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling() or (module.training, torch.is_grad_enabled()) in waits.idle:
             return forward(*args, **kwargs)
-        if waits.hold(module):
-            if tracer():
-                return untraced(run, *args, **kwargs)
-            return waits.run(module, functools.partial(forward, *args, **kwargs))
-        return forward(*args, **kwargs)
+        if not waits.hold(module):
+            return forward(*args, **kwargs)
+        if tracer():
+            return untraced(run, *args, **kwargs)
+        return waits.run(module, functools.partial(forward, *args, **kwargs))
 
     return run
 

@@ -129,9 +129,9 @@ class Boundary:
         return _transition(style.leaves, style.delivers, site)
 
     @property
-    def only_replicates(self) -> bool:
-        """Whether all it does is to make an R of the first tensor that comes."""
-        return self._follows_letters and self.deliver is None and self.makes_replicated
+    def replicates(self) -> bool:
+        """Whether all it does is to make an R of the first tensor that comes, and then what `deliver` does."""
+        return self._follows_letters and self.makes_replicated
 
     @property
     def only_sums(self) -> bool:

@@ -20,18 +20,22 @@ A backward is written with the opposite transition, so gradients of gradients ar
 from __future__ import annotations
 
 import functools
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import AllgatherOptions
+from torch._C._distributed_c10d import AllgatherOptions, AllreduceCoalescedOptions
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from parallel_plans.layouts import Split
+
+SUMMING_SEVERAL = frozenset({"gloo", "nccl", "fake", "threaded"})  # backends with `allreduce_coalesced`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +46,14 @@ class Axis:
     group: dist.ProcessGroup | None  # None for an axis of one rank, on which nothing is said
     size: int
     rank: int
+
+    @cached_property
+    def sums_several(self) -> bool:
+        """Whether the group's backend is one of those that sum several values in one collective."""
+        if self.group is None:
+            return False
+        backends = dist.get_backend_config(self.group).split(",")  # "cpu:gloo,cuda:nccl"
+        return all(backend.rpartition(":")[2] in SUMMING_SEVERAL for backend in backends)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Axis:
         return self  # a process group cannot be copied, and a copied model runs on the same ranks
@@ -157,6 +169,8 @@ def record_collectives() -> Iterator[list[Call]]:
 
 _SUM = dist.AllreduceOptions()
 _SUM.asyncOp = False
+_SUMS = AllreduceCoalescedOptions()
+_SUMS.asyncOp = False
 _GATHER = AllgatherOptions()
 _GATHER.asyncOp = False
 
@@ -206,10 +220,13 @@ def all_gather(local: Tensor, axis: Axis, split: Split, dim: int) -> Tensor:
         local = torch.nn.functional.pad(local, padding)
     stacked = local.new_empty((axis.size * local.shape[0], *local.shape[1:]))
     _collect(stacked, local.contiguous(), axis)
-    pieces = stacked.view(axis.size, *local.shape)
-    if split.is_in_order and min(sizes) == longest:
-        return pieces.movedim(0, dim).flatten(dim, dim + 1)
-    parts = [piece.narrow(dim, 0, size) for piece, size in zip(pieces.unbind(0), sizes, strict=True)]
+    is_even = split.is_in_order and min(sizes) == longest
+    if is_even and (dim == 0 or local.numel() == longest):  # of one token, too, parts lie one behind the other
+        return stacked if dim == 0 else stacked.view(*local.shape[:dim], split.size, *local.shape[dim + 1 :])
+    pieces = stacked.tensor_split(axis.size)
+    if is_even:
+        return torch.cat(pieces, dim)
+    parts = [piece.narrow(dim, 0, size) for piece, size in zip(pieces, sizes, strict=True)]
     if split.is_in_order:
         return torch.cat(parts, dim=dim)
     whole = local.new_empty([split.size if d == dim else size for d, size in enumerate(local.shape)])
@@ -248,7 +265,7 @@ def all_to_all(value: Tensor, axis: Axis, send: tuple[int, ...], receive: tuple[
 
 
 def _needs_gradient(value: Tensor) -> bool:
-    return torch.is_grad_enabled() and value.requires_grad
+    return value.requires_grad and torch.is_grad_enabled()
 
 
 def _function(ahead: Callable[..., Tensor], back: Callable[..., Tensor]) -> Any:
@@ -304,7 +321,32 @@ _ScatterSum = _function(reduce_scatter, lambda *back: gather_for_use(*back))
 _Exchange = _function(all_to_all, lambda gradient, axis, send, receive: exchange(gradient, axis, receive, send))
 
 
-_replicated = _applied(_Replicate)
+_ON_BACKWARD = "reduce"
+
+
+def _replicated(value: Tensor, axis: Axis) -> Tensor:
+    """As `_Replicate`, with a hook on the gradient, which takes less time than a function of autograd."""
+    if torch._C._are_functorch_transforms_active() or torch.compiler.is_dynamo_compiling():
+        return _Replicate.apply(value, axis)
+    made: Any = value.expand_as(value)  # a node of its own, and not one that `parallel_plans.forks` looks through
+    # to change it in place is an error, as it is for what a function gives: its gradient would not be summed
+    torch._C._autograd._set_creation_meta(made, torch._C._autograd.CreationMeta.IN_CUSTOM_FUNCTION)
+    # what `register_hook` does, without a handle
+    made._backward_hooks = OrderedDict({_ON_BACKWARD: functools.partial(reduce, axis=axis)})
+    made.grad_fn._register_hook_dict(made)
+    return made
+
+
+def set_private(replicated: Any, axis: Axis, is_private: bool) -> None:
+    """Says of an R whether nobody else holds its gradient, so that it is summed where it lies."""
+    hooks = replicated._backward_hooks
+    if hooks and _ON_BACKWARD in hooks:
+        hooks[_ON_BACKWARD] = functools.partial(reduce, axis=axis, in_place=is_private)
+    elif hasattr(replicated.grad_fn, "is_private"):  # made together with others
+        replicated.grad_fn.is_private = is_private
+
+
+_gathered = _applied(_Gather)
 
 
 def replicate(value: Tensor, axis: Axis) -> Tensor:
@@ -316,18 +358,19 @@ class _ReplicateTogether(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, axis: Axis, *values: Tensor) -> tuple[Tensor, ...]:
         ctx.axis = axis
+        ctx.is_private = False
         ctx.set_materialize_grads(False)  # what is not used needs no reduction
         return tuple([value.view_as(value) for value in values])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         found = [gradient for gradient in gradients if gradient is not None]
-        if len(found) < 2 or any(gradient.dtype != found[0].dtype for gradient in found):
+        if len(found) < 2 or any([gradient.dtype != found[0].dtype for gradient in found]):
             return None, *[None if gradient is None else reduce(gradient, ctx.axis) for gradient in gradients]
-        if any(map(_needs_gradient, found)):
+        if torch.is_grad_enabled() and any(map(_needs_gradient, found)):
             pieces = reduce_together(found, ctx.axis)
         else:
-            pieces = _all_reduced_together(found, ctx.axis, is_one_shared=True)
+            pieces = _all_reduced_together(found, ctx.axis, own=gradients[-1] if ctx.is_private else None)
         if len(found) == len(gradients):
             return None, *pieces
         at = iter(pieces)
@@ -371,12 +414,22 @@ class _ReduceTogether(torch.autograd.Function):
         return None, *gradients
 
 
-def _all_reduced_together(values: Sequence[Tensor], axis: Axis, *, is_one_shared: bool = False) -> tuple[Tensor, ...]:
-    """The sums; each in memory of its own, but for the largest where `is_one_shared`: it keeps what the others had."""
-    sums = all_reduce(_flatten_dense_tensors(values), axis, in_place=True)
-    shared = max(value.numel() for value in values) if is_one_shared else -1
-    pieces: tuple[Tensor, ...] = _unflatten_dense_tensors(sums, values)
-    return tuple([piece if piece.numel() == shared else piece.clone() for piece in pieces])
+def _all_reduced_together(values: Sequence[Tensor], axis: Axis, *, own: Tensor | None = None) -> tuple[Tensor, ...]:
+    """The sums, each in memory of its own; `own` may be that of one of the values, which nobody else holds."""
+    if _listeners or torch.compiler.is_dynamo_compiling() or not axis.sums_several or values[0].is_complex():
+        flat = all_reduce(_flatten_dense_tensors(values), axis, in_place=True)
+        return tuple([piece.clone() for piece in _unflatten_dense_tensors(flat, values)])
+    assert axis.group is not None
+    # the same collective as above; a backend that wants its values in one piece puts them together by itself
+    sums = [each if each is own and each.is_contiguous() else _copy(each) for each in values]
+    work = axis.group.allreduce_coalesced(sums, _SUMS)
+    if work is not None:
+        work.wait()
+    return tuple(sums)
+
+
+def _copy(value: Tensor) -> Tensor:
+    return value.clone(memory_format=torch.contiguous_format)
 
 
 def reduce_together(values: Sequence[Tensor], axis: Axis) -> tuple[Tensor, ...]:
@@ -392,7 +445,7 @@ def reduce_for_use(value: Tensor, axis: Axis) -> Tensor:
 
 def gather(local: Tensor, axis: Axis, split: Split, dim: int) -> Tensor:
     """S(dim) -> I: the whole value; each rank's gradient is its own slice."""
-    return _Gather.apply(local, axis, split, dim) if _needs_gradient(local) else all_gather(local, axis, split, dim)
+    return _gathered(local, axis, split, dim) if _needs_gradient(local) else all_gather(local, axis, split, dim)
 
 
 def take_own(value: Tensor, axis: Axis, split: Split, dim: int) -> Tensor:

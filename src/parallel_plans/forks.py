@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from parallel_plans.collectives import Axis, replicate, replicate_together
+from parallel_plans.collectives import Axis, replicate, replicate_together, set_private
 from parallel_plans.compiling import untraced
 from parallel_plans.storage import local_tensor, local_tensors
 from parallel_plans.traced_forks import TracedForks, shown
@@ -61,10 +61,19 @@ class _Forks:
     at: dict[int, list[_Fork]] = field(default_factory=dict)
     parameters: dict[int, Tensor] = field(default_factory=dict)
     replicated: dict[int, Tensor] = field(default_factory=dict)
+    last: _Fork | None = None  # what a linear layer was given last: the next one most often takes the same
 
-    def add(self, whole: Tensor, replicated: Tensor, axis: Axis, *, is_all: bool) -> None:
-        fork = _Fork(whole, whole._version, replicated, replicated._version, axis, is_all)
-        self.at.setdefault(_address(replicated), []).append(fork)  # of an I too, of which an R that is all is a view
+    def add(self, whole: Tensor, replicated: Tensor, axis: Axis, *, is_all: bool) -> _Fork:
+        version = replicated._version
+        # an R that is all is a view of the I, so that they share their version
+        fork = _Fork(whole, version if is_all else whole._version, replicated, version, axis, is_all)
+        address = _address(replicated)  # of an I too, of which an R that is all is a view
+        known = self.at.get(address)
+        if known is None:
+            self.at[address] = [fork]
+        else:
+            known.append(fork)
+        return fork
 
 
 class _Scope(threading.local):
@@ -78,8 +87,8 @@ _scope = _Scope()
 
 
 def opens_fork_scope() -> bool:
-    """Whether a `fork_scope` would open here, and be more than the scope around it."""
-    return _scope.forks is None and _scope.traced is None and not _scope.is_barred and torch.is_grad_enabled()
+    """Whether a scope would be more than the one around it, where autograd records."""
+    return _scope.forks is None and _scope.traced is None and not _scope.is_barred
 
 
 def in_fork_scope(
@@ -162,29 +171,42 @@ def _made_before(known: list[_Fork], value: Tensor, axis: Axis) -> Tensor | None
     return None
 
 
-def replicate_once(value: Tensor, axis: Axis, along: Along | None = None) -> Tensor:
+def replicate_once(value: Tensor, axis: Axis, along: Along | None = None, *, for_linear: bool = False) -> Tensor:
     """I -> R, the same R for the same value inside a scope; what is R already stays as it is.
 
     An R over other ranks goes back to the I it comes from first. Parameters that come `along` become R in the same step
-    as a value that is new.
+    as a value that is new. `for_linear`: all that becomes of the R is the input of a linear layer.
     """
     forks = _scope.forks
     if forks is None or not (value.requires_grad and torch.is_grad_enabled()):
         if _scope.traced is not None and value.requires_grad and torch.is_grad_enabled():
             return _scope.traced.replicate_once(value, axis, () if along is None else along.parameters)
-        return replicate(value, axis)
+        made = replicate(value, axis)
+        if for_linear and made is not value and not torch.compiler.is_dynamo_compiling():
+            set_private(made, axis, True)
+        return made
     if torch.compiler.is_dynamo_compiling():  # a part of what the scope is around is compiled
         return untraced(replicate_once, value, axis, along)
+    last = forks.last if for_linear else None
+    if last is not None and value is last.whole and axis is last.axis and value._version == last.whole_version:
+        return last.replicated
     known = forks.at.get(_address(value))
     if known is not None:
         replicated = _made_before(known, value, axis)
         if replicated is not None:
+            if not for_linear:  # what takes it now may make its gradient of what others hold as well
+                for fork in known:
+                    set_private(fork.replicated, fork.axis, False)
             return replicated
         whole = whole_of(value)
         if whole is not value:
             return replicate_once(whole, axis)
     replicated = replicate(value, axis) if along is None else along.replicated(forks, value, axis)
-    forks.add(value, replicated, axis, is_all=True)
+    fork = forks.add(value, replicated, axis, is_all=True)
+    if for_linear:
+        # a linear layer makes a new gradient of its input, and autograd a new sum of several
+        set_private(replicated, axis, True)
+        forks.last = fork
     return replicated
 
 

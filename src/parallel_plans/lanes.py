@@ -10,6 +10,7 @@ letters that nearly all of them have:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -36,8 +37,8 @@ def linear_lane(own: LocalParameters, forward: Forward, boundaries: tuple[Bounda
     if not boundaries:
         return None if own.after else _plain(module)
     boundary = boundaries[0]
-    if boundary.only_replicates and not own.after:
-        return _colwise(module, boundary.site.axis, boundary.along)
+    if boundary.replicates and not own.after:
+        return _colwise(module, boundary.site.axis, boundary.along, boundary.deliver)
     if boundary.only_sums:
         return _rowwise(module, boundary.site, bool(own.after))
     return None
@@ -45,20 +46,31 @@ def linear_lane(own: LocalParameters, forward: Forward, boundaries: tuple[Bounda
 
 def _plain(module: nn.Linear) -> Forward:
     def run(input: Tensor) -> Tensor:
-        weight, bias = _kept(module)
+        kept: dict[str, Any] = module._parameters
+        weight, bias = kept["weight"], kept["bias"]
+        if type(weight) is not nn.Parameter:
+            weight = in_use(weight)
+        if bias is not None:
+            bias = in_use(bias)
         return functional.linear(input, weight, bias)
 
     return run
 
 
-def _colwise(module: nn.Linear, axis: Axis, along: Along | None) -> Forward:
+def _colwise(module: nn.Linear, axis: Axis, along: Along | None, deliver: Callable[[Tensor], Tensor] | None) -> Forward:
     def run(input: Tensor) -> Tensor:
-        weight, bias = _kept(module)
+        kept: dict[str, Any] = module._parameters
+        weight, bias = kept["weight"], kept["bias"]
+        if type(weight) is not nn.Parameter:
+            weight = in_use(weight)
+        if bias is not None:
+            bias = in_use(bias)
         if type(input) is Partial:
             input = whole(input)
         if input.requires_grad and torch.is_grad_enabled():
-            input = replicate_once(input, axis, along)
-        return functional.linear(input, weight, bias)
+            input = replicate_once(input, axis, along, for_linear=True)
+        output = functional.linear(input, weight, bias)
+        return output if deliver is None else deliver(output)
 
     return run
 
@@ -67,7 +79,12 @@ def _rowwise(module: nn.Linear, site: Site, bias_is_after: bool) -> Forward:
     axis, delay = site.axis, site.may_delay
 
     def run(input: Tensor) -> Tensor:
-        weight, bias = _kept(module)
+        kept: dict[str, Any] = module._parameters
+        weight, bias = kept["weight"], kept["bias"]
+        if type(weight) is not nn.Parameter:
+            weight = in_use(weight)
+        if bias is not None:
+            bias = in_use(bias)
         if type(input) is Partial:
             input = whole(input)
         output = functional.linear(input, weight, None if bias_is_after else bias)
@@ -78,14 +95,3 @@ def _rowwise(module: nn.Linear, site: Site, bias_is_after: bool) -> Forward:
         return output + bias.to(output.dtype) if bias_is_after and bias is not None else output  # autocast: they differ
 
     return run
-
-
-def _kept(module: nn.Linear) -> tuple[Tensor, Tensor | None]:
-    """The weight and the bias that are computed with."""
-    kept: dict[str, Any] = module._parameters
-    weight, bias = kept["weight"], kept["bias"]
-    if type(weight) is not nn.Parameter:
-        weight = in_use(weight)
-    if bias is not None and type(bias) is not nn.Parameter:
-        bias = in_use(bias)
-    return weight, bias

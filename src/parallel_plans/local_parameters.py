@@ -52,6 +52,8 @@ class LocalParameters:
             return forward
         if len(self.apart) == 1:
             return self._around_one(forward, *self.apart)
+        if len(self.apart) == 2:
+            return self._around_two(forward, *self.apart)
         module, apart = self.module, self.apart
 
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -82,6 +84,21 @@ class LocalParameters:
 
         return run
 
+    def _around_two(self, forward: Forward, first: str, second: str) -> Forward:
+        """The same with two parameters, as experts and layers with a bias have."""
+        module = self.module
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            kept: dict[str, Any] = module._parameters
+            one, other = kept[first], kept[second]
+            kept[first], kept[second] = in_use(one), in_use(other)
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                kept[first], kept[second] = one, other
+
+        return run
+
     def _kept(self) -> dict[str, bool]:
         found = self.module._parameters.items()
         return {name: isinstance(parameter, DTensor) for name, parameter in found if parameter is not None}
@@ -109,14 +126,15 @@ class LocalParameters:
         module, are_plain = self.module, not self.apart
 
         def run(*args: Any, **kwargs: Any) -> Any:
+            is_recorded = torch.is_grad_enabled()
+            if are_plain and not is_recorded:
+                return forward(*args, **kwargs)
             kept: dict[str, Any] = module._parameters
             parameter = kept[name]
-            if not torch.is_grad_enabled():
-                if are_plain:
-                    return forward(*args, **kwargs)
-                kept[name] = in_use(parameter)
-            elif isinstance(parameter, nn.Parameter):  # if not, a module around has laid it out
-                kept[name] = self._in_use(name, parameter)
+            local = replicated_in_use(parameter) if is_recorded else in_use(parameter)
+            if local is None:  # what is no nn.Parameter, a module around has laid out
+                local = self._in_use(name, parameter) if isinstance(parameter, nn.Parameter) else parameter
+            kept[name] = local
             try:
                 return forward(*args, **kwargs)
             finally:

@@ -34,7 +34,10 @@ def stored(local: Tensor, layout: Layout, place: Place, storage: Storage, requir
     wrapped = DTensor.from_local(
         local, place.mesh, placements(layout, place), run_check=False, shape=torch.Size(layout.shape), stride=stride
     )
-    return nn.Parameter(wrapped, requires_grad=requires_grad)
+    # what `nn.Parameter` makes of it, without its `detach`: to find out how that lies takes a DTensor milliseconds
+    kept: Any = DTensor.__new__(DTensor, local.detach(), wrapped._spec, requires_grad=requires_grad)
+    kept._is_param = True
+    return cast(nn.Parameter, kept)
 
 
 class _Local(torch.autograd.Function):

@@ -33,7 +33,7 @@ class Waits:
 
     def __init__(self, delivering: tuple[str, ...]) -> None:
         self.delivering = delivering
-        self.is_idle = False  # outside of training and without autograd, where every bit of host time counts
+        self.idle: set[_Mode] = set()  # where they never do, of which no more has to be asked
         self._found: dict[_Mode, bool] = {}
         self._again: set[_Mode] = set()  # where the last run was a trial in vain, which backward may compute again
 
@@ -46,12 +46,11 @@ class Waits:
         mode = module.training, torch.is_grad_enabled()
         if self._found.get(mode, True):
             return sums_may_wait()
-        if mode not in self._again:
-            return False
-        if torch._C._current_graph_task_id() == -1:
-            self._again.discard(mode)
-            return False
-        return True
+        if mode in self._again and torch._C._current_graph_task_id() != -1:
+            return True
+        self._again.discard(mode)
+        self.idle.add(mode)
+        return False
 
     def run(self, module: nn.Module, forward: Callable[[], Any]) -> Any:
         """What `forward` gives, with sums waiting."""
@@ -74,7 +73,6 @@ class Waits:
                 guard.end(keep=self._found.get(mode, False))
         if not self._found[mode]:
             self._again.add(mode)
-            self.is_idle |= mode == (False, False)
         return output
 
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from ranks import run_on_ranks
 from torch import Tensor
 
-from parallel_plans.collectives import TRANSITIONS, Axis, Call, all_gather, record_collectives
+from parallel_plans.collectives import TRANSITIONS, Axis, Call, all_gather, record_collectives, replicate
 from parallel_plans.layouts import Split, split_dim
 
 RANKS = (2, 3)
@@ -273,3 +273,10 @@ def _nested_recorders() -> bool:
             reduce(value, axis)
     reduce(value, axis)
     return (len(outer), len(inner)) == (2, 1)
+
+
+def test_an_r_that_is_changed_in_place_is_an_error_and_no_gradient_without_its_sum() -> None:
+    axis = Axis(name="tp", group=None, size=2, rank=0)
+    replicated = replicate(torch.ones(3, requires_grad=True) * 1, axis)
+    with pytest.raises(RuntimeError, match="inplace"):
+        replicated.add_(1)

@@ -2,6 +2,7 @@
 
 lent       elements that lie in the file as they are to lie in memory: they are the file's own pages, which ranks of
            a machine share, and which the kernel copies where they are written to
+stitched   long pieces of a tensor that was given room for them: lent, but for the pages on which pieces meet
 read       the same, for memory of one's own: system calls fill it, without a copy in between
 by rows    a part of each row, or values of another dtype: rows are read to a small buffer and copied from there
 mapped     what is left: rows of which little is needed, shuffled ones, other devices; copied out of a memory map
@@ -25,14 +26,12 @@ from torch import Tensor
 from parallel_plans.checkpoint.header import DTYPES
 from parallel_plans.checkpoint.indices import Index, runs, start_of_run
 from parallel_plans.checkpoint.lazy import copy_elements
-from parallel_plans.checkpoint.pages import CAN_BRING, has_brought
+from parallel_plans.checkpoint.pages import CAN_BRING, LENT_FROM, NO_RESERVE, given_way, has_brought
 from parallel_plans.checkpoint.sources import JOB_BYTES, Job
 from parallel_plans.errors import CheckpointError, Finding
 
 BUFFER = 2**20  # bytes of rows on their way; they stay in a core's cache
-LENT_FROM = 2**16  # bytes; what is smaller is not worth a page that a neighbour may be on
 READ_AHEAD = 2**19  # bytes
-NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # of asm-generic/mman-common.h
 
 _own = threading.local()
 
@@ -84,8 +83,22 @@ class FileSource:
             return None
         flat = self._mapped(first, shape).view(-1).view(torch.uint8)
         pieces = flat.split(JOB_BYTES)
-        jobs = (Job(len(piece), partial(self._bring, piece, place + i * JOB_BYTES)) for i, piece in enumerate(pieces))
+        jobs = (Job(len(piece), partial(self._lend, piece, place + i * JOB_BYTES)) for i, piece in enumerate(pieces))
         return flat.view(dtype).view(shape), jobs
+
+    def first_run(self, index: Sequence[Index]) -> tuple[int, int] | None:
+        """At which byte of the file the elements at `index` begin, and how many bytes of them lie together there."""
+        if 0 in map(len, index):
+            return None
+        leading = [runs(part)[0][0] for part in index]
+        leads = [range(lead.start, lead.stop, lead.step) for lead in leading if isinstance(lead, slice)]
+        if len(leads) < len(index):
+            return None
+        for dim, lead in enumerate(leads):
+            taken = [*(before[:1] for before in leads[:dim]), lead, *index[dim + 1 :]]
+            if (first := start_of_run(taken, self.shape)) is not None:
+                return self._place(first), prod(map(len, taken)) * self.dtype.itemsize
+        return None
 
     def has_read(self, dest: Tensor, index: Sequence[Index]) -> bool:
         """Whether the elements have been read to `dest` in bulk; False where too little of each row is needed for it.
@@ -151,19 +164,33 @@ class FileSource:
         found = torch.frombuffer(file.map, dtype=torch.uint8, count=size, offset=place)
         return found.view(self.dtype).view(shape)
 
+    def _lend(self, piece: Tensor, place: int) -> None:
+        self._bring(piece, place)
+        self.count(len(piece))
+
     def _bring(self, piece: Tensor, place: int) -> None:
         """Has the kernel bring the pages on which `piece`, at byte `place` of the file, lies."""
         descriptor = self._file().descriptor
         for start in range(0, len(piece), READ_AHEAD):  # a kernel that is asked for more at once may do less
             os.posix_fadvise(descriptor, place + start, min(READ_AHEAD, len(piece) - start), os.POSIX_FADV_WILLNEED)
-        if not has_brought(piece):
-            is_there = os.fstat(descriptor).st_size >= place + len(piece)
-            raise self._wrong("PP602", "cannot be read") if is_there else self._cut_short()
-        self.count(len(piece))
+        is_there = has_brought(piece)
+        if os.fstat(descriptor).st_size < place + len(piece):  # what is missing of a last page would be zeros
+            raise self._cut_short()
+        if not is_there:
+            raise self._wrong("PP602", "cannot be read")
 
     def _read(self, dest: Tensor, offset: int) -> None:
+        """Has the bytes of the file from `offset` on in `dest`: as pages of the file where these can lie there."""
+        flat = dest.view(-1).view(torch.uint8)
+        lent = given_way(flat, self._file().descriptor, offset)
+        if lent.stop > 0:
+            self._bring(flat[lent], offset + lent.start)
+        self._copy(flat[: lent.start], offset)
+        self._copy(flat[lent.stop :], offset + lent.stop)
+
+    def _copy(self, dest: Tensor, offset: int) -> None:
         descriptor = self._file().descriptor
-        content: Any = dest.view(-1).view(torch.uint8).numpy()
+        content: Any = dest.numpy()
         target = memoryview(content)
         missing = target.nbytes
         while missing:

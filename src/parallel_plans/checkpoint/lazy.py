@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from parallel_plans.checkpoint.indices import Array, Index, as_array, compact, factors, index_of, runs, within
+from parallel_plans.checkpoint.pages import room
 from parallel_plans.checkpoint.sources import JOB_BYTES, Job, Source
 
 Region = Sequence[Sequence[tuple[int, int]]]  # for every dim, its (start, stop) ranges in the order they are stored
@@ -73,9 +74,21 @@ class LazyTensor:
         return self.jobs(dest, index)
 
     def lent(self, region: Region, dtype: torch.dtype) -> tuple[Tensor, Iterator[Job]] | None:
-        """The elements in `region` as memory that their source has, and the jobs that bring them there.
+        """The elements in `region` as memory that their sources have, and the jobs that bring them there.
 
         None where there is no such memory, or of another dtype. What is written to it stays with this process.
+        """
+        index = tuple(index_of(ranges) for ranges in region)
+        run = self.first_run(index)
+        if run is None or dtype != self.dtype:
+            return None
+        dest = room([len(part) for part in index], dtype, run[0], min(run[1], JOB_BYTES))
+        return None if dest is None else (dest, self.jobs(dest, index))
+
+    def first_run(self, index: Sequence[Index]) -> tuple[int, int] | None:
+        """At which byte of a file the elements at `index` begin, and how many bytes of them lie together there.
+
+        None where the first of them is not taken out of a file in its order.
         """
         return None
 
@@ -151,7 +164,10 @@ class Leaf(LazyTensor):
         yield self.source
 
     def lent(self, region: Region, dtype: torch.dtype) -> tuple[Tensor, Iterator[Job]] | None:
-        return self.source.lent(tuple(index_of(ranges) for ranges in region), dtype)
+        return self.source.lent(tuple(index_of(ranges) for ranges in region), dtype) or super().lent(region, dtype)
+
+    def first_run(self, index: Sequence[Index]) -> tuple[int, int] | None:
+        return self.source.first_run(index)
 
     def jobs(self, dest: Tensor, index: tuple[Index, ...]) -> Iterator[Job]:
         if dest.numel() == 0:
@@ -188,6 +204,15 @@ class Joined(LazyTensor):
     def sources(self) -> Iterator[Source]:
         return itertools.chain.from_iterable(part.sources() for part in self.parts)
 
+    def first_run(self, index: Sequence[Index]) -> tuple[int, int] | None:
+        start = 0
+        for part in self.parts:
+            places, wanted = within(index[self.dim], start, start + part.shape[self.dim])
+            start += part.shape[self.dim]
+            if isinstance(places, range) and places[:1] == range(1):
+                return part.first_run((*index[: self.dim], wanted, *index[self.dim + 1 :]))
+        return None
+
     def jobs(self, dest: Tensor, index: tuple[Index, ...]) -> Iterator[Job]:
         dim, start = self.dim, 0
         for part in self.parts:
@@ -223,6 +248,10 @@ class Stacked(LazyTensor):
 
     def sources(self) -> Iterator[Source]:
         return itertools.chain.from_iterable(part.sources() for part in self.parts)
+
+    def first_run(self, index: Sequence[Index]) -> tuple[int, int] | None:
+        rest = (*index[: self.dim], *index[self.dim + 1 :])
+        return self.parts[index[self.dim][0]].first_run(rest) if len(index[self.dim]) > 0 else None
 
     def jobs(self, dest: Tensor, index: tuple[Index, ...]) -> Iterator[Job]:
         rest = (*index[: self.dim], *index[self.dim + 1 :])

@@ -44,6 +44,10 @@ class Source(Protocol):
         """The elements at `index` as memory that the source has, and the jobs that bring them there."""
         ...
 
+    def first_run(self, index: Sequence[Index]) -> tuple[int, int] | None:
+        """At which byte of a file the elements at `index` begin, and how many bytes of them lie together there."""
+        ...
+
     def has_read(self, dest: Tensor, index: Sequence[Index]) -> bool:
         """Whether the elements at `index` are in `dest` now, read without `view`; False where that cannot be."""
         ...
@@ -73,6 +77,9 @@ class TensorSource:
 
     def lent(self, index: Sequence[Index], dtype: torch.dtype) -> None:
         """None: this memory is its owner's."""
+
+    def first_run(self, index: Sequence[Index]) -> None:
+        """None: there is no file."""
 
     def has_read(self, dest: Tensor, index: Sequence[Index]) -> bool:
         return False

@@ -37,6 +37,9 @@ class Spread:
     def lent(self, index: Sequence[Index], dtype: torch.dtype) -> None:
         """None: no rank has the whole."""
 
+    def first_run(self, index: Sequence[Index]) -> None:
+        """None: there is no file."""
+
     def has_read(self, dest: Tensor, index: Sequence[Index]) -> bool:
         """Always true: the elements at `index` are in `dest` then, on every rank."""
         dest.copy_(self._collected(index))

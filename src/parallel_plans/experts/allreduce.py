@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from parallel_plans.boundary import Arguments, Boundary, Forward, Keywords, Site, change_first, change_output
-from parallel_plans.collectives import vouch
+from parallel_plans.collectives import reduce, vouch
 from parallel_plans.experts.alignment import allow_any_width
 from parallel_plans.experts.call import ExpertsCall
 from parallel_plans.experts.routing import Ownership, masked_routes, on_own_routes
 from parallel_plans.experts.taking_part import taking_part, weights_below
 from parallel_plans.forks import replicate_group, replicate_once
-from parallel_plans.sums import deliver_sum
+from parallel_plans.sums import SCOPE, deliver_sum
 
 # what experts end with, each with a backward that does not read its result
 _LAST = frozenset({"SumBackward1", "IndexAddBackward0", "ToCopyBackward0"})
@@ -32,9 +32,11 @@ def _is_new(output: Tensor, given: tuple[Any, ...]) -> bool:
     """Whether the experts' output is nobody else's, so that it may be reduced where it lies."""
     if torch.compiler.is_dynamo_compiling():  # no address and no history to look at; a compiler sees to it by itself
         return False
-    if output.grad_fn is not None:
-        return output.grad_fn.name() in _LAST
-    return not any(isinstance(value, Tensor) and value.data_ptr() == output.data_ptr() for value in given)
+    node = output.grad_fn
+    if node is not None:
+        return node.name() in _LAST
+    start = output.data_ptr()
+    return not any([isinstance(value, Tensor) and value.data_ptr() == start for value in given])
 
 
 class BlockBoundary(Boundary):
@@ -72,26 +74,34 @@ class ExpertsBoundary(Boundary):
         if self.owned is not None:
             return super().around(forward)
 
+        axis, delay = self.site.axis, self.site.may_delay
+
         def run(*args: Any, **kwargs: Any) -> Any:
             is_recorded = torch.is_grad_enabled()
             if is_recorded:
-                call = self._entered(ExpertsCall(args, kwargs, self.forms))
-                args, kwargs = call.args, call.kwargs
+                args, kwargs = self._entered(args, kwargs)
             output = forward(*args, **kwargs)
+            if not is_recorded and SCOPE.tally is None and isinstance(output, Tensor):  # nothing else can be meant
+                return reduce(output, axis, in_place=_is_new(output, (*args, *kwargs.values()) if kwargs else args))
             if isinstance(output, Tensor) and (output.requires_grad or not is_recorded):
-                return self._sum(output, (*args, *kwargs.values()))
+                given = (*args, *kwargs.values()) if kwargs else args
+                return deliver_sum(output, axis, in_place=_is_new(output, given), delay=delay)
             return change_output(lambda value: self._delivered(value, ExpertsCall(args, kwargs, self.forms)), output)
 
         return run
 
+    def _entered(self, args: Arguments, kwargs: Keywords) -> tuple[Arguments, Keywords]:
+        call = self._replicated(ExpertsCall(args, kwargs, self.forms))
+        return call.args, call.kwargs
+
     def __call__(self, forward: Forward, args: Arguments, kwargs: Keywords) -> Any:
         call = ExpertsCall(args, kwargs, self.forms)
         if torch.is_grad_enabled():  # I -> R changes nothing but gradients
-            call = self._entered(call)
+            call = self._replicated(call)
         output = self._run(forward, call)
         return change_output(lambda value: self._delivered(value, call), output)
 
-    def _entered(self, call: ExpertsCall) -> ExpertsCall:
+    def _replicated(self, call: ExpertsCall) -> ExpertsCall:
         axis = self.site.axis
         if call.ids is None and self.site.options["is_in_block"]:
             return call

@@ -27,8 +27,10 @@ class ExpertsCall:
         self.args, self.kwargs = args, kwargs
         self.forms: Forms = {} if forms is None else forms  # by the form of a call, what is where: found out once
         form = len(args), *kwargs
-        self._places = self.forms[form] if form in self.forms else _places_of(args, kwargs)
-        self.forms[form] = self._places
+        places = self.forms.get(form)
+        if places is None:
+            places = self.forms[form] = _places_of(args, kwargs)
+        self._places = places
 
     def _at(self, what: str) -> Any:
         place = self._places.get(what)
@@ -73,11 +75,14 @@ class ExpertsCall:
         self, hidden: Tensor, ids: Tensor | None = None, weights: Tensor | None = None, sizes: list[int] | None = None
     ) -> ExpertsCall:
         """The call with these in the place of its own."""
-        given = {"hidden": hidden, "ids": ids, "weights": weights, "sizes": sizes}
-        places = self._places
-        new = {places[what]: value for what, value in given.items() if value is not None and what in places}
-        args = tuple([new.get(place, value) for place, value in enumerate(self.args)])
-        return ExpertsCall(args, {key: new.get(key, value) for key, value in self.kwargs.items()}, self.forms)
+        args, kwargs = list(self.args), self.kwargs.copy()
+        for what, value in (("hidden", hidden), ("ids", ids), ("weights", weights), ("sizes", sizes)):
+            place = None if value is None else self._places.get(what)
+            if isinstance(place, int):
+                args[place] = value
+            elif place is not None:
+                kwargs[place] = value
+        return ExpertsCall(tuple(args), kwargs, self.forms)
 
 
 def _places_of(args: Arguments, kwargs: Keywords) -> dict[str, _Place]:

@@ -29,6 +29,9 @@ class VocabularyBoundary(Boundary):
         if padding is not None:
             is_here = self.start <= padding < self.stop
             module.padding_idx = padding - self.start if is_here else None  # type: ignore[assignment]
+        self.last = max(self.stop - self.start - 1, 0)
+        # torch's own gives a new tensor, which its backward does not read
+        self.is_new = getattr(module.forward, "__func__", None) is nn.Embedding.forward
 
     def __call__(self, forward: Forward, args: Arguments, kwargs: Keywords) -> Any:
         absent: Tensor | None = None
@@ -36,14 +39,16 @@ class VocabularyBoundary(Boundary):
         def localize(tokens: Tensor) -> Tensor:
             nonlocal absent
             own = tokens - self.start
-            index = own.clamp(0, max(self.stop - self.start - 1, 0))
+            index = own.clamp(0, self.last)
             absent = index != own
             return declare(index, self.site.axis, "V")
 
         args, kwargs = change_first(localize, args, kwargs)
         output = forward(*args, **kwargs)
         assert absent is not None
-        own = vouch(output.masked_fill(absent.unsqueeze(-1), 0), self.site.axis, "P", "V")
+        absent = absent.unsqueeze(-1)
+        own = output.masked_fill_(absent, 0) if self.is_new else output.masked_fill(absent, 0)
+        own = vouch(own, self.site.axis, "P", "V")
         return deliver_sum(own, self.site.axis, in_place=True, delay=self.site.may_delay)
 
 

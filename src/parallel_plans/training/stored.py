@@ -84,6 +84,9 @@ class StoredTensor:
     def lent(self, index: Sequence[Index], dtype: torch.dtype) -> None:
         """None: the pieces lie in files of torch's own."""
 
+    def first_run(self, index: Sequence[Index]) -> None:
+        """None: where in a file they lie says nothing about the next."""
+
     def has_read(self, dest: Tensor, index: Sequence[Index]) -> bool:
         """Always true: the elements at `index` are in `dest` then."""
         for chunk in self._chunks:
