@@ -19,6 +19,7 @@ from parallel_plans.loader import load_plan
 from parallel_plans.plan import Plan, Rule
 from parallel_plans.state import full_gradients, full_state_dict, parallel_of
 from parallel_plans.styles import Style, register_style
+from parallel_plans.training.state import load_state, save_state
 from parallel_plans.verify.verify import verify_plan
 from parallel_plans.version import __version__
 
@@ -46,9 +47,11 @@ __all__ = [
     "full_gradients",
     "full_state_dict",
     "load_plan",
+    "load_state",
     "parallel_of",
     "parallelize",
     "register_style",
     "save_pretrained",
+    "save_state",
     "verify_plan",
 ]

@@ -92,6 +92,12 @@ CODES: dict[str, str] = {
     "PP732": "the ranks that a tool sees are not those of the model",
     "PP733": "an option of a tool cannot be combined with a plan",
     "PP734": "a saved state does not fit the model",
+    # Training states (PP725 to PP729)
+    "PP725": "a training state is missing, unfinished or damaged",
+    "PP726": "a training state is of another model",
+    "PP727": "a training state is of another optimizer, or lacks an object that is asked for",
+    "PP728": "a training state cannot be written",
+    "PP729": "a format cannot hold a parameter of which a rank has several pieces",
 }
 
 

@@ -13,39 +13,17 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
-from torch.distributed.tensor.placement_types import _StridedShard
+from torch.distributed.tensor import DTensor
 
-from parallel_plans.layouts import Layout, Split
+from parallel_plans.dtensors import take_over
+from parallel_plans.layouts import Layout
 from parallel_plans.mesh import Place
+from parallel_plans.placements import placements
+
+take_over()  # whole tensors and distributed checkpoints are right then, also of what torch has no placement for
 
 Storage = Literal["dtensor", "local"]
 STORAGES: tuple[Storage, ...] = ("dtensor", "local")
-
-
-def placement(split: Split | None) -> Placement:
-    """The DTensor placement of a split.
-
-    Equal packed parts are a `_StridedShard`. A split that torch has no placement for (unequal parts, whole heads dealt
-    unevenly) is called `Shard`: norms, gradients and optimizer steps are right with it. `full_tensor()` and distributed
-    checkpoints are not (wrong values, or an abort), since both take `torch.chunk`'s split for granted; use
-    `full_state_dict` and `save_pretrained`.
-    """
-    if split is None:
-        return Replicate()
-    if split.strided_parts is not None:
-        return _StridedShard(split.dim, split_factor=split.strided_parts)
-    return Shard(split.dim)
-
-
-def placements(layout: Layout, place: Place) -> list[Placement]:
-    """The placement on every dim of the place's mesh; an axis that is several dims is split along each of them."""
-    found: list[Placement] = [Replicate()] * place.mesh.ndim
-    for split in layout.splits:
-        dims = place.mesh_dims(split.axis)
-        for dim in dims:
-            found[dim] = placement(split) if len(dims) == 1 else Shard(split.dim)
-    return found
 
 
 def stored(local: Tensor, layout: Layout, place: Place, storage: Storage, requires_grad: bool) -> nn.Parameter:

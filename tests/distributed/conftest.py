@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from rows import BATCHES, batch_of
 from tiny import Truth, tiny_model, tokens, truth_of
+from training_runs import SAVED, on, saved_run
+from training_runs import Saved as TrainingState
 
 Saved = tuple[Path, Truth]
 
@@ -40,3 +42,18 @@ def mixtures(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Pa
         return folder, [truth_of(model, batch_of(index)) for index in range(BATCHES)]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def saved(
+    checkpoints: Callable[..., Saved], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], TrainingState]:
+    """`saved(name)` -> the checkpoint that a run of `training_runs.SAVED` began from, its state, what came of it."""
+
+    @cache
+    def run(name: str) -> TrainingState:
+        model_type, tied, row, storage = SAVED[name]
+        folder, target = checkpoints(model_type, tied)[0], tmp_path_factory.mktemp(name) / "state"
+        return folder, target, on(row, saved_run, str(folder), str(target), row, storage)
+
+    return run

@@ -12,15 +12,11 @@ from toys import FFN, HIDDEN, Gated, Heads, Latent, Mixture, Only, Pair, Rms, Su
 
 @dataclass(frozen=True)
 class Cut:
-    """The dim a parameter is split along, and what each rank holds of it on 2 and on 3 ranks.
-
-    `placed` are the numbers of ranks on which torch has a placement for it, so that `full_tensor()` is right.
-    """
+    """The dim a parameter is split along, and what each rank holds of it on 2 and on 3 ranks."""
 
     dim: int
     on_2: tuple[int, int]
     on_3: tuple[int, int, int]
-    placed: tuple[int, ...] = (2, 3)
 
     def sizes(self, ranks: int) -> tuple[int, ...]:
         return self.on_2 if ranks == 2 else self.on_3
@@ -41,20 +37,16 @@ class Case:
     tokens: bool = False
     sequence: bool = False
 
-    def is_placed(self, parameter: str, ranks: int) -> bool:
-        """Whether torch has a placement for the way the parameter lies on so many ranks."""
-        return parameter not in self.cuts or ranks in self.cuts[parameter].placed
-
 
 SUM, GATHER = "all_reduce", "all_gather"
 ROWS_10, COLUMNS_10 = Cut(0, (5, 5), (4, 4, 2)), Cut(1, (5, 5), (4, 4, 2))
 # five units of two: 3 and 2 of them on two ranks, which is not torch's chunk
-ROWS_5_BY_2, COLUMNS_5_BY_2 = Cut(0, (6, 4), (4, 4, 2), (3,)), Cut(1, (6, 4), (4, 4, 2), (3,))
+ROWS_5_BY_2, COLUMNS_5_BY_2 = Cut(0, (6, 4), (4, 4, 2)), Cut(1, (6, 4), (4, 4, 2))
 # three units of four: two and one on two ranks
-ROWS_3_BY_4, COLUMNS_3_BY_4 = Cut(0, (8, 4), (4, 4, 4), (3,)), Cut(1, (8, 4), (4, 4, 4), (3,))
+ROWS_3_BY_4, COLUMNS_3_BY_4 = Cut(0, (8, 4), (4, 4, 4)), Cut(1, (8, 4), (4, 4, 4))
 # six query heads of 2, three key and three value heads of 2: a key/value head goes with two query heads
 QKV = {"parts": [12, 6, 6], "unit": [4, 2, 2]}
-QKV_ROWS, QKV_COLUMNS = Cut(0, (16, 8), (8, 8, 8), ()), Cut(1, (16, 8), (8, 8, 8), ())
+QKV_ROWS, QKV_COLUMNS = Cut(0, (16, 8), (8, 8, 8)), Cut(1, (16, 8), (8, 8, 8))
 
 
 def pair(up: Any, down: Any, rows: Cut, columns: Cut, wide: int = FFN) -> Case:
@@ -165,11 +157,11 @@ LATENT = Case(
         "out": {"style": "rowwise", "unit": 6},
     },
     cuts={
-        "query.weight": Cut(0, (12, 6), (6, 6, 6), (3,)),
-        "query.bias": Cut(0, (12, 6), (6, 6, 6), (3,)),
+        "query.weight": Cut(0, (12, 6), (6, 6, 6)),
+        "query.bias": Cut(0, (12, 6), (6, 6, 6)),
         "kv_b.weight": ROWS_3_BY_4,
         "kv_b.bias": ROWS_3_BY_4,
-        "out.weight": Cut(1, (12, 6), (6, 6, 6), (3,)),
+        "out.weight": Cut(1, (12, 6), (6, 6, 6)),
     },
     forward=(SUM,),
     backward=(SUM, SUM, SUM),  # of the input to `query`, of the latent part, of the rope part
@@ -184,7 +176,7 @@ MIXTURE = Case(
         "experts.zero": "moe_identity_expert",
     },
     cuts={
-        "experts.gate_up_proj": Cut(1, (10, 10), (8, 8, 4), (2,)),
+        "experts.gate_up_proj": Cut(1, (10, 10), (8, 8, 4)),
         "experts.down_proj": Cut(2, (5, 5), (4, 4, 2)),
     },
     forward=(SUM,),
@@ -209,14 +201,12 @@ CASES: dict[str, Case] = {
     "colwise of dim 0": pair({"style": "colwise", "dim": 0}, {"style": "rowwise", "dim": 1}, ROWS_10, COLUMNS_10),
     "colwise_gather_output": gather_output("colwise_gather_output", ROWS_10),
     "colwise_gather_output by parts": gather_output(
-        {"style": "colwise_rep", "parts": [6, 4]}, Cut(0, (5, 5), (4, 3, 3), ())
+        {"style": "colwise_rep", "parts": [6, 4]}, Cut(0, (5, 5), (4, 3, 3))
     ),
     "rowwise_split_input": split_input("rowwise_split_input", Cut(1, (6, 6), (4, 4, 4))),
-    "rowwise_split_input by parts": split_input(
-        {"style": "rowwise_rep", "parts": [7, 5]}, Cut(1, (7, 5), (5, 5, 2), ())
-    ),
+    "rowwise_split_input by parts": split_input({"style": "rowwise_rep", "parts": [7, 5]}, Cut(1, (7, 5), (5, 5, 2))),
     "packed_colwise even": gated(12, Cut(0, (12, 12), (8, 8, 8)), Cut(1, (6, 6), (4, 4, 4))),
-    "packed_colwise uneven": gated(10, Cut(0, (10, 10), (8, 8, 4), (2,)), COLUMNS_10),
+    "packed_colwise uneven": gated(10, Cut(0, (10, 10), (8, 8, 4)), COLUMNS_10),
     "packed_colwise of parts by units": pair(
         {"style": "packed_colwise", **QKV}, {"style": "packed_rowwise", **QKV}, QKV_ROWS, QKV_COLUMNS, 24
     ),

@@ -42,7 +42,7 @@ class Outcome:
 
     shapes: dict[str, tuple[int, ...]]
     kinds: dict[str, str]  # `local`, or of a DTensor: `whole`, `split`
-    full_tensor: dict[str, bool]  # of what torch has a placement for
+    full_tensor: dict[str, bool]  # with dtensor storage
     state: dict[str, bool]
     calls: list[list[Call]]  # of each pass
     outputs: list[float]
@@ -140,12 +140,12 @@ def outcome(case: Case, storage: Any, ranks: int) -> Outcome:
     state = full_state_dict(split)
     runner = Runner(case, split, whole, dist.get_rank(), ranks)
     truth = dict(whole.named_parameters())
-    placed = [name for name in truth if storage == "dtensor" and case.is_placed(name, ranks)]
+    dtensors = truth if storage == "dtensor" else {}
     passes = [runner.one_pass(seed) for seed in (1, 2)]
     return Outcome(
         shapes={name: local_shape(parameter) for name, parameter in parameters.items()},
         kinds={name: kind_of(parameter) for name, parameter in parameters.items()},
-        full_tensor={name: torch.equal(parameters[name].full_tensor(), truth[name]) for name in placed},
+        full_tensor={name: torch.equal(parameters[name].full_tensor(), truth[name]) for name in dtensors},
         state={name: torch.equal(state[name], value) for name, value in whole.state_dict().items()},
         calls=[calls for calls, *_ in passes],
         outputs=[output for _, output, *_ in passes],

@@ -20,10 +20,13 @@ RENAME_EXCHANGE = 2  # of linux/fs.h: both paths exist and change places
 
 
 @contextmanager
-def replaced_folder(path: str | Path, weights_name: str = WEIGHTS_NAME) -> Iterator[Path]:
+def replaced_folder(
+    path: str | Path, weights_name: str = WEIGHTS_NAME, left_out: re.Pattern[str] | None = None
+) -> Iterator[Path]:
     """A fresh folder beside `path` that takes its place when the block ends.
 
-    What the block did not write is carried over from the old folder, but for its weights of this name and their index.
+    What the block did not write is carried over from the old folder, but for its weights of this name and their index,
+    or for what `left_out` says instead.
     When the block raises, the fresh folder is removed and the old one is as it was.
 
     Raises:
@@ -40,7 +43,7 @@ def replaced_folder(path: str | Path, weights_name: str = WEIGHTS_NAME) -> Itera
         yield fresh
         with _refusals(target):
             if target.exists():
-                _carry_over(target, fresh, _old_weights(weights_name))
+                _carry_over(target, fresh, left_out or _old_weights(weights_name))
                 shutil.copymode(target, fresh)
             _sync_tree(fresh)
             _put_in_place(fresh, target)

@@ -119,11 +119,16 @@ def saved_names(model: nn.Module) -> Iterator[str]:
 
 
 def _entries(model: nn.Module, parallel: Parallel, save_original_format: bool) -> list[Entry]:
-    """What is written, in the order in which it is gathered: what comes of one parameter stands together."""
+    """What is written, in the order in which it is gathered."""
     state = model.state_dict(keep_vars=True)
     names = set(saved_names(model))
     tensors = {name: _spread(name, local_part(state[name]), parallel) for name in state if name in names}
-    saved = convert_for_save(_WholeShapes(model, tensors), tensors) if save_original_format else tensors
+    return entries_of(model, tensors, save_original_format)
+
+
+def entries_of(model: nn.Module, tensors: Mapping[str, LazyTensor], save_original_format: bool) -> list[Entry]:
+    """What is written of a model's whole tensors, in their order: what comes of one stands together."""
+    saved = convert_for_save(_WholeShapes(model, tensors), tensors) if save_original_format else dict(tensors)
     entries = [
         Entry(name, tensor.dtype, tuple(tensor.shape), partial(_pieces, tensor)) for name, tensor in saved.items()
     ]
@@ -205,7 +210,7 @@ def _write_folder(
     model: Any, folder: Path, files: dict[str, tuple[Entry, ...]], shards: Shards, variant: str | None
 ) -> None:
     if hasattr(model, "config"):
-        _write_config(model, folder)
+        write_config(model, folder)
     for name, entries in files.items():
         write_safetensors(folder / name, entries, {"format": "pt"})
     if shards.index is not None:
@@ -222,7 +227,7 @@ def _count(model: nn.Module) -> int:
     return sum(entries[name].layout.numel for name, _ in model.named_parameters())
 
 
-def _write_config(model: Any, folder: Path) -> None:
+def write_config(model: Any, folder: Path) -> None:
     """What transformers writes beside the weights."""
     model.config.dtype = str(model.dtype).removeprefix("torch.")
     model.config.architectures = [type(model).__name__]

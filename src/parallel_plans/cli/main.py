@@ -1,6 +1,6 @@
-"""`parallel-plans`: which plans there are, and what one makes of a model, without weights and without ranks.
+"""`parallel-plans`: which plans there are, what one makes of a model, and an ordinary checkpoint of a training state.
 
-Exit status: 0 the plan fits, 1 the plan is wrong for the model and the ranks, 2 the question could not be asked.
+Exit status: 0 done, 1 the plan is wrong for the model and the ranks, 2 the question could not be asked.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table as Rows
 
+from parallel_plans.cli.consolidate import consolidate
 from parallel_plans.cli.refusal import asking
 from parallel_plans.cli.sizes import Ep, Etp, Tp
 from parallel_plans.cli.target import Target, read_target
@@ -23,6 +24,7 @@ from parallel_plans.table import Table
 from parallel_plans.views import Views
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
+app.command()(consolidate)
 PAPER = 200  # columns where no terminal says how many there are
 console = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else PAPER)
 
