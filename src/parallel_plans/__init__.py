@@ -19,6 +19,7 @@ from parallel_plans.loader import load_plan
 from parallel_plans.plan import Plan, Rule
 from parallel_plans.state import full_gradients, full_state_dict, parallel_of
 from parallel_plans.styles import Style, register_style
+from parallel_plans.training.master_weights import MasterWeights
 from parallel_plans.verify.verify import verify_plan
 from parallel_plans.version import __version__
 
@@ -34,6 +35,7 @@ __all__ = [
     "CheckpointError",
     "Finding",
     "LaunchError",
+    "MasterWeights",
     "ParallelPlansError",
     "Plan",
     "PlanError",

@@ -22,6 +22,7 @@ from parallel_plans.shard import shard_parameters
 from parallel_plans.state import Parallel, remember
 from parallel_plans.storage import STORAGES, Storage
 from parallel_plans.table import Table
+from parallel_plans.training.optimizers import check_optimizers
 from parallel_plans.training.random_streams import attach_random_streams
 
 
@@ -80,4 +81,5 @@ def apply_table(
     remember(model, Parallel(table=table, place=place, storage=storage, loaded=loaded))
     attach_generate(model, place, table)
     attach_random_streams(model, table, place)
+    check_optimizers()
     return model

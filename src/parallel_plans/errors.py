@@ -87,6 +87,8 @@ CODES: dict[str, str] = {
     "PP704": "no plan can be found for the model",
     "PP705": "another rank failed",
     "PP706": "the ranks do not agree",
+    # Training (PP72x)
+    "PP720": "an optimizer mixes elements of a parameter that is split",
 }
 
 
