@@ -7,6 +7,7 @@ torchrun --nproc-per-node 4 examples/train.py MIXTURE --tp 2 --ep 4 --compare
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -96,17 +97,12 @@ def mean_over_batches(model: Any, loss: Tensor) -> float:
     return loss.item()
 
 
-def in_one_process(arguments: argparse.Namespace) -> tuple[list[float], dict[str, Tensor], dict[str, Tensor]]:
-    """Its losses, and the weights before and after."""
-    dtype = getattr(torch, arguments.dtype)
-    model = transformers.AutoModelForCausalLM.from_pretrained(arguments.checkpoint, dtype=dtype)
-    before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    return train(model, arguments, batch=0, batches=1), before, model.state_dict()
-
-
 def compare(arguments: argparse.Namespace, losses: list[float], weights: dict[str, Tensor]) -> None:
-    """Prints both losses of every step, and how far the weights lie apart, measured by how far they have moved."""
-    truths, before, after = in_one_process(arguments)
+    """Trains in one process too; prints both losses of every step, and how far the weights lie apart for their way."""
+    loaded = functools.partial(transformers.AutoModelForCausalLM.from_pretrained, arguments.checkpoint)
+    model = loaded(dtype=getattr(torch, arguments.dtype))
+    truths = train(model, arguments, batch=0, batches=1)
+    before, after = loaded(dtype=getattr(torch, arguments.dtype)).state_dict(), model.state_dict()
     print(f"\n{'step':>4}  {'loss':>12}  {'one process':>12}")
     for step, (loss, truth) in enumerate(zip(losses, truths, strict=True)):
         print(f"{step:>4}  {loss:>12.8f}  {truth:>12.8f}")
@@ -141,10 +137,11 @@ def main() -> None:
         print("\n".join(f"step {step}  loss {loss:.6f}" for step, loss in enumerate(losses)))
     if arguments.save:
         model.save_pretrained(arguments.save)
-    if arguments.compare:
-        weights = full_state_dict(model)
-        if is_first:
-            compare(arguments, losses, weights)
+    weights = full_state_dict(model) if arguments.compare else {}
+    if not is_first:
+        weights.clear()  # they wait below, with nothing in their hands
+    elif weights:
+        compare(arguments, losses, weights)
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()

@@ -157,7 +157,7 @@ AGAIN = (
 def test_layers_that_are_computed_again_have_the_gradients_of_those_that_are_kept(case: Case) -> None:
     for (loss, kept), *others in run_on_ranks(computed_again, case.row.world, case):
         for own_loss, gradients in others:
-            assert torch.equal(own_loss, loss)
+            assert_close("loss", own_loss, loss, relative=1e-6)
             assert gradients.keys() == kept.keys()
             for name, gradient in gradients.items():
                 assert_close(name, gradient, kept[name], relative=1e-5)
