@@ -16,11 +16,11 @@ def generators_of(device: torch.device) -> list[torch.Generator]:
     """The generators that numbers come from where nobody names one: the CPU's, and the device's own behind it."""
     if device.type == "cpu":
         return [torch.default_generator]
-    own = torch.get_device_module(device).default_generators
-    return [
-        torch.default_generator,
-        own[torch.accelerator.current_device_index() if device.index is None else device.index],
-    ]
+    module = torch.get_device_module(device)
+    if not module.is_initialized():  # it has no generators before
+        module.init()
+    index = torch.accelerator.current_device_index() if device.index is None else device.index
+    return [torch.default_generator, module.default_generators[index]]
 
 
 def states_of(generators: Sequence[torch.Generator]) -> list[Tensor]:
