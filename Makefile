@@ -32,7 +32,7 @@ mixture: $(MODEL)/config.json $(MIXTURE)/model.safetensors
 	done
 
 # the same for training, and what else is asked for
-TRAIN ?= --compare
+TRAIN ?= --compare --tokens 16
 TRAIN_ROWS ?= \
   "2 --tp 2" \
   "2 --tp 2 --ep 2" \

@@ -138,13 +138,12 @@ def main() -> None:
     if arguments.save:
         model.save_pretrained(arguments.save)
     weights = full_state_dict(model) if arguments.compare else {}
-    if not is_first:
-        weights.clear()  # they wait below, with nothing in their hands
-    elif weights:
-        compare(arguments, losses, weights)
+    del model
     if dist.is_initialized():
         dist.barrier()
-        dist.destroy_process_group()
+        dist.destroy_process_group()  # what follows is for one rank; the others end, and leave it their memory
+    if is_first and weights:
+        compare(arguments, losses, weights)
 
 
 if __name__ == "__main__":
