@@ -1,5 +1,6 @@
 # Two commands set up everything: `make demo` runs the main job on a real model, `make test` runs the tests.
 # `make mixture` makes a mixture of experts of that model and checks that it answers the same, on 2 and on 4 ranks.
+# `make train` trains both for ten steps and holds them to one process; `RANKS` is for the first.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,7 +10,7 @@ MIXTURE = .cache/SmolLM2-4x135M
 export HF_HUB_OFFLINE ?= 1
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo mixture test style quality docs clean
+.PHONY: demo mixture train test style quality docs clean
 
 demo: $(MODEL)/config.json
 	$(VENV)/bin/torchrun --nproc-per-node $(RANKS) examples/demo.py $(MODEL)
@@ -28,6 +29,22 @@ mixture: $(MODEL)/config.json $(MIXTURE)/model.safetensors
 	@for row in $(ROWS); do \
 	  set -- $$row; ranks=$$1; shift; echo; echo "$$ranks ranks, $$*"; \
 	  $(VENV)/bin/torchrun --nproc-per-node $$ranks examples/mixture.py $(MIXTURE) --dense $(MODEL) $$* || exit 1; \
+	done
+
+# the same for training, and what else is asked for
+TRAIN ?= --compare --tokens 16
+TRAIN_ROWS ?= \
+  "2 --tp 2" \
+  "2 --tp 2 --ep 2" \
+  "4 --tp 1 --ep 4" \
+  "4 --tp 2 --ep 4" \
+  "4 --tp 4 --ep 2 --etp 2 --plan examples/mixtral_whole_attention.yaml"
+
+train: $(MODEL)/config.json $(MIXTURE)/model.safetensors
+	$(VENV)/bin/torchrun --nproc-per-node $(RANKS) examples/train.py $(MODEL) $(TRAIN)
+	@for row in $(TRAIN_ROWS); do \
+	  set -- $$row; ranks=$$1; shift; echo; echo "$$ranks ranks, $$*"; \
+	  $(VENV)/bin/torchrun --nproc-per-node $$ranks examples/train.py $(MIXTURE) $(TRAIN) $$* || exit 1; \
 	done
 
 test: $(VENV)/ready $(MODEL)/config.json

@@ -23,6 +23,8 @@ from parallel_plans.state import Parallel, remember
 from parallel_plans.storage import STORAGES, Storage
 from parallel_plans.table import Table
 from parallel_plans.wrapping import refuse_wrapping
+from parallel_plans.training.optimizers import check_optimizers
+from parallel_plans.training.random_streams import attach_random_streams
 
 
 def parallelize(
@@ -80,4 +82,6 @@ def apply_table(
     remember(model, Parallel(table=table, place=place, storage=storage, loaded=loaded))
     attach_generate(model, place, table)
     refuse_wrapping(model)
+    attach_random_streams(model, table, place)
+    check_optimizers()
     return model

@@ -98,6 +98,8 @@ CODES: dict[str, str] = {
     "PP727": "a training state is of another optimizer, or lacks an object that is asked for",
     "PP728": "a training state cannot be written",
     "PP729": "a format cannot hold a parameter of which a rank has several pieces",
+    # Training (PP72x)
+    "PP720": "an optimizer mixes elements of a parameter that is split",
 }
 
 

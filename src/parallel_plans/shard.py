@@ -10,6 +10,7 @@ from parallel_plans.layouts import Layout
 from parallel_plans.mesh import Place
 from parallel_plans.storage import Storage, stored
 from parallel_plans.table import Table
+from parallel_plans.training.optimizers import PART
 
 
 def owned_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
@@ -43,6 +44,8 @@ def shard_parameters(
             assert tuple(local.shape) == layout.local_shape(place.ranks), (name, local.shape, layout)
             made[key] = stored(local, layout, place, storage, parameter.requires_grad)
             _keep_attributes(parameter, made[key])
+            if layout.splits:
+                setattr(made[key], PART, True)
         module._parameters[own] = made[key]
 
 
