@@ -21,6 +21,7 @@ from parallel_plans.state import full_gradients, full_state_dict, parallel_of
 from parallel_plans.styles import Style, register_style
 from parallel_plans.verify.verify import verify_plan
 from parallel_plans.version import __version__
+from parallel_plans.watch import pause_watch, watch_ranks
 
 __all__ = [
     "AutoModel",
@@ -48,7 +49,9 @@ __all__ = [
     "load_plan",
     "parallel_of",
     "parallelize",
+    "pause_watch",
     "register_style",
     "save_pretrained",
     "verify_plan",
+    "watch_ranks",
 ]

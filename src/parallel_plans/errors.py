@@ -87,6 +87,9 @@ CODES: dict[str, str] = {
     "PP704": "no plan can be found for the model",
     "PP705": "another rank failed",
     "PP706": "the ranks do not agree",
+    "PP707": "another rank failed while this one waited for it",
+    "PP708": "a rank keeps the others waiting",
+    "PP709": "a rank has ended while others wait for it",
 }
 
 
