@@ -19,6 +19,7 @@ from parallel_plans.watch.current import current_watch
 from parallel_plans.watch.limit import DEFAULT_SECONDS, seconds_to_wait
 from parallel_plans.watch.post import real_store, with_own_connection
 from parallel_plans.watch.told import error_of, is_told_of
+from parallel_plans.watch.watcher import FAREWELL
 
 _PAUSE = 0.002  # seconds between two looks, at first; longer and longer
 _LONGEST_PAUSE = 0.1
@@ -62,6 +63,16 @@ class Meeting:
             if differing is not None:
                 raise differs(differing, {each: words.get(differing, "") for each, words in sorted(told.items())})
 
+    def part(self) -> None:
+        """Stays until the others have heard, where they hear it from this process: with rank 0 the store may go."""
+        if self._store is None:
+            return
+        own, until = dist.get_rank(), time.monotonic() + FAREWELL
+        self._store.set(f"parted/{own}", "")
+        others = [f"parted/{rank}" for rank in self.ranks if rank != own]
+        while own == 0 and not self._store.check(others) and time.monotonic() < until:
+            time.sleep(_LONGEST_PAUSE)
+
     def abandon(self, error: BaseException) -> None:
         """Tells the others of an error that this rank raises instead of coming."""
         if self._store is not None and not is_told_of(error):
@@ -96,6 +107,7 @@ def meeting(step: str, ranks: Sequence[int]) -> Iterator[Meeting]:
         yield held
     except BaseException as error:
         held.abandon(error)
+        held.part()
         raise
 
 

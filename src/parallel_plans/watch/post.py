@@ -81,7 +81,3 @@ class Post:
     def propose(self, verdict: Verdict) -> Verdict:
         """What is wrong: this, if nobody has said so before."""
         return Verdict.from_text(self._open.compare_set("verdict", "", verdict.to_text()))
-
-    def count(self, name: str, more: int) -> int:
-        """A counter, after adding to it."""
-        return int(self._open.add(name, more))

@@ -61,7 +61,7 @@ class Watch:
         self._proposed = 0.0
         self._failing: tuple[str, float] = ("", 0.0)
         self._cut_at: Standing | None = None  # where a connection was lost
-        self._heard = 0  # ranks that know of the verdict
+        self._heard: frozenset[int] = frozenset()  # the other ranks that know of the verdict
         self._wake, self._over, self._known = threading.Event(), threading.Event(), threading.Event()
         self._told_at: float | None = None  # when this rank began to stop
         self._is_interrupted = False
@@ -124,7 +124,7 @@ class Watch:
             self._rounds = max(0, self._rounds - 1)
             self._learn_ends()
         if self.verdict is not None:
-            self._heard = self._post.count("heard", 0)
+            self._heard = frozenset(self._post.read("heard", range(self.world)))
 
     def _learn_ends(self) -> None:
         """Which connections of this rank lead to other ranks is told by both ends, before one of them is gone."""
@@ -136,7 +136,7 @@ class Watch:
         self.verdict = verdict
         self._known.set()
         with contextlib.suppress(Exception):  # of a store that is gone
-            self._post.count("heard", 1)
+            self._post.leave("heard", "yes")
 
     # What the second does: look and act
 
@@ -216,9 +216,7 @@ class Watch:
         self.is_noticed = True
         self._proposal, self._proposed = self._proposal or verdict, time.monotonic()
         self._wake.set()
-        if not self._threads[0].is_alive():  # its process group was given up on the way
-            self._exchange()
-        self._known.wait(GRACE)
+        self._wait_for_verdict(GRACE)
         self._stay()
 
     def is_of(self, thread: int) -> bool:
@@ -232,20 +230,28 @@ class Watch:
     def reason(self, error: BaseException) -> LaunchError | None:
         """Why a connection was lost, as `error` says, once that is known; None where nobody can tell."""
         self.is_noticed, self._cut_at = True, standing(frames_of_error(error.__traceback__), closely=True)
-        self._known.wait(HEARD_WITHIN)
+        self._wait_for_verdict(HEARD_WITHIN)
         self._stay()
         if self.verdict is None or self.rank in self.verdict.ranks:
             return None
         return error_of(self.verdict)
 
+    def _wait_for_verdict(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while self.verdict is None and time.monotonic() < until:
+            if self.is_over:  # its process group was given up on the way, and with it the threads
+                self._look()
+                self._exchange()
+            self._known.wait(INTERVAL)
+
     def _stay(self) -> None:
         """Waits until the others have heard, where they hear it from this process."""
         until = time.monotonic() + FAREWELL
         while self.rank == 0 and self.verdict is not None and time.monotonic() < until:
-            states = [state_of(beat.process) for beat, _ in list(self._seen.values())]
-            if self._heard >= self.world - states.count("ended") - states.count("stopped"):
+            waiting = {rank for rank, (beat, _) in list(self._seen.items()) if state_of(beat.process) != "ended"}
+            if waiting <= self._heard:
                 return
-            self._wake.set()
+            self._exchange() if self.is_over else self._wake.set()
             time.sleep(INTERVAL / 10)
 
     def stop(self) -> None:
