@@ -95,7 +95,7 @@ def _hang(ranks: Ranks) -> Verdict | None:
         limit = waiting.beat.limit
         if limit <= 0 or waiting.still < limit or not _is_judged(waiting):
             continue
-        late = [seen for seen in ranks if waiting.leads(seen)]
+        late = _behind(waiting, ranks)
         if any(not _is_judged(seen) for seen in late):
             continue
         idle = [seen for seen in late if not any(seen.leads(other) for other in ranks)]
@@ -108,6 +108,18 @@ def _hang(ranks: Ranks) -> Verdict | None:
         if not late and any(seen.beat.standing.op != waiting.beat.standing.op for seen in same):
             return _crossed("the ranks are in different collectives", ranks, waiting)
     return None
+
+
+def _behind(waiting: Seen, ranks: Ranks) -> Ranks:
+    """The ranks that a rank waits for, those that they wait for, and so on."""
+    found: list[Seen] = []
+    ahead = [waiting]
+    while ahead:
+        leading = ahead.pop()
+        new = [seen for seen in ranks if leading.leads(seen) and seen not in found]
+        found += new
+        ahead += new
+    return [seen for seen in ranks if seen in found]
 
 
 def _is_judged(seen: Seen) -> bool:
