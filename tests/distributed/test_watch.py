@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -49,15 +50,15 @@ def load_step_save(folder: Path, work: Path, where: str, how: str, culprit: int)
 
 # how the others speak of it: where rank 1 raises, dies, hangs
 SAID = {
-    ("load", "raises"): "LaunchError: rank 1 failed while reading the weights [PP705]",
-    ("step", "raises"): "LaunchError: rank 1 failed in model.layers.1.mlp (watched.py:",
-    ("save", "raises"): "LaunchError: rank 1 failed while saving (watched.py:",
-    ("load", "dies"): "last seen while loading (watched.py:",
-    ("step", "dies"): "last seen (watched.py:",
-    ("save", "dies"): "last seen while saving (watched.py:",
-    ("load", "hangs"): " s, while loading (watched.py:",
-    ("step", "hangs"): " s, in model.layers.1.mlp (watched.py:",
-    ("save", "hangs"): " s, while saving (watched.py:",
+    ("load", "raises"): r"LaunchError: rank 1 failed while reading the weights \[PP705\]",
+    ("step", "raises"): r"LaunchError: rank 1 failed in model\.layers\.1\.mlp \(watched\.py:",
+    ("save", "raises"): r"LaunchError: rank 1 failed while saving \(watched\.py:",
+    ("load", "dies"): r"last seen while loading \(watched\.py:",
+    ("step", "dies"): r"last seen (in model\.layers\.1\.mlp )?\(watched\.py:",  # looked at closely, after a while
+    ("save", "dies"): r"last seen while saving \(watched\.py:",
+    ("load", "hangs"): r"rank 1: .* while loading \(watched\.py:",
+    ("step", "hangs"): r"rank 1: .* in model\.layers\.1\.mlp \(watched\.py:",
+    ("save", "hangs"): r"rank 1: .* while saving \(watched\.py:",
 }
 CODES = {"dies": "rank 1 has ended, and others wait for it [PP709]", "hangs": "rank 1 keeps the others waiting [PP708]"}
 
@@ -72,7 +73,7 @@ def test_a_rank_that_comes_to_harm_stops_the_others_in_time_and_is_named(
     for rank in (0, 2):
         assert found[rank].status == 1, found[rank].text
         assert found[rank].after < limit + STATED
-        assert SAID[where, how] in found[rank].text
+        assert re.search(SAID[where, how], found[rank].text), found[rank].text
         assert CODES.get(how, "ArithmeticError: too much") in found[rank].text
     assert found[1].after < limit + STATED
     assert found[1].status == {"raises": 1, "dies": -9, "hangs": 86}[how]
