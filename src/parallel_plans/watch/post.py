@@ -13,12 +13,13 @@ from parallel_plans.watch.beat import Beat, Verdict
 from parallel_plans.watch.connections import connections_to, is_hung_up
 
 _ANSWERS_WITHIN = timedelta(seconds=10)
+_SIMULATED = ("fake", "threaded")  # backends whose ranks are no processes
 _made = itertools.count()
 
 
 def real_store() -> Store | None:
     """The store of the default process group; None where its ranks are not processes of their own, or none is there."""
-    if not dist.is_available() or not dist.is_initialized():
+    if not dist.is_available() or not dist.is_initialized() or dist.get_backend() in _SIMULATED:
         return None
     store = dist.distributed_c10d._get_default_store()
     return store if isinstance(_below(store), TCPStore | FileStore) else None

@@ -14,7 +14,7 @@ from parallel_plans.watch.stack import frames_of_error, standing
 _TELLING = ("PP705", "PP706", "PP707", "PP708", "PP709")
 # what is in the text of an error that a backend raises when ranks have lost each other
 _LOST = (
-    "gloo",
+    "/gloo/",
     "Connection closed by peer",
     "Connection reset by peer",
     "Broken pipe",

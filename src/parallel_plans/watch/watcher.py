@@ -163,8 +163,8 @@ class Watch:
         """Stops the thread that is watched, the longer it takes the harder."""
         if self._told_at is None:
             self._told_at = time.monotonic()
+            abort_backends()
         cut_connections(self._ends)
-        abort_backends()
         # a rank that waited stops by what it waited for; the one that is to blame waits for nothing
         after = time.monotonic() - self._told_at + (GRACE if self.rank in verdict.ranks else 0.0)
         if not self._is_interrupted and after >= GRACE:
