@@ -23,6 +23,7 @@ from parallel_plans.training.state import load_state, save_state
 from parallel_plans.training.master_weights import MasterWeights
 from parallel_plans.verify.verify import verify_plan
 from parallel_plans.version import __version__
+from parallel_plans.watch import pause_watch, watch_ranks
 
 __all__ = [
     "AutoModel",
@@ -52,8 +53,10 @@ __all__ = [
     "load_state",
     "parallel_of",
     "parallelize",
+    "pause_watch",
     "register_style",
     "save_pretrained",
     "save_state",
     "verify_plan",
+    "watch_ranks",
 ]

@@ -5,7 +5,8 @@ A rank that raised takes part once more and says so; then every rank raises. Nob
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,8 @@ from parallel_plans.collectives import Axis
 from parallel_plans.errors import Finding, LaunchError, ParallelPlansError
 from parallel_plans.mesh import this_rank
 from parallel_plans.messages import print_once
+from parallel_plans.watch import explained, has_met, tell_of
+from parallel_plans.watch.meeting import differs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,33 +62,42 @@ class Agreement:
             values = [dict(word.facts).get(fact, "") for word in words]
             if len(set(values)) > 1:
                 self.is_over = True
-                raise print_once(_differs(fact, {word.rank: value for word, value in zip(words, values, strict=True)}))
+                raise print_once(differs(fact, {word.rank: value for word, value in zip(words, values, strict=True)}))
+
+    @contextmanager
+    def amid_others(self, step: str, is_in_order: bool) -> Iterator[None]:
+        """Inside the block ranks make collectives of their own; one that raises cannot meet the others there.
+
+        A rank that `is_in_order` has made all of them when it raises, and can.
+        """
+        try:
+            yield
+        except Exception as error:
+            if not is_in_order and explained(error) is error and tell_of(error, step):
+                self.is_over = True
+            raise
 
     def abandon(self, step: str, error: BaseException) -> None:
-        """Tells the other ranks of an error that this rank is about to raise; does nothing once all know."""
+        """Tells the other ranks of an error that this rank is about to raise; does nothing once all know.
+
+        Raises:
+            LaunchError: PP707 to PP709, where the error is only that another rank is not there any more.
+        """
         if self.is_over:
             return
         self.is_over = True
+        if (told := explained(error)) is not error:
+            raise told from error
+        tell_of(error, step, may_meet=True)  # where the others are somewhere else, they are told of it there
         text = str(error) if isinstance(error, ParallelPlansError) else f"{type(error).__name__}: {error}"
-        words = self._exchange(_Word(rank=this_rank(), step=step, error=text))
+        try:
+            words = self._exchange(_Word(rank=this_rank(), step=step, error=text))
+        except RuntimeError as lost:
+            if explained(lost) is lost:
+                error.add_note(f"on rank {this_rank()}, while {step}; the other ranks could not be told")
+            return
+        has_met()
         if isinstance(error, ParallelPlansError) and words[0].error == text:
             print_once(error)
         else:
             error.add_note(f"on rank {this_rank()}, while {step}")
-
-
-def _differs(fact: str, values: Mapping[int, str]) -> LaunchError:
-    groups: dict[str, list[int]] = {}
-    for rank, value in values.items():
-        groups.setdefault(value, []).append(rank)
-    told = "; ".join(f"{value} on rank {', '.join(map(str, ranks))}" for value, ranks in groups.items())
-    return LaunchError(
-        Finding(
-            code="PP706",
-            message=f"the ranks do not agree on {fact.replace('_', ' ')}",
-            found=told,
-            name=fact,
-            expected="the same on every rank",
-            fix="give every rank the same files and arguments",
-        )
-    )

@@ -15,7 +15,7 @@ from parallel_plans.generation import attach_generate
 from parallel_plans.loader import load_plan
 from parallel_plans.lookup import PlanSource, with_experts
 from parallel_plans.mesh import Place, place_on
-from parallel_plans.model_spec import describe
+from parallel_plans.model_spec import describe, digest_of
 from parallel_plans.plan import Plan
 from parallel_plans.resolve import resolve
 from parallel_plans.shard import shard_parameters
@@ -25,6 +25,7 @@ from parallel_plans.table import Table
 from parallel_plans.wrapping import refuse_wrapping
 from parallel_plans.training.optimizers import check_optimizers
 from parallel_plans.training.random_streams import attach_random_streams
+from parallel_plans.watch import meeting
 
 
 def parallelize(
@@ -55,12 +56,15 @@ def parallelize(
 
     Raises:
         PlanError: the plan is wrong, or wrong for this model and this many ranks; the model is untouched then.
+        LaunchError: PP706 where other ranks hold another model, plan, mesh or storage, PP705 where one failed.
     """
     if storage not in STORAGES:
         raise ValueError(f"storage is {storage!r}; it can be {' or '.join(STORAGES)}")
-    place = place_on(mesh, ep_size, etp_size)
-    whole = with_experts(plan if isinstance(plan, Plan) else load_plan(plan), ep_plan)
-    table = resolve(whole, describe(model), place.sizes, dispatch=ep_plan == "dispatch")
+    place = place_on(mesh, ep_size, etp_size, storage=storage)
+    with meeting("resolving the plan", mesh.mesh.flatten().tolist()) as met:
+        whole = with_experts(plan if isinstance(plan, Plan) else load_plan(plan), ep_plan)
+        table = resolve(whole, describe(model), place.sizes, dispatch=ep_plan == "dispatch")
+        met.confirm(plan=table.plan.fingerprint(), model=digest_of(model))
     return apply_table(model, table, place, storage=storage)
 
 

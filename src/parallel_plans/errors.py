@@ -100,6 +100,9 @@ CODES: dict[str, str] = {
     "PP729": "a format cannot hold a parameter of which a rank has several pieces",
     # Training (PP72x)
     "PP720": "an optimizer mixes elements of a parameter that is split",
+    "PP707": "another rank failed while this one waited for it",
+    "PP708": "a rank keeps the others waiting",
+    "PP709": "a rank has ended while others wait for it",
 }
 
 

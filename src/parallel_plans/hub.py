@@ -90,14 +90,17 @@ def from_pretrained(
         tp_size = launched_tp_size() if tp_size is None and mesh is None else tp_size
         if ep_plan is not None and ep_size is None:
             ep_size = max(1, world // (etp_size or 1))
-        place = None if mesh is None else place_on(mesh, ep_size, etp_size)
+        facts = {"storage": storage, "dtype": kwargs.get("dtype"), "model_class": model_class.__name__}
+        place = None if mesh is None else place_on(mesh, ep_size, etp_size, **facts)
         views = check_sizes(tp_size, ep_size, etp_size, world=world) if place is None else place.views
+        if views.holders > 1 and place is None:
+            place = start_place(views, **facts)
     except ParallelPlansError as error:
         raise print_once(error) from None
-    if views.holders == 1:
+    if place is None or views.holders == 1:
         return model_class.from_pretrained(path, *model_args, **kwargs)
     sources = tp_plan, "auto" if ep_plan is None else ep_plan
-    return _load(path, model_args, model_class, sources, place or start_place(views), storage, kwargs)
+    return _load(path, model_args, model_class, sources, place, storage, kwargs)
 
 
 def _check_arguments(storage: str, sp_plan: PlanSource | None, kwargs: dict[str, Any]) -> None:

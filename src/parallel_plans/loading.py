@@ -26,7 +26,7 @@ from parallel_plans.errors import Finding, LaunchError
 from parallel_plans.lookup import BESIDE_CHECKPOINT, PlanSource, carried_by, find_plan, with_experts
 from parallel_plans.mesh import Place, device_of
 from parallel_plans.messages import bytes_bar
-from parallel_plans.model_spec import describe
+from parallel_plans.model_spec import describe, digest_of
 from parallel_plans.random_state import shared_random_state
 from parallel_plans.resolve import resolve
 from parallel_plans.table import Table
@@ -100,7 +100,11 @@ class Loading:
         converted = convert_for_load(model, tensors, config.weight_mapping, dtypes)
         fitting = self._fitting(model, converted, config.ignore_mismatched_sizes)
         self.agreement.confirm(
-            self.step, plan=self.table.plan.fingerprint(), model=_digest(model), checkpoint=_digest_of(tensors)
+            self.step,
+            plan=self.table.plan.fingerprint(),
+            model=digest_of(model),
+            config=_digest_of_config(model),
+            checkpoint=_digest_of(tensors),
         )
         self.step = "reading the weights"
         self._read(model, fitting, dtypes)
@@ -211,6 +215,7 @@ def _digest_of(tensors: Mapping[str, LazyTensor]) -> str:
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
-def _digest(model: nn.Module) -> str:
-    content = repr([(name, tuple(p.shape), str(p.dtype)) for name, p in model.named_parameters()])
-    return hashlib.sha256(content.encode()).hexdigest()[:16]
+def _digest_of_config(model: Any) -> str:
+    """A number of what the config says of the model; names with `_` say where it came from, and how it is run."""
+    content = {name: value for name, value in model.config.to_dict().items() if not name.startswith("_")}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=repr).encode()).hexdigest()[:16]

@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from parallel_plans.collectives import Axis
 from parallel_plans.errors import Finding, LaunchError
 from parallel_plans.views import EXPERT_AXIS, TENSOR_AXIS, Views, views_of
+from parallel_plans.watch import meeting, start_watch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,12 +101,28 @@ def _axis(name: str, whole: DeviceMesh, dims: list[str]) -> Axis:
     return Axis(name=name, group=mesh.get_group(), size=mesh.size(), rank=mesh.get_local_rank())
 
 
-def place_on(mesh: DeviceMesh, ep_size: int | None = None, etp_size: int | None = None) -> Place:
+def place_on(mesh: DeviceMesh, ep_size: int | None = None, etp_size: int | None = None, **facts: object) -> Place:
     """This rank's place on `mesh`: its axis `tp`, or its only axis where that has no name; experts in a view of theirs.
 
+    `facts` are what else the ranks must agree on.
+
     Raises:
-        LaunchError: PP702 where the mesh has several axes and none is called `tp`, or the sizes do not fit it.
+        LaunchError: PP702 where the mesh has several axes and none is called `tp`, or the sizes do not fit it; PP706
+            where other ranks ask for other sizes, PP705 where one cannot be placed.
     """
+    start_watch()
+    with meeting("finding its place", mesh.mesh.flatten().tolist()) as met:
+        views, ranks = _views_on(mesh, ep_size, etp_size)
+        met.confirm(
+            mesh=_told_mesh(mesh), sizes=_told_sizes(views), **{name: str(fact) for name, fact in facts.items()}
+        )
+    if views.ep == 1 and views.etp == views.tp > 1:
+        return _place_on_own(mesh, views)
+    return place_in(views, mesh.device_type, ranks)
+
+
+def _views_on(mesh: DeviceMesh, ep_size: int | None, etp_size: int | None) -> tuple[Views, torch.Tensor]:
+    """How the ranks of a mesh are dealt out, and these ranks in the order in which they are."""
     names = mesh.mesh_dim_names
     if names is not None and TENSOR_AXIS in names:
         tp, ranks = mesh[TENSOR_AXIS].size(), mesh.mesh.movedim(names.index(TENSOR_AXIS), -1).flatten()
@@ -122,10 +139,16 @@ def place_on(mesh: DeviceMesh, ep_size: int | None = None, etp_size: int | None 
                 fix=f'init_device_mesh(device, (ranks,), mesh_dim_names=("{TENSOR_AXIS}",))',
             )
         )
-    views = check_sizes(tp, ep_size, etp_size, world=mesh.size())
-    if views.ep == 1 and views.etp == tp > 1:
-        return _place_on_own(mesh, views)
-    return place_in(views, mesh.device_type, ranks)
+    return check_sizes(tp, ep_size, etp_size, world=mesh.size()), ranks
+
+
+def _told_mesh(mesh: DeviceMesh) -> str:
+    names = mesh.mesh_dim_names or [""] * mesh.ndim
+    return " x ".join(f"{name} {size}".strip() for name, size in zip(names, mesh.shape, strict=True))
+
+
+def _told_sizes(views: Views) -> str:
+    return f"tp {views.tp}, ep {views.ep}, etp {views.etp}"
 
 
 def _place_on_own(mesh: DeviceMesh, views: Views) -> Place:
@@ -274,14 +297,23 @@ def local_device() -> torch.device:
     return torch.device("cpu")
 
 
-def start_place(views: Views) -> Place:
-    """This rank's place on a new mesh of all started ranks; starts the process group if nobody has."""
+def start_place(views: Views, **facts: object) -> Place:
+    """This rank's place on a new mesh of all started ranks; starts the process group if nobody has.
+
+    `facts` are what else the ranks must agree on.
+
+    Raises:
+        LaunchError: PP706 where other ranks ask for other sizes.
+    """
     device = local_device()
     if not dist.is_initialized():
         if device.type != "cpu":
             torch.accelerator.set_device_index(device.index)
         # on an accelerator torch also keeps a CPU backend, over which ranks tell each other of failures
         dist.init_process_group("gloo" if device.type == "cpu" else None)
+    start_watch()
+    with meeting("finding its place", range(views.world)) as met:
+        met.confirm(sizes=_told_sizes(views), **{name: str(fact) for name, fact in facts.items()})
     return place_in(views, device.type)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -34,17 +35,17 @@ def bytes_bar(title: str, total: int) -> Any:
 def print_once(error: ParallelPlansError) -> ParallelPlansError:
     """`error`, marked as one that rank 0 raises too: other ranks that end with it do not print it again."""
     error.is_raised_by_all = True  # type: ignore[attr-defined]
-    if this_rank() != 0 and sys.excepthook is not _quiet_hook:
-        global _previous_hook
+    global _previous_hook
+    if this_rank() != 0 and _previous_hook is None:  # others may have put theirs around it since
         _previous_hook, sys.excepthook = sys.excepthook, _quiet_hook
     return error
 
 
-_previous_hook = sys.__excepthook__
+_previous_hook: Callable[..., Any] | None = None
 
 
 def _quiet_hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     if getattr(error, "is_raised_by_all", False):
         print(f"rank {this_rank()}: stopped by the error that rank 0 shows", file=sys.stderr)
-    else:
+    elif _previous_hook is not None:
         _previous_hook(kind, error, trace)

@@ -5,6 +5,7 @@ A `ModelSpec` is plain data. `describe` reads it off any `nn.Module`, on any dev
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -204,3 +205,9 @@ def describe(model: nn.Module) -> ModelSpec:
         buffers=_buffers(named),
         quantization=_quantization(config),
     )
+
+
+def digest_of(model: nn.Module) -> str:
+    """A number of the names, shapes and dtypes of the model's parameters, by which ranks compare theirs."""
+    content = repr([(name, tuple(p.shape), str(p.dtype)) for name, p in model.named_parameters()])
+    return hashlib.sha256(content.encode()).hexdigest()[:16]

@@ -16,6 +16,7 @@ from parallel_plans.layouts import Layout
 from parallel_plans.mesh import Place
 from parallel_plans.storage import Storage
 from parallel_plans.table import Table
+from parallel_plans.watch.stack import name_modules_of
 
 _ATTRIBUTE = "_parallel"
 
@@ -42,7 +43,8 @@ class Parallel:
 
 
 def remember(model: nn.Module, parallel: Parallel) -> None:
-    """Keeps `parallel` with the model."""
+    """Keeps `parallel` with the model, and has errors speak of its modules by their names."""
+    name_modules_of(model)
     setattr(model, _ATTRIBUTE, parallel)
 
 

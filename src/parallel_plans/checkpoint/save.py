@@ -82,7 +82,7 @@ def save_pretrained(
         entries = _entries(model, parallel, save_original_format)
         agreement.confirm(step, path=os.fspath(path))
         step = "saving"
-        with torch.no_grad():
+        with torch.no_grad(), agreement.amid_others(step, parallel.place.is_first):
             shards = shard_entries(entries, max_shard_size, with_variant(WEIGHTS_NAME, variant))
             _save(model, parallel, Path(path), shards, variant)
         agreement.confirm(step)
