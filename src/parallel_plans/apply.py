@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from parallel_plans.adapters.seams import watch_for_peft
 from parallel_plans.attach import attach_forwards
 from parallel_plans.checkpoint.load import Loaded
 from parallel_plans.generation import attach_generate
@@ -78,4 +79,5 @@ def apply_table(
     attach_forwards(model, table, place)
     remember(model, Parallel(table=table, place=place, storage=storage, loaded=loaded))
     attach_generate(model, place, table)
+    watch_for_peft()
     return model

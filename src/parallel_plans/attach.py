@@ -147,6 +147,17 @@ def _scoped(
     return run
 
 
+def detach_forwards(model: nn.Module) -> None:
+    """Gives every module its own forward back; its parameters stay as they are."""
+    for module in model.modules():
+        parallel = vars(module).get("forward")
+        if isinstance(parallel, ParallelForward):
+            if getattr(parallel.forward, "__func__", None) is type(module).forward:
+                del module.forward
+            else:
+                module.forward = parallel.forward
+
+
 def attach_forwards(model: nn.Module, table: Table, place: Place) -> None:
     """Gives every module that needs one its `ParallelForward`."""
     seen: set[int] = set()
@@ -210,10 +221,17 @@ def _along(name: str, boundary: Boundary, model: nn.Module, table: Table, place:
     if not boundary.makes_replicated:
         return None
     above, own = name.rpartition(".")[0], name.rpartition(".")[2]
-    beside = ((other, child) for other, child in model.get_submodule(above).named_children() if other != own)
+    beside = (each for each in _with_adapters(model.get_submodule(above)) if each[0] != own)
     found = (_local_parameters(joined(above, other), child, table, place) for other, child in beside)
     kept = [(each.module, each_name) for each in found for each_name in each.joined_on(boundary.site.axis)]
     return Along(kept) if kept else None
+
+
+def _with_adapters(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The module's children, and what is below those that wrap a layer in adapters."""
+    for name, child in module.named_children():
+        below = child.named_modules() if hasattr(child, "base_layer") else [("", child)]
+        yield from ((joined(name, own) if own else name, each) for own, each in below)
 
 
 _READ = re.compile(r"\bself\.(\w+)\.(\w+)\b")
@@ -257,7 +275,10 @@ def _children_read_by(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         # what it reads by itself, or through a method of the child, which does not go by the child's forward
         wanted = own | _methods(kind) if own else set()
         asked = (method for method, names in methods if name in names and not wanted.isdisjoint(names))
-        if any((name, each) in _reads(method) for method in asked for each in wanted):
+        # a dict of parameters has no forward: whoever keeps it reads it
+        if isinstance(child, nn.ParameterDict) or any(
+            (name, each) in _reads(method) for method in asked for each in wanted
+        ):
             yield name, child
 
 

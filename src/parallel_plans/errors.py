@@ -87,6 +87,9 @@ CODES: dict[str, str] = {
     "PP704": "no plan can be found for the model",
     "PP705": "another rank failed",
     "PP706": "the ranks do not agree",
+    "PP735": "an adapter of this kind cannot be put on a parallelized model",
+    "PP736": "an adapter cannot stand here",
+    "PP737": "adapters were to be put on a part of a parallelized model",
 }
 
 

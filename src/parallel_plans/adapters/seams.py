@@ -1,0 +1,47 @@
+"""Where peft is told of parallelized models: its own functions work on them, or say why not.
+
+`get_peft_model`, `PeftModel.from_pretrained`, `save_pretrained`, `merge_and_unload` and so on are peft's. The few
+functions that they all come through are wrapped, once peft is imported; on any other model they do what they did.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import sys
+from importlib.abc import MetaPathFinder
+from typing import Any
+
+
+def watch_for_peft() -> None:
+    """From now on, peft works on parallelized models: at once where it is imported, else as soon as it is."""
+    if "peft" in sys.modules:
+        _install()
+    elif not any(isinstance(finder, _Peft) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Peft())
+
+
+class _Peft(MetaPathFinder):
+    """Finds peft where it is, and has the seams made as soon as it is imported."""
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
+        if fullname != "peft":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec("peft")
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module: Any) -> None:
+                execute(module)
+                _install()
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+@functools.cache
+def _install() -> None:
+    from parallel_plans.adapters import wrapped
+
+    wrapped.wrap_peft()
