@@ -40,16 +40,16 @@ class Standing:
 
 def standing(module: Any, name: str = "", before: str = "", *, acts: bool = True) -> Iterator[Standing]:
     """Every module that was there before peft came, and its layers in their place; not what only adapters have."""
-    is_saved = isinstance(module, AuxiliaryTrainingWrapper)
+    is_saved, below = isinstance(module, AuxiliaryTrainingWrapper), module._modules
     yield Standing(name=name, before=before, module=module, acts=acts and not is_saved)
     if isinstance(module, BaseTunerLayer):
-        yield from standing(module._modules[BASE], joined(name, BASE), before, acts=False)
+        yield from standing(below[BASE], joined(name, BASE), before, acts=False)
     elif is_saved:
-        yield from standing(module.original_module, joined(name, ORIGINAL), before)
-        for adapter, copy in module.modules_to_save.items():
+        yield from standing(below[ORIGINAL], joined(name, ORIGINAL), before)
+        for adapter, copy in below[COPIES].items():
             yield from standing(copy, joined(name, f"{COPIES}.{adapter}"), before)
     else:
-        for own, child in module._modules.items():
+        for own, child in below.items():
             if child is not None:
                 yield from standing(child, joined(name, own), joined(before, own))
 
