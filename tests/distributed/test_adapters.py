@@ -42,24 +42,23 @@ def assert_same_files(one: Path, other: Path, *names: str) -> None:
 
 
 BIASES = {"init_lora_weights": True, "lora_bias": True, "bias": "all", "use_rslora": True}
-TRAINED: tuple[tuple[str, int, tuple[str, ...], dict[str, Any]], ...] = (
-    ("llama", 2, EVERYTHING, {"rank_pattern": {"q_proj": 2}}),
-    ("llama", 3, ("q_proj", "o_proj", "down_proj"), BIASES),
-    ("llama", 2, ATTENTION, {"modules_to_save": ["lm_head", "embed_tokens", "post_attention_layernorm"]}),
-    ("phi3", 3, ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"), {}),
-    ("qwen3_moe", 2, ATTENTION, {}),
-    ("deepseek_v3", 2, ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"), {}),
+TRAINED: tuple[tuple[str, int, str, tuple[str, ...], dict[str, Any]], ...] = (
+    ("llama", 2, "dtensor", EVERYTHING, {"rank_pattern": {"q_proj": 2}}),
+    ("llama", 3, "local", ("q_proj", "o_proj", "down_proj"), BIASES),
+    ("llama", 2, "local", ATTENTION, {"modules_to_save": ["lm_head", "embed_tokens", "post_attention_layernorm"]}),
+    ("phi3", 3, "dtensor", ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"), {}),
+    ("qwen3_moe", 2, "dtensor", ATTENTION, {}),
+    ("deepseek_v3", 2, "local", ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"), {}),
 )
 
 
-@pytest.mark.parametrize("storage", ["dtensor", "local"])
-@pytest.mark.parametrize(("kind", "ranks", "targets", "options"), TRAINED, ids=lambda value: None)
+@pytest.mark.parametrize(("kind", "ranks", "storage", "targets", "options"), TRAINED, ids=lambda value: None)
 def test_a_step_of_training_and_what_is_saved_of_it_are_those_of_one_process(
     kind: str,
     ranks: int,
+    storage: str,
     targets: tuple[str, ...],
     options: dict[str, Any],
-    storage: str,
     checkpoints: Callable[..., Any],
     tmp_path: Path,
 ) -> None:
@@ -161,6 +160,18 @@ def test_what_would_not_be_right_is_refused_and_leaves_the_model_alone(
         assert (kind, value[0]) == ("raised", "LaunchError"), value
         assert f"[{code}]" in value[1]
         assert told in value[1]
+
+
+def added_by_the_model(folder: str, name: str) -> None:
+    getattr(loaded(folder, "dtensor"), name)(lora(ATTENTION))
+
+
+@pytest.mark.parametrize("name", ["add_adapter", "load_adapter"])
+def test_the_model_s_own_way_to_add_adapters_is_refused(name: str, checkpoints: Callable[..., Any]) -> None:
+    folder, _ = checkpoints("llama", False, **HEADS)
+    for kind, value in outcomes(added_by_the_model, 2, str(folder), name):
+        assert (kind, value[0]) == ("raised", "LaunchError"), value
+        assert "get_peft_model" in value[1]
 
 
 class Convolving(nn.Module):

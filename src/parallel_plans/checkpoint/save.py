@@ -67,6 +67,9 @@ def save_pretrained(
         LaunchError: on the other ranks, where one failed.
     """
     parallel = parallel_of(model)
+    if parallel is not None and parallel.prefix:  # what is around it knows what it saves, as adapters do
+        model.save_pretrained(path, state_dict=state_dict, **kwargs)  # type: ignore[operator]
+        return
     if parallel is not None:
         _check_arguments(kwargs)
     if parallel is None or state_dict is not None:
