@@ -18,6 +18,7 @@ from parallel_plans.lookup import PlanSource, with_experts
 from parallel_plans.mesh import Place, place_on
 from parallel_plans.model_spec import describe
 from parallel_plans.plan import Plan
+from parallel_plans.quantized.schemes import check_unquantized
 from parallel_plans.resolve import resolve
 from parallel_plans.shard import shard_parameters
 from parallel_plans.state import Parallel, remember
@@ -53,9 +54,11 @@ def parallelize(
 
     Raises:
         PlanError: the plan is wrong, or wrong for this model and this many ranks; the model is untouched then.
+        LaunchError: PP702 where the sizes do not fit the mesh, PP740 where the model's weights are quantized already.
     """
     if storage not in STORAGES:
         raise ValueError(f"storage is {storage!r}; it can be {' or '.join(STORAGES)}")
+    check_unquantized(model)
     place = place_on(mesh, ep_size, etp_size)
     whole = with_experts(plan if isinstance(plan, Plan) else load_plan(plan), ep_plan)
     table = resolve(whole, describe(model), place.sizes, dispatch=ep_plan == "dispatch")

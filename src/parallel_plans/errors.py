@@ -90,6 +90,8 @@ CODES: dict[str, str] = {
     "PP735": "an adapter of this kind cannot be put on a parallelized model",
     "PP736": "an adapter cannot stand here",
     "PP737": "adapters were to be put on a part of a parallelized model",
+    "PP740": "weights that are quantized like this cannot be split",
+    "PP741": "a quantized weight of the checkpoint cannot be split",
 }
 
 

@@ -14,6 +14,7 @@ from parallel_plans.checkpoint.load import Loaded
 from parallel_plans.collectives import all_gather
 from parallel_plans.layouts import Layout
 from parallel_plans.mesh import Place
+from parallel_plans.quantized.tensors import is_quantized, like
 from parallel_plans.storage import Storage
 from parallel_plans.table import Table
 
@@ -71,6 +72,8 @@ def local_part(value: Tensor) -> Tensor:
 
 def gathered(local: Tensor, layout: Layout | None, place: Place) -> Tensor:
     """The whole tensor on every rank, detached. Every rank calls it."""
+    if layout is not None and is_quantized(local):
+        return like(local, layout, lambda piece, lies: gathered(piece, lies, place))
     for split in () if layout is None else layout.splits:
         axis = place.axes[split.axis]
         local = all_gather(local, axis, split, split.dim)

@@ -12,6 +12,7 @@ from typing import Any
 from peft import PeftModel
 from peft.tuners.lora import Embedding, Linear, LoraModel
 from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.torchao import TorchaoLoraLinear
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import save_and_load
 from torch import nn
@@ -20,6 +21,7 @@ from parallel_plans.adapters.extend import extend, plain_parameters
 from parallel_plans.adapters.refusals import check_config, check_model, check_targets, refused
 from parallel_plans.adapters.saving import own_parts, save_adapters
 from parallel_plans.adapters.standing import without_adapters
+from parallel_plans.attach import ParallelForward
 from parallel_plans.mesh import device_of
 from parallel_plans.random_state import shared_random_state
 from parallel_plans.state import Parallel, parallel_of
@@ -82,6 +84,14 @@ def _locally(original: Function, layer: nn.Module, *args: Any, **kwargs: Any) ->
         return original(layer, *args, **kwargs)
 
 
+def _not_quantized(original: Function, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """`merge` and `unmerge` of a quantized layer, which would take new scales of what a rank has of a row."""
+    if isinstance(vars(layer).get("forward"), ParallelForward):
+        fix = "save the adapter, and merge it in one process"
+        raise refused("PP735", "an adapter cannot be merged into quantized weights that are split", fix)
+    return original(layer, *args, **kwargs)
+
+
 def _changed(original: Function, tuner: Any, *args: Any, **kwargs: Any) -> Any:
     """What takes layers out of the model, `delete_adapter`, and the rules for it as it is afterwards."""
     result = original(tuner, *args, **kwargs)
@@ -135,6 +145,8 @@ SEAMS: tuple[tuple[Any, str, Function], ...] = (
     (Linear, "unmerge", _locally),
     (Embedding, "merge", _locally),
     (Embedding, "unmerge", _locally),
+    (TorchaoLoraLinear, "merge", _not_quantized),
+    (TorchaoLoraLinear, "unmerge", _not_quantized),
     (PeftModel, "save_pretrained", _save),
     (save_and_load, "_reshard_dtensor_values_for_load", _cut),
     (PeftModel, "_setup_prompt_encoder", _refuse("prompts cannot be learned", "use a LoraConfig")),
