@@ -5,12 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from peft import LoraConfig, PeftModel, get_peft_model
+from rows import Row, batch_of
+from rows import loaded as loaded_on
 from tiny import tokens
 from torch import Tensor
 from transformers import AutoModelForCausalLM as Ordinary
 
-from parallel_plans import AutoModelForCausalLM, clip_grad_norm_, full_gradients
+from parallel_plans import AutoModelForCausalLM, average_gradients, clip_grad_norm_, full_gradients
 from parallel_plans.collectives import record_collectives
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -101,9 +104,28 @@ def checkpointed(folder: str, storage: str | None) -> dict[str, Tensor]:
     return full_gradients(model)
 
 
-def calls_of_a_step(folder: str, config: LoraConfig | None) -> tuple[int, int]:
+def of_all_batches(folder: str, row: Row | None, batch: Tensor | None) -> dict[str, Tensor]:
+    """Gradients of an adapter and of all below it, averaged over the batches of a row's ranks; the norm of them all.
+
+    And logits after the adapter is gone. Without a row, those of one process and this batch.
+    """
+    if row is None:
+        model: Any = Ordinary.from_pretrained(folder, attn_implementation="eager")
+    else:
+        model, batch = loaded_on(folder, row), batch_of(dist.get_rank() // row.tp)
+    torch.manual_seed(5)
+    model = get_peft_model(model, lora(ATTENTION)).requires_grad_()
+    model(input_ids=batch, labels=batch).loss.backward()
+    average_gradients(model)
+    seen = {**full_gradients(model), "norm": clip_grad_norm_(model, 1.0)}
+    model = model.unload().eval()
+    with torch.no_grad():
+        return {**seen, "logits": model(input_ids=batch).logits}
+
+
+def calls_of_a_step(folder: str, config: LoraConfig | None, dtype: torch.dtype) -> tuple[int, int]:
     """How many collectives forward and backward run, where embeddings' output takes gradients."""
-    model = loaded(folder, "dtensor")
+    model = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto", attn_implementation="eager", dtype=dtype)
     model.enable_input_require_grads()
     if config is not None:
         model = get_peft_model(model, config)

@@ -10,9 +10,21 @@ from typing import Any
 
 import pytest
 import torch
-from adapter_cases import ATTENTION, MLP, calls_of_a_step, checkpointed, juggled, loaded, logits_of, lora, trained
+from adapter_cases import (
+    ATTENTION,
+    MLP,
+    calls_of_a_step,
+    checkpointed,
+    juggled,
+    loaded,
+    logits_of,
+    lora,
+    of_all_batches,
+    trained,
+)
 from peft import IA3Config, PeftModel, PromptTuningConfig, get_peft_model
 from ranks import outcomes, run_on_ranks
+from rows import Row, batch_of
 from safetensors.torch import load_file
 from tiny import assert_close
 from torch import Tensor, nn
@@ -107,8 +119,29 @@ def test_layers_that_are_computed_again_give_an_adapter_the_same_gradients(check
 
 def test_adapters_in_layers_add_no_collective(checkpoints: Callable[..., Any]) -> None:
     folder, _ = checkpoints("llama", False, **HEADS)
-    bare = run_on_ranks(calls_of_a_step, 2, str(folder), None)
-    assert run_on_ranks(calls_of_a_step, 2, str(folder), lora((*ATTENTION, *MLP))) == bare
+    bare = run_on_ranks(calls_of_a_step, 2, str(folder), None, torch.float32)
+    assert run_on_ranks(calls_of_a_step, 2, str(folder), lora((*ATTENTION, *MLP)), torch.float32) == bare
+
+
+def test_finer_adapters_add_one_collective_for_each_value_that_forks(checkpoints: Callable[..., Any]) -> None:
+    folder, _ = checkpoints("llama", False, **HEADS)
+    (forward, backward), _ = run_on_ranks(calls_of_a_step, 2, str(folder), None, torch.bfloat16)
+    config = lora((*ATTENTION, *MLP), init_lora_weights=True)
+    found = run_on_ranks(calls_of_a_step, 2, str(folder), config, torch.bfloat16)
+    assert found == [(forward, backward + 4)] * 2  # peft keeps them in float32; hidden states fork twice in a layer
+
+
+@pytest.mark.parametrize("row", [Row(world=4, tp=2, ep=4, etp=1), Row(world=2, tp=2, ep=2, etp=1)], ids=str)
+def test_adapters_beside_experts_that_are_dealt_out_are_right_over_all_batches(
+    row: Row, checkpoints: Callable[..., Any]
+) -> None:
+    folder, _ = checkpoints("qwen3_moe", False)
+    truths = [of_all_batches(str(folder), None, batch_of(index)) for index in range(row.batches)]
+    names = truths[0].keys() - {"norm", "logits"}
+    means = {name: sum(truth[name] for truth in truths) / len(truths) for name in names}
+    norm = torch.stack([gradient.norm() for gradient in means.values()]).norm()
+    for rank, seen in enumerate(run_on_ranks(of_all_batches, row.world, str(folder), row, None)):
+        assert_same(seen, {**means, "norm": norm, "logits": truths[rank // row.tp]["logits"]})
 
 
 def whole_of(folder: str, target: str) -> tuple[dict[str, Tensor], list[bool]]:
