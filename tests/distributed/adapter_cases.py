@@ -21,10 +21,8 @@ MLP = ("gate_proj", "up_proj", "down_proj")
 
 
 def lora(targets: tuple[str, ...], **options: Any) -> LoraConfig:
-    """A config whose adapters do something from the first step on: neither A nor B is zero."""
-    return LoraConfig(
-        **{"r": 4, "lora_alpha": 8, "init_lora_weights": "orthogonal"} | options, target_modules=[*targets]
-    )
+    """A config whose adapters do something from the start: what they add is not zero, as by default."""
+    return LoraConfig(**{"r": 4, "lora_alpha": 8, "init_lora_weights": False} | options, target_modules=[*targets])
 
 
 def loaded(folder: str, storage: str | None) -> Any:
@@ -67,6 +65,7 @@ def juggled(folder: str, storage: str | None, target: str) -> dict[str, Tensor]:
     seen = {"base": logits_of(model)}
     model = get_peft_model(model, lora((*ATTENTION, *MLP, "lm_head")))
     model.add_adapter("second", lora(("q_proj", "down_proj", "embed_tokens"), r=2, use_rslora=True))
+    seen["first"] = logits_of(model)
     model.set_adapter("second")
     seen["second"] = logits_of(model)
     model.base_model.set_adapter(["default", "second"])
