@@ -122,6 +122,16 @@ def of_all_batches(folder: str, row: Row | None, batch: Tensor | None) -> dict[s
         return {**seen, "logits": model(input_ids=batch).logits}
 
 
+def dropping(folder: str, storage: str | None) -> dict[str, Tensor]:
+    """Logits and gradients in training, with dropout of what adapters are given: whole hidden states, here."""
+    model = get_peft_model(loaded(folder, storage), lora(("q_proj", "k_proj", "up_proj", "lm_head"), lora_dropout=0.3))
+    model.train()
+    torch.manual_seed(9)
+    output = model(input_ids=tokens(), labels=tokens())
+    output.loss.backward()
+    return {"logits": output.logits.detach(), **full_gradients(model)}
+
+
 def calls_of_a_step(folder: str, config: LoraConfig | None, dtype: torch.dtype) -> tuple[int, int]:
     """How many collectives forward and backward run, where embeddings' output takes gradients."""
     model = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto", attn_implementation="eager", dtype=dtype)

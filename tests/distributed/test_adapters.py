@@ -16,6 +16,7 @@ from adapter_cases import (
     MLP,
     calls_of_a_step,
     checkpointed,
+    dropping,
     juggled,
     loaded,
     logits_of,
@@ -118,6 +119,16 @@ def test_layers_that_are_computed_again_give_an_adapter_the_same_gradients(check
     truth = checkpointed(str(folder), None)
     for gradients in run_on_ranks(checkpointed, 2, str(folder), "dtensor"):
         assert_same(gradients, truth)
+
+
+@pytest.mark.parametrize("storage", ["dtensor", "local"])
+def test_dropout_of_what_an_adapter_is_given_whole_is_that_of_one_process(
+    storage: str, checkpoints: Callable[..., Any]
+) -> None:
+    folder, _ = checkpoints("llama", False, **HEADS)
+    truth = dropping(str(folder), None)
+    for seen in run_on_ranks(dropping, 2, str(folder), storage):
+        assert_same(seen, truth)
 
 
 def test_adapters_in_layers_add_no_collective(checkpoints: Callable[..., Any]) -> None:
