@@ -179,7 +179,11 @@ def attach_forwards(model: nn.Module, table: Table, place: Place) -> None:
         reached = tuple(own for own, child in below if own.is_special or _is_stored_apart(child))
         has_forks, waits = name in forking, Waits(summing[name]) if name in summing else None
         laid_out = _laid_out(name, module, table, place) if has_forks else None
-        if boundaries or own.is_special or reached or has_forks or waits or _is_stored_apart(module):
+        is_called = (
+            "forward" in vars(module) or type(module).forward is not nn.Module.forward
+        )  # not dicts of parameters
+        acts = boundaries or own.is_special or reached or has_forks or waits or _is_stored_apart(module)
+        if acts and is_called:
             module.forward = ParallelForward(own, reached, boundaries, has_forks, waits, laid_out)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -120,6 +121,19 @@ def of_all_batches(folder: str, row: Row | None, batch: Tensor | None) -> dict[s
     model = model.unload().eval()
     with torch.no_grad():
         return {**seen, "logits": model(input_ids=batch).logits}
+
+
+def copied(folder: str, storage: str | None) -> dict[str, Tensor]:
+    """What a copy of an adapted model gives, while the original changes."""
+    targets = ("q_proj", "o_proj", "embed_tokens", "lm_head")
+    model: Any = get_peft_model(loaded(folder, storage), lora(targets, modules_to_save=["norm"]))
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.5)
+    twin(input_ids=tokens(), labels=tokens()).loss.backward()
+    assert all(parameter.grad is None for parameter in model.parameters())
+    return {"logits": logits_of(twin), **full_gradients(twin), "merged": logits_of(twin.merge_and_unload())}
 
 
 def dropping(folder: str, storage: str | None) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from adapter_cases import (
     MLP,
     calls_of_a_step,
     checkpointed,
+    copied,
     dropping,
     juggled,
     loaded,
@@ -119,6 +120,14 @@ def test_layers_that_are_computed_again_give_an_adapter_the_same_gradients(check
     truth = checkpointed(str(folder), None)
     for gradients in run_on_ranks(checkpointed, 2, str(folder), "dtensor"):
         assert_same(gradients, truth)
+
+
+@pytest.mark.parametrize("storage", ["dtensor", "local"])
+def test_a_copy_of_an_adapted_model_is_its_own(storage: str, checkpoints: Callable[..., Any]) -> None:
+    folder, _ = checkpoints("llama", False, **HEADS)
+    truth = copied(str(folder), None)
+    for seen in run_on_ranks(copied, 2, str(folder), storage):
+        assert_same(seen, truth)
 
 
 @pytest.mark.parametrize("storage", ["dtensor", "local"])
