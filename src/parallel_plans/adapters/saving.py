@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -55,16 +56,20 @@ def save_adapters(
         step = "saving the adapter"
         whole = _gathered(model, parallel, names) if state_dict is None else state_dict
         if parallel.place.is_first:
-            target = Path(save_directory)
-            with replaced_folder(target, SAFETENSORS_WEIGHTS_NAME) as folder:
-                if (target / CARD).is_file():
-                    shutil.copy(target / CARD, folder)  # peft adds to the card that is there
-                selected = {"selected_adapters": adapters, "save_embedding_layers": save_embedding_layers}
-                save(model, os.fspath(folder), state_dict=whole, **selected, **kwargs)
+            selected = {"selected_adapters": adapters, "save_embedding_layers": save_embedding_layers}
+            _write(functools.partial(save, model), Path(save_directory), state_dict=whole, **selected, **kwargs)
         agreement.confirm(step)
     except Exception as error:
         agreement.abandon(step, error)
         raise
+
+
+def _write(save: Callable[..., None], target: Path, **arguments: Any) -> None:
+    """Has peft write to a fresh folder, which then takes the place of `target`."""
+    with replaced_folder(target, SAFETENSORS_WEIGHTS_NAME) as folder:
+        if (target / CARD).is_file():
+            shutil.copy(target / CARD, folder)  # peft adds to the card that is there
+        save(os.fspath(folder), **arguments)
 
 
 def _names(model: Any, adapters: list[str], save_embedding_layers: Any) -> list[str]:
