@@ -19,8 +19,8 @@ from parallel_plans.loader import load_plan
 from parallel_plans.plan import Plan, Rule
 from parallel_plans.state import full_gradients, full_state_dict, parallel_of
 from parallel_plans.styles import Style, register_style
-from parallel_plans.training.state import load_state, save_state
 from parallel_plans.training.master_weights import MasterWeights
+from parallel_plans.training.state import load_state, save_state
 from parallel_plans.verify.verify import verify_plan
 from parallel_plans.version import __version__
 from parallel_plans.watch import pause_watch, watch_ranks

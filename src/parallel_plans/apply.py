@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from parallel_plans.adapters.seams import watch_for_peft
 from parallel_plans.attach import attach_forwards
 from parallel_plans.checkpoint.load import Loaded
 from parallel_plans.generation import attach_generate
@@ -17,15 +18,16 @@ from parallel_plans.lookup import PlanSource, with_experts
 from parallel_plans.mesh import Place, place_on
 from parallel_plans.model_spec import describe, digest_of
 from parallel_plans.plan import Plan
+from parallel_plans.quantized.schemes import check_unquantized
 from parallel_plans.resolve import resolve
 from parallel_plans.shard import shard_parameters
 from parallel_plans.state import Parallel, remember
 from parallel_plans.storage import STORAGES, Storage
 from parallel_plans.table import Table
-from parallel_plans.wrapping import refuse_wrapping
 from parallel_plans.training.optimizers import check_optimizers
 from parallel_plans.training.random_streams import attach_random_streams
 from parallel_plans.watch import meeting
+from parallel_plans.wrapping import refuse_wrapping
 
 
 def parallelize(
@@ -56,10 +58,12 @@ def parallelize(
 
     Raises:
         PlanError: the plan is wrong, or wrong for this model and this many ranks; the model is untouched then.
-        LaunchError: PP706 where other ranks hold another model, plan, mesh or storage, PP705 where one failed.
+        LaunchError: PP702 where the sizes do not fit the mesh, PP740 where the model's weights are quantized already,
+            PP706 where other ranks hold another model, plan, mesh or storage, PP705 where one failed.
     """
     if storage not in STORAGES:
         raise ValueError(f"storage is {storage!r}; it can be {' or '.join(STORAGES)}")
+    check_unquantized(model)
     place = place_on(mesh, ep_size, etp_size, storage=storage)
     with meeting("resolving the plan", mesh.mesh.flatten().tolist()) as met:
         whole = with_experts(plan if isinstance(plan, Plan) else load_plan(plan), ep_plan)
@@ -88,4 +92,5 @@ def apply_table(
     refuse_wrapping(model)
     attach_random_streams(model, table, place)
     check_optimizers()
+    watch_for_peft()
     return model

@@ -154,6 +154,17 @@ def _waiting(forward: Forward, module: nn.Module, waits: Waits) -> Forward:
     return run
 
 
+def detach_forwards(model: nn.Module) -> None:
+    """Gives every module its own forward back; its parameters stay as they are."""
+    for module in model.modules():
+        parallel = vars(module).get("forward")
+        if isinstance(parallel, ParallelForward):
+            if getattr(parallel.forward, "__func__", None) is type(module).forward:
+                del module.forward
+            else:
+                module.forward = parallel.forward
+
+
 def attach_forwards(model: nn.Module, table: Table, place: Place) -> None:
     """Gives every module that needs one its `ParallelForward`."""
     seen: set[int] = set()
@@ -175,7 +186,11 @@ def attach_forwards(model: nn.Module, table: Table, place: Place) -> None:
         reached = tuple(own for own, child in below if own.is_special or _is_stored_apart(child))
         has_forks, waits = name in forking, Waits(summing[name]) if name in summing else None
         laid_out = _laid_out(name, module, table, place) if has_forks else None
-        if boundaries or own.is_special or reached or has_forks or waits or _is_stored_apart(module):
+        is_called = (
+            "forward" in vars(module) or type(module).forward is not nn.Module.forward
+        )  # not dicts of parameters
+        acts = boundaries or own.is_special or reached or has_forks or waits or _is_stored_apart(module)
+        if acts and is_called:
             module.forward = ParallelForward(own, reached, boundaries, has_forks, waits, laid_out)
 
 
@@ -217,10 +232,17 @@ def _along(name: str, boundary: Boundary, model: nn.Module, table: Table, place:
     if not boundary.makes_replicated:
         return None
     above, own = name.rpartition(".")[0], name.rpartition(".")[2]
-    beside = ((other, child) for other, child in model.get_submodule(above).named_children() if other != own)
+    beside = (each for each in _with_adapters(model.get_submodule(above)) if each[0] != own)
     found = (_local_parameters(joined(above, other), child, table, place) for other, child in beside)
     kept = [(each.module, each_name) for each in found for each_name in each.joined_on(boundary.site.axis)]
     return Along(kept) if kept else None
+
+
+def _with_adapters(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The module's children, and what is below those that wrap a layer in adapters."""
+    for name, child in module.named_children():
+        below = child.named_modules() if hasattr(child, "base_layer") else [("", child)]
+        yield from ((joined(name, own) if own else name, each) for own, each in below)
 
 
 _READ = re.compile(r"\bself\.(\w+)\.(\w+)\b")
@@ -264,7 +286,10 @@ def _children_read_by(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         # what it reads by itself, or through a method of the child, which does not go by the child's forward
         wanted = own | _methods(kind) if own else set()
         asked = (method for method, names in methods if name in names and not wanted.isdisjoint(names))
-        if any((name, each) in _reads(method) for method in asked for each in wanted):
+        # a dict of parameters has no forward: whoever keeps it reads it
+        if isinstance(child, nn.ParameterDict) or any(
+            (name, each) in _reads(method) for method in asked for each in wanted
+        ):
             yield name, child
 
 

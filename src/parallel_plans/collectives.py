@@ -365,8 +365,10 @@ class _ReplicateTogether(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         found = [gradient for gradient in gradients if gradient is not None]
-        if len(found) < 2 or any([gradient.dtype != found[0].dtype for gradient in found]):
+        if len(found) < 2:
             return None, *[None if gradient is None else reduce(gradient, ctx.axis) for gradient in gradients]
+        if any([gradient.dtype != found[0].dtype for gradient in found]):
+            return None, *_summed_by_dtype(gradients, ctx.axis)
         if torch.is_grad_enabled() and any(map(_needs_gradient, found)):
             pieces = reduce_together(found, ctx.axis)
         else:
@@ -375,6 +377,20 @@ class _ReplicateTogether(torch.autograd.Function):
             return None, *pieces
         at = iter(pieces)
         return None, *[None if gradient is None else next(at) for gradient in gradients]
+
+
+def _summed_by_dtype(gradients: Sequence[Tensor | None], axis: Axis) -> list[Tensor | None]:
+    """The sums of those that are there, in one reduction for each dtype: adapters may be finer than their bases."""
+    summed, places = list(gradients), dict[torch.dtype, list[int]]()
+    for place, gradient in enumerate(gradients):
+        if gradient is not None:
+            places.setdefault(gradient.dtype, []).append(place)
+    for alike in places.values():
+        found = [gradient for place in alike if (gradient := gradients[place]) is not None]
+        pieces = reduce_together(found, axis) if len(found) > 1 else (reduce(found[0], axis),)
+        for place, piece in zip(alike, pieces, strict=True):
+            summed[place] = piece
+    return summed
 
 
 _replicated_together = _applied(_ReplicateTogether)

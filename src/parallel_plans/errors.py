@@ -87,22 +87,30 @@ CODES: dict[str, str] = {
     "PP704": "no plan can be found for the model",
     "PP705": "another rank failed",
     "PP706": "the ranks do not agree",
-    "PP730": "a model under a plan is wrapped by what takes every rank for a copy",
-    "PP731": "ranks that share a batch are given different ones",
-    "PP732": "the ranks that a tool sees are not those of the model",
-    "PP733": "an option of a tool cannot be combined with a plan",
-    "PP734": "a saved state does not fit the model",
+    "PP707": "another rank failed while this one waited for it",
+    "PP708": "a rank keeps the others waiting",
+    "PP709": "a rank has ended while others wait for it",
+    # Training (PP720 to PP724)
+    "PP720": "an optimizer mixes elements of a parameter that is split",
     # Training states (PP725 to PP729)
     "PP725": "a training state is missing, unfinished or damaged",
     "PP726": "a training state is of another model",
     "PP727": "a training state is of another optimizer, or lacks an object that is asked for",
     "PP728": "a training state cannot be written",
     "PP729": "a format cannot hold a parameter of which a rank has several pieces",
-    # Training (PP72x)
-    "PP720": "an optimizer mixes elements of a parameter that is split",
-    "PP707": "another rank failed while this one waited for it",
-    "PP708": "a rank keeps the others waiting",
-    "PP709": "a rank has ended while others wait for it",
+    # accelerate and Trainer (PP730 to PP734)
+    "PP730": "a model under a plan is wrapped by what takes every rank for a copy",
+    "PP731": "ranks that share a batch are given different ones",
+    "PP732": "the ranks that a tool sees are not those of the model",
+    "PP733": "an option of a tool cannot be combined with a plan",
+    "PP734": "a saved state does not fit the model",
+    # Adapters (PP735 to PP739)
+    "PP735": "an adapter of this kind cannot be put on a parallelized model",
+    "PP736": "an adapter cannot stand here",
+    "PP737": "adapters were to be put on a part of a parallelized model",
+    # Quantized weights (PP740 to PP744)
+    "PP740": "weights that are quantized like this cannot be split",
+    "PP741": "a quantized weight of the checkpoint cannot be split",
 }
 
 

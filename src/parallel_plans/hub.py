@@ -28,6 +28,7 @@ from parallel_plans.loading import Loading
 from parallel_plans.lookup import PlanSource
 from parallel_plans.mesh import Place, check_sizes, place_on, start_place, started_ranks, this_rank
 from parallel_plans.messages import print_once
+from parallel_plans.quantized.schemes import check_scheme
 from parallel_plans.storage import STORAGES, Storage
 
 # arguments of transformers that place or split a model in their own way
@@ -37,7 +38,6 @@ _REFUSED = {
     "offload_folder": "a plan cannot be combined with offloading: drop offload_folder",
     "distributed_config": "drop distributed_config; tp_plan and tp_size say it all",
     "device_mesh": "pass the mesh as `mesh`",
-    "quantization_config": "load the weights as they are; quantized weights cannot be split yet",
     "gguf_file": "convert it once: load it with transformers in one process and `save_pretrained` it",
 }
 
@@ -110,6 +110,8 @@ def _check_arguments(storage: str, sp_plan: PlanSource | None, kwargs: dict[str,
         if kwargs.get(name) is not None:
             message = f"{name}={kwargs[name]!r} cannot be combined with a plan"
             raise LaunchError(Finding(code="PP703", message=message, name=name, fix=fix))
+    if kwargs.get("quantization_config") is not None:
+        check_scheme(kwargs["quantization_config"])
     if kwargs.get("use_safetensors") is False:
         message = "use_safetensors=False cannot be combined with a plan"
         fix = "drop it: each rank reads its own bytes, which only safetensors files allow"
@@ -142,6 +144,7 @@ def _load(
         apply_table(model, loading.table, place, storage=storage, sharded=parts, loaded=loading.report)
         # tied weights that a checkpoint holds twice are compared by transformers, on each rank's part
         agreement.confirm(loading.step, tied_weights=repr(sorted(getattr(model, "all_tied_weights_keys", ()))))
+        loading.quantize(model)
     except Exception as error:
         agreement.abandon(loading.step, error)
         raise

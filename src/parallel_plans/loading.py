@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,9 @@ from parallel_plans.lookup import BESIDE_CHECKPOINT, PlanSource, carried_by, fin
 from parallel_plans.mesh import Place, device_of
 from parallel_plans.messages import bytes_bar
 from parallel_plans.model_spec import describe, digest_of
+from parallel_plans.quantized.reading import Beside, read_beside, taken_apart
+from parallel_plans.quantized.schemes import check_scheme
+from parallel_plans.quantized.weights import Stored, put_stored, quantize_weights
 from parallel_plans.random_state import shared_random_state
 from parallel_plans.resolve import resolve
 from parallel_plans.table import Table
@@ -65,6 +68,8 @@ class Loading:
         self.report = Loaded()
         self._checkpoint: Checkpoint | None = None  # none is open where a state dict was given
         self.set_parameters: set[int] = set()
+        self._quantizer: Any = None
+        self._stored: dict[str, Stored] = {}
         self._open = contextlib.ExitStack()
 
     def arguments_for_transformers(self) -> dict[str, Any]:
@@ -91,12 +96,15 @@ class Loading:
     def load(self, model: Any, state_dict: Any, files: Any, config: Any) -> tuple[LoadStateDictInfo, None]:
         """Puts this rank's part of the weights into `model`, which is whole and on `meta`; called by transformers."""
         self.step = "resolving the plan"
-        if config.hf_quantizer is not None:
-            raise LaunchError(_quantized(config))
+        self._quantizer = config.hf_quantizer
+        if self._quantizer is not None:
+            check_scheme(self._quantizer.quantization_config)
         self.table = self._resolve(model)
         self.step = "opening the checkpoint"
-        tensors = self._tensors(state_dict, files)
-        dtypes = _final_dtypes(config)
+        tensors, beside = self._tensors(state_dict, files), dict[str, Beside]()
+        if self._is_stored_quantized:
+            tensors, beside = taken_apart(tensors, self._quantizer.metadata)
+        dtypes = _final_dtypes(config, beside)
         converted = convert_for_load(model, tensors, config.weight_mapping, dtypes)
         fitting = self._fitting(model, converted, config.ignore_mismatched_sizes)
         self.agreement.confirm(
@@ -108,6 +116,7 @@ class Loading:
         )
         self.step = "reading the weights"
         self._read(model, fitting, dtypes)
+        self._stored = read_beside(beside, self.table, self.place)
         model._weight_conversions = converted.used  # what transformers reverses when it saves
         self.agreement.confirm(self.step)
         self.step = "finishing the model"
@@ -172,6 +181,18 @@ class Loading:
             skipped_pp_keys=set(),
         )
 
+    @property
+    def _is_stored_quantized(self) -> bool:
+        return self._quantizer is not None and bool(self._quantizer.pre_quantized)
+
+    def quantize(self, model: nn.Module) -> None:
+        """Makes this rank's part of the weights quantized, where that was asked for or they are stored so."""
+        self.step = "quantizing the weights"
+        if self._is_stored_quantized:
+            put_stored(model, self._stored)
+        elif self._quantizer is not None:
+            quantize_weights(model, self._quantizer, self.table, self.place)
+
     def finish(self, model: nn.Module) -> None:
         """Checks what transformers made of the model after its weights were in, and forgets names it has since tied."""
         self.report.missing -= set(getattr(model, "all_tied_weights_keys", ()))
@@ -187,27 +208,22 @@ def _lazy(tensor: Tensor) -> LazyTensor:
     return Leaf(TensorSource(tensor.shape, tensor.dtype, lambda: tensor))
 
 
-def _final_dtypes(config: Any) -> Dtypes:
-    """The dtype transformers would give a tensor of the model: the parameter's, unless its class asks for float32."""
+def _final_dtypes(config: Any, integers: Container[str]) -> Dtypes:
+    """The dtype transformers would give a tensor of the model: the parameter's, unless its class asks for float32.
+
+    Of `integers`, the names of quantized weights, what is stored are bytes.
+    """
     plan = config.dtype_plan or {}
     if not plan:
-        return lambda name, tensor: tensor.dtype
+        return lambda name, tensor: torch.int8 if name in integers else tensor.dtype
     alternation, by_group, _ = build_glob_alternation(list(plan))
 
     def dtype(name: str, tensor: Tensor) -> torch.dtype:
-        match = alternation.search(name)
-        return tensor.dtype if match is None or match.lastgroup is None else plan[by_group[match.lastgroup]]
+        match = None if name in integers else alternation.search(name)
+        own = torch.int8 if name in integers else tensor.dtype
+        return own if match is None or match.lastgroup is None else plan[by_group[match.lastgroup]]
 
     return dtype
-
-
-def _quantized(config: Any) -> Finding:
-    method = getattr(config.hf_quantizer.quantization_config, "quant_method", "unknown")
-    return Finding(
-        code="PP703",
-        message=f"the checkpoint is quantized ({getattr(method, 'value', method)}), which no plan can split yet",
-        fix="use the checkpoint of the unquantized model",
-    )
 
 
 def _digest_of(tensors: Mapping[str, LazyTensor]) -> str:

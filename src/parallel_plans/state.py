@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from parallel_plans.checkpoint.load import Loaded
 from parallel_plans.collectives import all_gather
 from parallel_plans.layouts import Layout
 from parallel_plans.mesh import Place
+from parallel_plans.quantized.tensors import is_quantized, like
 from parallel_plans.storage import Storage
 from parallel_plans.table import Table
 from parallel_plans.watch.stack import name_modules_of
@@ -25,17 +26,22 @@ _ATTRIBUTE = "_parallel"
 class Parallel:
     """The resolved plan a model runs under, this rank's place, how parameters are stored, and what loading them did.
 
-    `loaded` is None for a model that was not loaded from a checkpoint.
+    `loaded` is None for a model that was not loaded from a checkpoint. `origin` is the table of the model before
+    adapters were put on it, None where there are none. `prefix` is what names begin with in a module around the model.
     """
 
     table: Table
     place: Place
     storage: Storage
     loaded: Loaded | None = None
+    origin: Table | None = None
+    prefix: str = ""
 
     def layout(self, name: str) -> Layout | None:
         """How the parameter `name` lies on the mesh; None for a name that is no parameter (a buffer)."""
-        entry = self.table.parameters.get(name)
+        if not name.startswith(self.prefix):
+            return None
+        entry = self.table.parameters.get(name[len(self.prefix) :])
         return None if entry is None else entry.layout
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Parallel:
@@ -49,8 +55,15 @@ def remember(model: nn.Module, parallel: Parallel) -> None:
 
 
 def parallel_of(model: nn.Module) -> Parallel | None:
-    """What `remember` kept; None for a model that is not parallelized."""
-    return getattr(model, _ATTRIBUTE, None)
+    """What `remember` kept; None for a model that is not parallelized.
+
+    A module around a parallelized model (a `PeftModel`, a compiled one) has what that has, under its own names.
+    """
+    for name, module in model.named_modules():
+        kept: Parallel | None = vars(module).get(_ATTRIBUTE)
+        if kept is not None:
+            return replace(kept, prefix=f"{name}.") if name else kept
+    return None
 
 
 def local_part(value: Tensor) -> Tensor:
@@ -61,6 +74,8 @@ def local_part(value: Tensor) -> Tensor:
 
 def gathered(local: Tensor, layout: Layout | None, place: Place) -> Tensor:
     """The whole tensor on every rank, detached. Every rank calls it."""
+    if layout is not None and is_quantized(local):
+        return like(local, layout, lambda piece, lies: gathered(piece, lies, place))
     for split in () if layout is None else layout.splits:
         axis = place.axes[split.axis]
         local = all_gather(local, axis, split, split.dim)

@@ -229,7 +229,7 @@ def test_quantized_weights_are_refused(llama: Path) -> None:
     (llama / "config.json").write_text(json.dumps(config))
     for name, message in raised(load, str(llama), ranks=2):
         assert name == "LaunchError"
-        assert message.startswith("the checkpoint is quantized (fp8), which no plan can split yet [PP703]")
+        assert message.startswith("weights quantized by fp8 cannot be split [PP740]")
 
 
 def test_an_adapter_is_refused(llama: Path) -> None:

@@ -107,7 +107,8 @@ def _put(model: nn.Module, name: str, part: Tensor) -> Tensor:
     value: Any = part
     if own in module._parameters:
         old = module._parameters[own]
-        value = nn.Parameter(part, requires_grad=old.requires_grad if old is not None else part.is_floating_point())
+        takes = part.is_floating_point() and (old is None or old.requires_grad)
+        value = nn.Parameter(part, requires_grad=takes)
         module._parameters[own] = value
     else:
         module._buffers[own] = part

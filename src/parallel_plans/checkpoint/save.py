@@ -28,6 +28,7 @@ from parallel_plans.checkpoint.writer import Entry, Shards, shard_entries, write
 from parallel_plans.errors import Finding, LaunchError
 from parallel_plans.layouts import Layout
 from parallel_plans.messages import bytes_bar, print_once
+from parallel_plans.quantized.tensors import flat_name, is_quantized, metadata_of, pieces_of
 from parallel_plans.state import Parallel, local_part, parallel_of
 
 PIECE_BYTES = 2**23  # of a tensor, gathered and written at once
@@ -67,6 +68,9 @@ def save_pretrained(
         LaunchError: on the other ranks, where one failed.
     """
     parallel = parallel_of(model)
+    if parallel is not None and parallel.prefix:  # what is around it knows what it saves, as adapters do
+        model.save_pretrained(path, state_dict=state_dict, **kwargs)  # type: ignore[operator]
+        return
     if parallel is not None:
         _check_arguments(kwargs)
     if parallel is None or state_dict is not None:
@@ -122,7 +126,7 @@ def _entries(model: nn.Module, parallel: Parallel, save_original_format: bool) -
     """What is written, in the order in which it is gathered."""
     state = model.state_dict(keep_vars=True)
     names = set(saved_names(model))
-    tensors = {name: _spread(name, local_part(state[name]), parallel) for name in state if name in names}
+    tensors = dict(_spread(state, names, parallel))
     return entries_of(model, tensors, save_original_format)
 
 
@@ -154,8 +158,15 @@ class _WholeShapes:
         return getattr(self._model, name)
 
 
-def _spread(name: str, local: Tensor, parallel: Parallel) -> LazyTensor:
-    return Leaf(Spread(local, parallel.layout(name) or Layout(tuple(local.shape)), parallel.place))
+def _spread(state: Mapping[str, Tensor], names: set[str], parallel: Parallel) -> Iterator[tuple[str, LazyTensor]]:
+    """The tensors of these names as files hold them; a quantized weight is several."""
+    for name in state:
+        if name in names:
+            local = local_part(state[name])
+            layout = parallel.layout(name) or Layout(tuple(local.shape))
+            pieces = pieces_of(local, layout) if is_quantized(local) else {"": (local, layout)}
+            for piece, (own, lies) in pieces.items():
+                yield flat_name(name, piece) if piece else name, Leaf(Spread(own, lies, parallel.place))
 
 
 def _pieces(tensor: LazyTensor) -> Iterator[Tensor]:
@@ -212,11 +223,19 @@ def _write_folder(
     if hasattr(model, "config"):
         write_config(model, folder)
     for name, entries in files.items():
-        write_safetensors(folder / name, entries, {"format": "pt"})
+        write_safetensors(folder / name, entries, {"format": "pt", **_metadata(model)})
     if shards.index is not None:
         index = {**shards.index, "metadata": {**shards.index["metadata"], "total_parameters": _count(model)}}
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
         (folder / with_variant(INDEX_NAME, variant)).write_text(text, encoding="utf-8")
+
+
+def _metadata(model: nn.Module) -> dict[str, str]:
+    """What the header says of quantized weights."""
+    parallel = parallel_of(model)
+    assert parallel is not None
+    state = model.state_dict(keep_vars=True)
+    return metadata_of({name: local_part(value) for name, value in state.items()}, parallel.layout)
 
 
 def _count(model: nn.Module) -> int:

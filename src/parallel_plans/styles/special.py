@@ -25,7 +25,8 @@ class VocabularyBoundary(Boundary):
         assert site.split is not None
         self.start, self.stop = site.split.ranges[site.axis.rank][0]
         # The padding row's gradient is zero on the rank that holds it; the index is a local one, for all but others.
-        padding = getattr(module, "padding_idx", None)
+        # What the whole embedding has is kept: the boundary may be attached again.
+        padding = vars(module).setdefault("whole_padding_idx", getattr(module, "padding_idx", None))
         if padding is not None:
             is_here = self.start <= padding < self.stop
             module.padding_idx = padding - self.start if is_here else None  # type: ignore[assignment]

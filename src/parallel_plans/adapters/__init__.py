@@ -1,0 +1,1 @@
+"""Adapters of peft on a parallelized model: rules derived from those of the layers that they stand on."""
