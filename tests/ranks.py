@@ -22,8 +22,7 @@ TIMEOUT_SECONDS = 120
 ENDING = "\nimport os, sys\nsys.stdout.flush()\nos._exit(0)\n"
 
 
-def free_port() -> int:
-    """A port of this machine at which nobody listens."""
+def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -59,7 +58,7 @@ class RankFailed(AssertionError):
 def outcomes(function: Callable[..., Any], ranks: int, *args: Any) -> list[tuple[str, Any]]:
     """For every rank, `("returned", value)` or `("raised", (type name, message, traceback))`; none may hang."""
     context = get_context("fork")
-    port = free_port()
+    port = _free_port()
     ends, processes = [], []
     for rank in range(ranks):
         mine, theirs = context.Pipe(duplex=False)

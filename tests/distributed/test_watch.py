@@ -149,19 +149,19 @@ def toy(**arguments: Any) -> nn.Module:
 
 
 def work_long_alone() -> None:
-    with watch_ranks(seconds=1.5):
+    with watch_ranks(seconds=2.5):
         model = toy()
         model(torch.ones(1, 6)).sum().backward()
         if dist.get_rank() == 0:
             with pause_watch():
-                time.sleep(3)  # in one place, and said so
+                time.sleep(4)  # in one place, and said so
         dist.barrier()
-        until = time.monotonic() + 3
+        until = time.monotonic() + 4
         while dist.get_rank() == 1 and time.monotonic() < until:  # in no place for long: it works
             toy_of_its_own = nn.Linear(20, 20)
             toy_of_its_own(torch.ones(20)).sum().backward()
         dist.barrier()
-        time.sleep(2.5)  # nobody waits
+        time.sleep(3)  # nobody waits
     import threading
 
     dist.destroy_process_group()
