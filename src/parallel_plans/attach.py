@@ -11,12 +11,13 @@ import copy
 import functools
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from parallel_plans.boundary import Boundary, Forward, Site
 from parallel_plans.collectives import Axis
@@ -72,10 +73,8 @@ class ParallelForward(functools.partial[Any]):
         run = None if reached else linear_lane(own, inner, boundaries)
         if run is None:
             run = _in_general(own, inner, reached, boundaries)
-        if waits is not None:
-            run = _waiting(run, own.module, waits)
-        if has_forks:
-            run = _forking(run, laid_out)
+        if has_forks or waits is not None:
+            run = _scoped(run, own.module, has_forks, laid_out, waits)
         self = super().__new__(cls, run)
         self.own, self.reached, self.boundaries = own, reached, boundaries
         self.has_forks, self.waits, self.laid_out, self.forward = has_forks, waits, laid_out, inner
@@ -120,6 +119,35 @@ def _of_whole(forward: Forward) -> Forward:
         return forward(*args, **kwargs)
 
     return run
+
+
+def _scoped(
+    forward: Forward, module: nn.Module, has_forks: bool, laid_out: LaidOut | None, waits: Waits | None
+) -> Forward:
+    """`forward` in the module's scopes; where it hands its work to be computed again in backward, that work is."""
+
+    def scoped(work: Forward) -> Forward:
+        inner = work if waits is None else _waiting(work, module, waits)
+        return _forking(inner, laid_out) if has_forks else inner
+
+    run = scoped(forward)
+    return _with_recomputed(forward, run, module, scoped) if isinstance(module, GradientCheckpointingLayer) else run
+
+
+def _with_recomputed(forward: Forward, run: Forward, module: Any, scoped: Callable[[Forward], Forward]) -> Forward:
+    """`run`; where the layer checkpoints itself, `forward`, with the scopes around what is computed again."""
+
+    def checkpointed(*args: Any, **kwargs: Any) -> Any:
+        if not (module.gradient_checkpointing and module.training):
+            return run(*args, **kwargs)
+        checkpoint = module._gradient_checkpointing_func
+        module._gradient_checkpointing_func = lambda work, *values: checkpoint(scoped(work), *values)
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            module._gradient_checkpointing_func = checkpoint
+
+    return checkpointed
 
 
 def _forking(forward: Forward, laid_out: LaidOut | None) -> Forward:

@@ -201,10 +201,15 @@ def _detach(root: nn.Module) -> None:
                 del hooks[key]
 
 
+def _are_threads(axis: Axis) -> bool:
+    """Whether its ranks are simulated by threads of one process, which has one generator for all of them."""
+    return axis.group is not None and dist.get_backend(axis.group) == "threaded"
+
+
 def attach_random_streams(model: nn.Module, table: Table, place: Place) -> None:
     """Lets the ranks of a batch share their random numbers while `model` trains; nothing where a rank has its own."""
     axis = place.axes[TENSOR_AXIS]
-    if axis.size == 1:
+    if axis.size == 1 or _are_threads(axis):
         return
     streams = RandomStreams(axis, tuple(each.rank for each in place.all_axes), device_of(place))
     for name in outermost(model, mark_stretches(model, table, place)):
