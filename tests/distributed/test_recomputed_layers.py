@@ -1,4 +1,4 @@
-"""Layers that transformers computes again in backward: as few reductions as when they are kept, and the same numbers."""
+"""Layers that transformers computes again in backward: the same numbers, and the reductions of their forward."""
 
 from __future__ import annotations
 

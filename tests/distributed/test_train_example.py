@@ -28,20 +28,25 @@ def save_tokenizer(folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=plain).save_pretrained(folder)
 
 
+TORCHRUN = ["torch.distributed.run", "--nproc-per-node", "4"]
+TP2 = str(ROOT / "configs" / "accelerate" / "tp2.yaml")
+ACCELERATE = ["accelerate.commands.launch", "--config_file", TP2, "--main_process_port", "0"]
+
+
 @pytest.mark.parametrize(
-    ("kind", "ranks", "options"),
+    ("kind", "launcher", "options"),
     [
-        ("llama", 2, ["--storage", "local", "--checkpointing"]),
-        ("mixtral", 4, ["--tp", "2", "--ep", "4"]),
+        ("llama", ACCELERATE, ["--storage", "local", "--checkpointing"]),
+        ("mixtral", TORCHRUN, ["--tp", "2", "--ep", "4"]),
     ],
 )
 def test_the_example_prints_the_losses_of_one_process(
-    kind: str, ranks: int, options: list[str], checkpoints: Callable[..., Any], tmp_path: Path
+    kind: str, launcher: list[str], options: list[str], checkpoints: Callable[..., Any], tmp_path: Path
 ) -> None:
     folder = tmp_path / "checkpoint"
     shutil.copytree(checkpoints(kind, False)[0], folder)
     save_tokenizer(folder)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+    command = [sys.executable, "-m", *launcher]
     command += [str(ROOT / "examples" / "train.py"), str(folder), *options, "--compare", "--steps", "4"]
     command += ["--rows", "4", "--tokens", "32", "--learning-rate", "1e-3", "--save", str(tmp_path / "trained")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
