@@ -5,6 +5,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 RANKS ?= 3
+WORKERS ?= 2
 MODEL = .cache/SmolLM2-135M-Instruct
 MIXTURE = .cache/SmolLM2-4x135M
 export HF_HUB_OFFLINE ?= 1
@@ -48,7 +49,7 @@ train: $(MODEL)/config.json $(MIXTURE)/model.safetensors
 	done
 
 test: $(VENV)/ready $(MODEL)/config.json
-	$(VENV)/bin/pytest
+	$(VENV)/bin/pytest --numprocesses $(WORKERS) --dist loadfile
 
 style: $(VENV)/ready
 	$(VENV)/bin/ruff format .

@@ -10,6 +10,7 @@ import copy
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -377,7 +378,10 @@ def test_a_process_of_its_own_says_the_same(command: tuple[str, ...]) -> None:
     """With what transformers, torch and Python themselves put on stderr."""
     done = ran(f"parallel_plans.cli.{command[0]}", *command[1:])
     assert (done.returncode, done.stdout) == (2, "")
-    lines = [line for line in done.stderr.splitlines() if line != "read"]
+    # not what torchao, where it is installed, has to say of itself when transformers imports it
+    lines = [
+        each for each in done.stderr.splitlines() if each != "read" and not re.match(r"W\d{4} |Failed to load ", each)
+    ]
     assert len(lines) == 1, done.stderr
     assert ("PP704" if command[0] == "verify" else "RuntimeError: no such weights, at all") in lines[0]
 

@@ -62,16 +62,18 @@ class Meeting:
             differing = next((fact for fact in facts if words.get(fact) != facts[fact]), None)
             if differing is not None:
                 raise differs(differing, {each: words.get(differing, "") for each, words in sorted(told.items())})
+        self.part()
 
     def part(self) -> None:
         """Stays until the others have heard, where they hear it from this process: with rank 0 the store may go."""
         if self._store is None:
             return
-        own, until = dist.get_rank(), time.monotonic() + FAREWELL
+        own, until, pause = dist.get_rank(), time.monotonic() + FAREWELL, _PAUSE
         self._store.set(f"parted/{own}", "")
         others = [f"parted/{rank}" for rank in self.ranks if rank != own]
         while own == 0 and not self._store.check(others) and time.monotonic() < until:
-            time.sleep(_LONGEST_PAUSE)
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
 
     def abandon(self, error: BaseException) -> None:
         """Tells the others of an error that this rank raises instead of coming."""
