@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-TIMEOUT_SECONDS = 120
+TIMEOUT_SECONDS = 300  # the largest run of four ranks takes a minute where two cores have nothing else to do
 
 # What a script that torchrun starts ends with. A thread of gloo may still be letting go of a tensor when Python has
 # begun to shut down, and Python then aborts the process; what the script shows has been shown by that time.
