@@ -367,11 +367,11 @@ def test_reductions_that_do_not_follow_from_each_other_could_be_one() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sizes", "axes"), [((1, 4), {"ep"}), ((4, 4), {"tp"}), ((2, 4), {"tp", "ep"}), ((4, 2, 2), {"tp"})], ids=str
+    ("sizes", "axes"), [((1, 4), "ep"), ((4, 4), "tp"), ((2, 4), "ep tp"), ((4, 2, 2), "tp")], ids=str
 )
-def test_axes_go_by_the_names_that_plans_use(sizes: tuple[int, ...], axes: set[str]) -> None:
+def test_axes_go_by_the_names_that_plans_use(sizes: tuple[int, ...], axes: str) -> None:
     found = cost("mixtral-8x7b", *sizes, sequence=256)
-    assert {each.axis for one in found.passes.values() for each in one.collectives} == axes
+    assert {each.axis for one in found.passes.values() for each in one.collectives} == set(axes.split())
 
 
 @pytest.mark.parametrize(
