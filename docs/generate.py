@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 
-from parallel_plans import collectives
+from parallel_plans import transitions as letters
 from parallel_plans.errors import CODES
 from parallel_plans.loader import UNIVERSAL_OPTIONS
 from parallel_plans.styles import Style, styles
@@ -92,20 +92,18 @@ class CannotWrite(Exception):
 
 def transitions() -> dict[tuple[str, str], tuple[str, str]]:
     """(letter before, letter after) -> what runs forward and backward, from the table in the docstring."""
-    rows = re.findall(r"^    (\S+) -> (\S+) {2,}(\S.*?) {2,}(\S.*)$", collectives.__doc__ or "", re.MULTILINE)
+    rows = re.findall(r"^    (\S+) -> (\S+) {2,}(\S.*?) {2,}(\S.*)$", letters.__doc__ or "", re.MULTILINE)
     table = {(before[0], after[0]): (forward, backward) for before, after, forward, backward in rows}
-    if set(table) != set(collectives.TRANSITIONS):
-        raise CannotWrite(
-            f"collectives.py documents {sorted(table)}, TRANSITIONS has {sorted(collectives.TRANSITIONS)}"
-        )
+    if set(table) != set(letters.TRANSITIONS):
+        raise CannotWrite(f"transitions.py documents {sorted(table)}, TRANSITIONS has {sorted(letters.TRANSITIONS)}")
     return table
 
 
 def exchanged() -> tuple[str, str]:
     """What `exchange` runs forward and backward, from the same docstring."""
-    row = re.search(r"^    exchange {2,}(\S.*?) {2,}(\S.*?)(?:,.*)?$", collectives.__doc__ or "", re.MULTILINE)
+    row = re.search(r"^    exchange {2,}(\S.*?) {2,}(\S.*?)(?:,.*)?$", letters.__doc__ or "", re.MULTILINE)
     if row is None or row.groups() != SENT:
-        raise CannotWrite(f"collectives.py says that exchange runs {row and row.groups()}, not {SENT}")
+        raise CannotWrite(f"transitions.py says that exchange runs {row and row.groups()}, not {SENT}")
     return SENT
 
 

@@ -17,7 +17,7 @@ from first_rank import RANKS, first_rank
 from tiny import tiny_model, tokens
 from torch import Tensor
 
-from parallel_plans import collectives, lanes, parallelize, sums, verify_plan
+from parallel_plans import lanes, parallelize, sums, transitions, verify_plan
 from parallel_plans.collectives import Axis
 from parallel_plans.lookup import bundled_folder
 from parallel_plans.sums import no_sum_scope
@@ -57,20 +57,20 @@ def _changes_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
             change(result, "I", "R", value)
 
     for name, letters in CHANGES.items():
-        monkeypatch.setattr(getattr(collectives, name), "spmd_typecheck", told(*letters), raising=False)
+        monkeypatch.setattr(getattr(transitions, name), "spmd_typecheck", told(*letters), raising=False)
 
     def reduced(value: Tensor, axis: Axis, *, in_place: bool = False) -> Tensor:
-        return collectives._Reduce.apply(value, axis)
+        return transitions._Reduce.apply(value, axis)
 
     for module in (sums, lanes):
         monkeypatch.setattr(module, "reduce", reduced)  # never behind autograd, where a checker sees nothing
     # the long way, which a checker can follow
-    monkeypatch.setattr(collectives, "_replicated", lambda *given: collectives._Replicate.apply(*given))
-    monkeypatch.setattr(collectives, "_gathered", lambda *given: collectives._Gather.apply(*given))
+    monkeypatch.setattr(transitions, "_replicated", lambda *given: transitions._Replicate.apply(*given))
+    monkeypatch.setattr(transitions, "_gathered", lambda *given: transitions._Gather.apply(*given))
     monkeypatch.setattr(
-        collectives, "_replicated_together", lambda *given: collectives._ReplicateTogether.apply(*given)
+        transitions, "_replicated_together", lambda *given: transitions._ReplicateTogether.apply(*given)
     )
-    kind = collectives._ReplicateTogether
+    kind = transitions._ReplicateTogether
     monkeypatch.setattr(kind, "spmd_typecheck", staticmethod(together), raising=False)
 
 

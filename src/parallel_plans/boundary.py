@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor, nn
 
-from parallel_plans.collectives import TRANSITIONS, Axis
+from parallel_plans.collectives import Axis
 from parallel_plans.forks import Along, replicate_once
 from parallel_plans.layouts import Split
 from parallel_plans.sums import deliver_sum
+from parallel_plans.transitions import TRANSITIONS
 
 if TYPE_CHECKING:
     from parallel_plans.styles.base import Style

@@ -27,10 +27,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from parallel_plans.collectives import Axis, replicate, replicate_together, set_private
+from parallel_plans.collectives import Axis
 from parallel_plans.compiling import untraced
 from parallel_plans.storage import local_tensor, local_tensors
 from parallel_plans.traced_forks import TracedForks, shown
+from parallel_plans.transitions import replicate, replicate_together, set_private
 
 if TYPE_CHECKING:
     from parallel_plans.laid_out import LaidOut

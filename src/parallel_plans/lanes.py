@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from parallel_plans.collectives import Axis, reduce
+from parallel_plans.collectives import Axis
 from parallel_plans.forks import Along, in_use, replicate_once
 from parallel_plans.partial_tensor import Partial, whole
 from parallel_plans.sums import SCOPE, deliver_sum
+from parallel_plans.transitions import reduce
 
 if TYPE_CHECKING:
     from parallel_plans.boundary import Boundary, Forward, Site

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from parallel_plans.collectives import Axis, replicate
+from parallel_plans.collectives import Axis
 from parallel_plans.forks import in_use, replicated_in_use
 from parallel_plans.partial import contribute
+from parallel_plans.transitions import replicate
 
 if TYPE_CHECKING:
     from parallel_plans.boundary import Forward

@@ -17,8 +17,9 @@ from typing import Any, ClassVar, NoReturn
 import torch
 from torch import Tensor
 
-from parallel_plans.collectives import Axis, reduce, reduce_together
+from parallel_plans.collectives import Axis
 from parallel_plans.compiling import untraced
+from parallel_plans.transitions import reduce, reduce_together
 
 Step = Callable[[Tensor], Tensor]
 Rule = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]

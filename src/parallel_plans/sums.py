@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parallel_plans.collectives import Axis, reduce
+from parallel_plans.collectives import Axis
 from parallel_plans.partial import partial
 from parallel_plans.partial_tensor import Partial, Tally, live_in, whole_tree
+from parallel_plans.transitions import reduce
 
 
 class _Scope(threading.local):

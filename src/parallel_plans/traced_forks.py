@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from parallel_plans.collectives import Axis, replicate, replicate_together
+from parallel_plans.collectives import Axis
 from parallel_plans.storage import local_tensor
+from parallel_plans.transitions import replicate, replicate_together
 
 # the ways to look at all of a tensor in its own order
 _VIEWS: tuple[Callable[..., Any], ...] = (

@@ -20,9 +20,10 @@ from ranks import run_on_ranks
 from torch import Tensor
 from waits import noted_waits
 
-from parallel_plans.collectives import Axis, Call, exchange, record_collectives
+from parallel_plans.collectives import Axis, Call, record_collectives
 from parallel_plans.experts.exchange import Exchange, exchange_of
 from parallel_plans.experts.permutation import Permutation, combine, permutation_of, permute
+from parallel_plans.transitions import exchange
 
 EXACT = 1e-12  # of the largest value, in float64
 HIDDEN = 3

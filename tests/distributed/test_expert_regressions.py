@@ -40,7 +40,7 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from parallel_plans import PlanError, forks, load_plan, local_parameters, resolve
-from parallel_plans.collectives import Axis, replicate
+from parallel_plans.collectives import Axis
 from parallel_plans.experts import dispatch, routing
 from parallel_plans.experts.routing import Ownership, RouterBoundary, is_ids, masked_routes
 from parallel_plans.geometry import Geometry
@@ -48,6 +48,7 @@ from parallel_plans.matching import assign
 from parallel_plans.model_spec import ModelSpec, describe
 from parallel_plans.styles import get_style
 from parallel_plans.table import Table
+from parallel_plans.transitions import replicate
 from parallel_plans.views import BLOCK_AXIS, EXPERT_AXIS, EXPERT_TENSOR_AXIS, TENSOR_AXIS, Views
 
 EXPERT_SECTIONS = ("ep_plan", "dispatch_plan")

@@ -17,8 +17,9 @@ import torch.distributed as dist
 from ranks import run_on_ranks
 from torch import Tensor
 
-from parallel_plans.collectives import TRANSITIONS, Axis, Call, all_gather, record_collectives, replicate
+from parallel_plans.collectives import Axis, Call, all_gather, record_collectives
 from parallel_plans.layouts import Split, split_dim
+from parallel_plans.transitions import TRANSITIONS, replicate
 
 RANKS = (2, 3)
 EXACT = 1e-10  # of the largest value, in float64

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from parallel_plans.boundary import Arguments, Boundary, Forward, Keywords, Site, change_first, change_output
-from parallel_plans.collectives import reduce, vouch
 from parallel_plans.experts.alignment import allow_any_width
 from parallel_plans.experts.call import ExpertsCall
 from parallel_plans.experts.routing import Ownership, masked_routes, on_own_routes
 from parallel_plans.experts.taking_part import taking_part, weights_below
 from parallel_plans.forks import replicate_group, replicate_once
 from parallel_plans.sums import SCOPE, deliver_sum
+from parallel_plans.transitions import reduce, vouch
 
 # what experts end with, each with a backward that does not read its result
 _LAST = frozenset({"SumBackward1", "IndexAddBackward0", "ToCopyBackward0"})

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from parallel_plans.boundary import Arguments, Boundary, Forward, Keywords, Site
-from parallel_plans.collectives import declare, gather, take_own, vouch
+from parallel_plans.collectives import declare
 from parallel_plans.compiling import untraced
 from parallel_plans.experts.alignment import allow_any_width
 from parallel_plans.experts.call import ExpertsCall
@@ -33,6 +33,7 @@ from parallel_plans.experts.permutation import Permutation, combine, permutation
 from parallel_plans.experts.routing import Ownership, is_weights, with_identity_slot
 from parallel_plans.experts.taking_part import taking_part, weights_below
 from parallel_plans.layouts import Split, deal
+from parallel_plans.transitions import gather, take_own, vouch
 
 Rows = Callable[[Tensor, Exchange], Tensor]  # what becomes of the rows that arrived
 

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from parallel_plans.collectives import Axis, all_to_all, exchange
+from parallel_plans.collectives import Axis, all_to_all
+from parallel_plans.transitions import exchange
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from parallel_plans.boundary import Arguments, Boundary, Forward, Keywords, Site, change_first
-from parallel_plans.collectives import declare, replicate, vouch
+from parallel_plans.collectives import declare
 from parallel_plans.sums import deliver_sum
+from parallel_plans.transitions import replicate, vouch
 
 
 class VocabularyBoundary(Boundary):

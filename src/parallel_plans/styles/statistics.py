@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from parallel_plans.boundary import Arguments, Boundary, Forward, Keywords, Site
-from parallel_plans.collectives import reduce_for_use
+from parallel_plans.transitions import reduce_for_use
 
 
 class _MeansOverRanks(TorchFunctionMode):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from parallel_plans.collectives import Axis
+from parallel_plans.collectives import OWN, Axis
 from parallel_plans.verify.whereabouts import Whereabouts
 
 
@@ -119,7 +119,7 @@ class Watch(TorchDispatchMode):
 
     def before(self, op: str, axis: Axis, value: Tensor) -> None:
         """As `collectives.Listener`."""
-        if op == "_own":
+        if op == OWN:
             return
         said = Said(
             number=len(self.said),
@@ -136,7 +136,7 @@ class Watch(TorchDispatchMode):
 
     def after(self, op: str, axis: Axis, value: Tensor, result: Tensor, where: tuple[Any, ...]) -> None:
         """As `collectives.Listener`."""
-        if op != "_own":
+        if op != OWN:
             self._add(result, frozenset([len(self.said) - 1]) | self._causes([value]))
 
     def declared(self, value: Tensor, axis: Axis, letter: str) -> None:

@@ -26,6 +26,7 @@ _LIBRARIES = tuple({*map(sysconfig.get_path, ("stdlib", "platstdlib", "purelib",
 _COLLECTIVE_FILES = frozenset(
     [
         os.path.join(_OWN, "collectives.py"),
+        os.path.join(_OWN, "transitions.py"),
         *(
             os.path.join(_TORCH, "distributed", name)
             for name in ("distributed_c10d.py", "_functional_collectives.py", "c10d_logger.py")
