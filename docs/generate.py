@@ -83,6 +83,9 @@ OWN_CHANGES: dict[str, tuple[Change, ...] | None] = {
         Change("output that ranks share", "S(0)", "I"),
     ),
     "ShardedNormBoundary": (Change("each mean", "P", "R"),),
+    "SplitBoundary": (Change("input", "P", "S(1)"),),
+    "WholeBoundary": (Change("input", "S(1)", "R"), Change("output", "P", "S(1)")),
+    "JoinBoundary": (Change("output", "S(1)", "R"),),
 }
 
 

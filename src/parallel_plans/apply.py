@@ -14,7 +14,7 @@ from parallel_plans.attach import attach_forwards
 from parallel_plans.checkpoint.load import Loaded
 from parallel_plans.generation import attach_generate
 from parallel_plans.loader import load_plan
-from parallel_plans.lookup import PlanSource, with_experts
+from parallel_plans.lookup import PlanSource, with_experts, with_sequence
 from parallel_plans.mesh import Place, place_on
 from parallel_plans.model_spec import describe, digest_of
 from parallel_plans.plan import Plan
@@ -36,6 +36,7 @@ def parallelize(
     mesh: DeviceMesh,
     *,
     ep_plan: PlanSource = "auto",
+    sp_plan: PlanSource | None = None,
     ep_size: int | None = None,
     etp_size: int | None = None,
     storage: Storage = "dtensor",
@@ -51,6 +52,8 @@ def parallelize(
         mesh: with an axis called `tp`, along which dense layers are split; its other axes hold other batches.
         ep_plan: how experts are dealt over ranks: `"auto"` (as the plan says for these sizes), `"dispatch"` (tokens
             travel in any case), or rules of its own.
+        sp_plan: how the sequence is split between blocks: `"auto"` (as the plan says), or rules of its own; None does
+            not split it.
         ep_size: ranks over which experts are dealt, which may reach beyond `tp`; 1 where it is not given.
         etp_size: ranks that split each expert; `tp` without expert parallelism and 1 with it, where it is not given.
         storage: `dtensor` keeps parameters as DTensors, for optimizers and torch's `clip_grad_norm_`; `local` keeps
@@ -67,6 +70,7 @@ def parallelize(
     place = place_on(mesh, ep_size, etp_size, storage=storage)
     with meeting("resolving the plan", mesh.mesh.flatten().tolist()) as met:
         whole = with_experts(plan if isinstance(plan, Plan) else load_plan(plan), ep_plan)
+        whole = with_sequence(whole, sp_plan)
         table = resolve(whole, describe(model), place.sizes, dispatch=ep_plan == "dispatch")
         met.confirm(plan=table.plan.fingerprint(), model=digest_of(model))
     return apply_table(model, table, place, storage=storage)

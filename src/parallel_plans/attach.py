@@ -29,7 +29,8 @@ from parallel_plans.lanes import linear_lane
 from parallel_plans.local_parameters import LocalParameters
 from parallel_plans.mesh import Place
 from parallel_plans.partial import whole_tree
-from parallel_plans.scopes import communicates, forking_modules, joined, summing_modules
+from parallel_plans.scopes import body_modules, communicates, forking_modules, joined, summing_modules
+from parallel_plans.sequence import Sequence, SplitBoundary, around_body
 from parallel_plans.sums import SCOPE
 from parallel_plans.table import ModuleEntry, Table
 from parallel_plans.views import SLICE_AXIS
@@ -49,6 +50,8 @@ class ParallelForward(functools.partial[Any]):
         has_forks: whether modules below it may take the same value (see `parallel_plans.forks`).
         waits: whether sums that modules below it deliver wait for each other (see `parallel_plans.waits`).
         laid_out: parameters below it of which it takes the local tensors as it begins.
+        sequence: how the sequence lies in the forward that runs; None where no forward splits it.
+        is_body: whether it holds the layers before which the sequence is split.
     """
 
     own: LocalParameters
@@ -57,6 +60,8 @@ class ParallelForward(functools.partial[Any]):
     has_forks: bool
     waits: Waits | None
     laid_out: LaidOut | None
+    sequence: Sequence | None
+    is_body: bool
     forward: Forward
 
     def __new__(
@@ -67,17 +72,26 @@ class ParallelForward(functools.partial[Any]):
         has_forks: bool = False,
         waits: Waits | None = None,
         laid_out: LaidOut | None = None,
+        sequence: Sequence | None = None,
+        is_body: bool = False,
         forward: Forward | None = None,
     ) -> ParallelForward:
         inner: Forward = own.module.forward if forward is None else forward
-        run = None if reached else linear_lane(own, inner, boundaries)
+        first = tuple(each for each in boundaries if isinstance(each, SplitBoundary))
+        others = tuple(each for each in boundaries if each not in first)
+        run = None if reached else linear_lane(own, inner, others)
         if run is None:
-            run = _in_general(own, inner, reached, boundaries)
-        if has_forks or waits is not None:
-            run = _scoped(run, own.module, has_forks, laid_out, waits)
+            run = _in_general(own, inner, reached, others)
+        if has_forks or waits is not None or (sequence is not None and _may_be_checkpointed(own.module)):
+            run = _scoped(run, own.module, has_forks, laid_out, waits, sequence)
+        for boundary in first:  # before all else: it takes sums that wait
+            run = boundary.around(run)
+        if is_body and sequence is not None:
+            run = around_body(run, sequence)
         self = super().__new__(cls, run)
         self.own, self.reached, self.boundaries = own, reached, boundaries
         self.has_forks, self.waits, self.laid_out, self.forward = has_forks, waits, laid_out, inner
+        self.sequence, self.is_body = sequence, is_body
         functools.update_wrapper(self, inner)
         return self
 
@@ -91,6 +105,8 @@ class ParallelForward(functools.partial[Any]):
             self.has_forks,
             None if self.waits is None else self.waits.copy(),
             None if self.laid_out is None else self.laid_out.on(memo),
+            self.sequence,
+            self.is_body,
             getattr(type(copied), inner.__name__).__get__(copied) if hasattr(inner, "__self__") else inner,
         )
 
@@ -121,8 +137,17 @@ def _of_whole(forward: Forward) -> Forward:
     return run
 
 
+def _may_be_checkpointed(module: nn.Module) -> bool:
+    return isinstance(module, GradientCheckpointingLayer)
+
+
 def _scoped(
-    forward: Forward, module: nn.Module, has_forks: bool, laid_out: LaidOut | None, waits: Waits | None
+    forward: Forward,
+    module: nn.Module,
+    has_forks: bool,
+    laid_out: LaidOut | None,
+    waits: Waits | None,
+    sequence: Sequence | None,
 ) -> Forward:
     """`forward` in the module's scopes; where it hands its work to be computed again in backward, that work is."""
 
@@ -131,17 +156,23 @@ def _scoped(
         return _forking(inner, laid_out) if has_forks else inner
 
     run = scoped(forward)
-    return _with_recomputed(forward, run, module, scoped) if isinstance(module, GradientCheckpointingLayer) else run
+    if not _may_be_checkpointed(module):
+        return run
+
+    def again(work: Forward) -> Forward:
+        return scoped(work) if sequence is None else sequence.during(sequence.split, scoped(work))
+
+    return _with_recomputed(forward, run, module, again)
 
 
-def _with_recomputed(forward: Forward, run: Forward, module: Any, scoped: Callable[[Forward], Forward]) -> Forward:
-    """`run`; where the layer checkpoints itself, `forward`, with the scopes around what is computed again."""
+def _with_recomputed(forward: Forward, run: Forward, module: Any, again: Callable[[Forward], Forward]) -> Forward:
+    """`run`; where the layer checkpoints itself, `forward`, with `again` around what is computed again."""
 
     def checkpointed(*args: Any, **kwargs: Any) -> Any:
         if not (module.gradient_checkpointing and module.training):
             return run(*args, **kwargs)
         checkpoint = module._gradient_checkpointing_func
-        module._gradient_checkpointing_func = lambda work, *values: checkpoint(scoped(work), *values)
+        module._gradient_checkpointing_func = lambda work, *values: checkpoint(again(work), *values)
         try:
             return forward(*args, **kwargs)
         finally:
@@ -197,13 +228,14 @@ def attach_forwards(model: nn.Module, table: Table, place: Place) -> None:
     """Gives every module that needs one its `ParallelForward`."""
     seen: set[int] = set()
     forking, summing = forking_modules(model, table), summing_modules(model, table)
+    bodies, sequence = body_modules(model, table), _sequence(table, place)
     for name, module in model.named_modules(remove_duplicate=False):
         if id(module) in seen:
             continue
         seen.add(id(module))
         entries = table.modules.get(name, ())
         _make_local(name, module, table, place)
-        boundaries = tuple(_boundary(entry, module, place) for entry in entries if communicates(entry))
+        boundaries = tuple(_boundary(entry, module, place, sequence) for entry in entries if communicates(entry))
         for boundary in boundaries:
             boundary.along = _along(name, boundary, model, table, place)
         own = _local_parameters(name, module, table, place, _after(module, entries))
@@ -212,14 +244,22 @@ def attach_forwards(model: nn.Module, table: Table, place: Place) -> None:
             for child_name, child in _children_read_by(module)
         )
         reached = tuple(own for own, child in below if own.is_special or _is_stored_apart(child))
-        has_forks, waits = name in forking, Waits(summing[name]) if name in summing else None
+        has_forks, waits, is_body = name in forking, Waits(summing[name]) if name in summing else None, name in bodies
         laid_out = _laid_out(name, module, table, place) if has_forks else None
         is_called = (
             "forward" in vars(module) or type(module).forward is not nn.Module.forward
         )  # not dicts of parameters
-        acts = boundaries or own.is_special or reached or has_forks or waits or _is_stored_apart(module)
+        acts = boundaries or own.is_special or reached or has_forks or waits or is_body or _is_stored_apart(module)
         if acts and is_called:
-            module.forward = ParallelForward(own, reached, boundaries, has_forks, waits, laid_out)
+            module.forward = ParallelForward(own, reached, boundaries, has_forks, waits, laid_out, sequence, is_body)
+
+
+def _sequence(table: Table, place: Place) -> Sequence | None:
+    """How the sequence will lie in forwards; None where the table splits none."""
+    axes = {str(entry.over) for _, entry in table.acting() if entry.style.sequence is not None}
+    assert len(axes) < 2, axes
+    routes_split = any(entry.options.get("sets_out_split") for _, entry in table.acting())
+    return Sequence(place.axes[axes.pop()], routes_split=routes_split) if axes else None
 
 
 def _make_local(name: str, module: nn.Module, table: Table, place: Place) -> None:
@@ -321,7 +361,7 @@ def _children_read_by(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, child
 
 
-def _boundary(entry: ModuleEntry, module: nn.Module, place: Place) -> Boundary:
+def _boundary(entry: ModuleEntry, module: nn.Module, place: Place, sequence: Sequence | None) -> Boundary:
     assert entry.over is not None
     kind = entry.style.boundary or Boundary
     site = Site(
@@ -332,6 +372,7 @@ def _boundary(entry: ModuleEntry, module: nn.Module, place: Place) -> Boundary:
         options=entry.options,
         own=place.axes[entry.axis],
         slices=place.axes[SLICE_AXIS],
+        sequence=sequence,
     )
     return kind(site, module)
 

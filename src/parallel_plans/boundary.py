@@ -21,6 +21,7 @@ from parallel_plans.sums import deliver_sum
 from parallel_plans.transitions import TRANSITIONS
 
 if TYPE_CHECKING:
+    from parallel_plans.sequence import Sequence
     from parallel_plans.styles.base import Style
 
 Forward = Callable[..., Any]
@@ -40,6 +41,7 @@ class Site:
         options: the rule's options, sizes as numbers.
         own: the axis along which `split` deals; another than `axis` where one reduction serves several.
         slices: the ranks that share a batch and the same part of every expert, for tokens that travel.
+        sequence: how the sequence lies in the forward that runs; None where no forward splits it.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Site:
     options: Mapping[str, Any]
     own: Axis
     slices: Axis
+    sequence: Sequence | None = None
 
     @property
     def may_delay(self) -> bool:

@@ -206,6 +206,11 @@ def reduce_scatter(value: Tensor, axis: Axis, split: Split, dim: int) -> Tensor:
     """This rank's part of the sum of every rank's `value`."""
     dim = dim % value.dim()
     longest = max(split.local_sizes)
+    if split.is_in_order and min(split.local_sizes) == longest:
+        even = value if dim == 0 else torch.cat(value.tensor_split(axis.size, dim))
+        scattered = value.new_empty([longest if d == dim else size for d, size in enumerate(value.shape)])
+        dist.reduce_scatter_single(scattered, even.contiguous(), group=axis.group)
+        return scattered
     parts = [split.take(value, rank, dim) for rank in range(axis.size)]
     stacked = value.new_zeros((axis.size, *[longest if d == dim else size for d, size in enumerate(value.shape)]))
     for rank, part in enumerate(parts):

@@ -31,17 +31,10 @@ from parallel_plans.collectives import Axis
 from parallel_plans.compiling import untraced
 from parallel_plans.storage import local_tensor, local_tensors
 from parallel_plans.traced_forks import TracedForks, shown
-from parallel_plans.transitions import replicate, replicate_together, set_private
+from parallel_plans.transitions import VIEWS, replicate, replicate_together, set_private
 
 if TYPE_CHECKING:
     from parallel_plans.laid_out import LaidOut
-
-# what autograd calls the ways to look at all of a tensor in its own order
-_VIEWS = frozenset(
-    f"{name}Backward{number}"
-    for name in ("View", "UnsafeView", "ReshapeAlias", "Unsqueeze", "Squeeze", "Alias")
-    for number in (0, 1)
-)
 
 
 class _Fork(NamedTuple):
@@ -142,7 +135,7 @@ def _maker(value: Tensor) -> tuple[Any, int]:
     node, output = value.grad_fn, value.output_nr
     if node is None:
         return value, 0
-    while node.name() in _VIEWS:
+    while node.name() in VIEWS:
         following, output = node.next_functions[0]
         if following is None:
             break

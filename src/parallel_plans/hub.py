@@ -25,7 +25,7 @@ from parallel_plans.checkpoint.save import attach_save
 from parallel_plans.errors import Finding, LaunchError, ParallelPlansError
 from parallel_plans.launcher import launched_tp_size
 from parallel_plans.loading import Loading
-from parallel_plans.lookup import PlanSource
+from parallel_plans.lookup import PlanSource, Sources
 from parallel_plans.mesh import Place, check_sizes, place_on, start_place, started_ranks, this_rank
 from parallel_plans.messages import print_once
 from parallel_plans.quantized.schemes import check_scheme
@@ -65,7 +65,8 @@ def from_pretrained(
             model whole on every rank.
         ep_plan: how experts are dealt over ranks: `"auto"` (as the plan says: routes masked where the ranks share a
             batch, tokens sent where they do not), `"dispatch"` (tokens sent in any case), or rules of its own.
-        sp_plan: sequence parallelism; not built yet, refused.
+        sp_plan: how the sequence is split between blocks: `"auto"` (as the plan says), a path, or rules; None does not
+            split it.
         tp_size: ranks on the axis `tp`; defaults to what accelerate's launch file says, else to all that were started.
         ep_size: ranks over which whole experts are dealt; all that hold one (`etp_size`) with an `ep_plan`, else 1. It
             may be larger than `tp_size`: ranks with batches of their own then share experts.
@@ -85,7 +86,7 @@ def from_pretrained(
     if tp_plan is None:
         return model_class.from_pretrained(path, *model_args, **kwargs)
     try:
-        _check_arguments(storage, sp_plan, kwargs)
+        _check_arguments(storage, kwargs)
         world = started_ranks() if mesh is None else mesh.size()
         tp_size = launched_tp_size() if tp_size is None and mesh is None else tp_size
         if ep_plan is not None and ep_size is None:
@@ -99,11 +100,11 @@ def from_pretrained(
         raise print_once(error) from None
     if place is None or views.holders == 1:
         return model_class.from_pretrained(path, *model_args, **kwargs)
-    sources = tp_plan, "auto" if ep_plan is None else ep_plan
+    sources = Sources(dense=tp_plan, experts="auto" if ep_plan is None else ep_plan, sequence=sp_plan)
     return _load(path, model_args, model_class, sources, place, storage, kwargs)
 
 
-def _check_arguments(storage: str, sp_plan: PlanSource | None, kwargs: dict[str, Any]) -> None:
+def _check_arguments(storage: str, kwargs: dict[str, Any]) -> None:
     if storage not in STORAGES:
         raise ValueError(f"storage is {storage!r}; it can be {' or '.join(STORAGES)}")
     for name, fix in _REFUSED.items():
@@ -116,24 +117,20 @@ def _check_arguments(storage: str, sp_plan: PlanSource | None, kwargs: dict[str,
         message = "use_safetensors=False cannot be combined with a plan"
         fix = "drop it: each rank reads its own bytes, which only safetensors files allow"
         raise LaunchError(Finding(code="PP703", message=message, name="use_safetensors", fix=fix))
-    if sp_plan is not None:
-        message = "sp_plan asks for a kind of parallelism that this version does not have yet"
-        raise LaunchError(Finding(code="PP109", message=message, name="sp_plan", fix="drop sp_plan"))
 
 
 def _load(
     path: str | None,
     model_args: tuple[Any, ...],
     model_class: Any,
-    sources: tuple[PlanSource, PlanSource],
+    sources: Sources,
     place: Place,
     storage: Storage,
     kwargs: dict[str, Any],
 ) -> Any:
     agreement = Agreement(place.all_axes)
     wants_info = kwargs.pop("output_loading_info", False)
-    plan, experts = sources
-    loading = Loading(path=path, source=plan, experts=experts, place=place, agreement=agreement, arguments=kwargs)
+    loading = Loading(path=path, sources=sources, place=place, agreement=agreement, arguments=kwargs)
     try:
         with _weights_put_by(loading), _one_voice():
             model, info = model_class.from_pretrained(

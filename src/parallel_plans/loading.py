@@ -23,7 +23,7 @@ from parallel_plans.checkpoint.lazy import LazyTensor, Leaf
 from parallel_plans.checkpoint.load import Loaded, compare, misfit, read_parts
 from parallel_plans.checkpoint.sources import TensorSource
 from parallel_plans.errors import Finding, LaunchError
-from parallel_plans.lookup import BESIDE_CHECKPOINT, PlanSource, carried_by, find_plan, with_experts
+from parallel_plans.lookup import BESIDE_CHECKPOINT, Sources, carried_by
 from parallel_plans.mesh import Place, device_of
 from parallel_plans.messages import bytes_bar
 from parallel_plans.model_spec import describe, digest_of
@@ -55,13 +55,12 @@ class Loading:
         self,
         *,
         path: str | None,
-        source: PlanSource,
-        experts: PlanSource,
+        sources: Sources,
         place: Place,
         agreement: Agreement,
         arguments: Mapping[str, Any],
     ) -> None:
-        self.path, self.source, self.experts, self.place, self.agreement = path, source, experts, place, agreement
+        self.path, self.sources, self.place, self.agreement = path, sources, place, agreement
         self.arguments = dict(arguments)
         self.device = device_of(place)
         self.step = "building the model"
@@ -126,8 +125,8 @@ class Loading:
 
     def _resolve(self, model: Any) -> Table:
         spec = describe(model)
-        plan = with_experts(find_plan(self.source, spec, carried_by(model), self._plan_beside), self.experts)
-        return check_together(resolve(plan, spec, self.place.sizes, dispatch=self.experts == "dispatch"))
+        plan = self.sources.plan(spec, carried_by(model), self._plan_beside)
+        return check_together(resolve(plan, spec, self.place.sizes, dispatch=self.sources.dispatches))
 
     def _plan_beside(self) -> str | None:
         if self.path is None:

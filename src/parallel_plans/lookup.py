@@ -53,6 +53,25 @@ def carried_by(model: Any) -> Carried:
     return Carried(tp=getattr(model, "tp_plan", None), ep=getattr(model, "ep_plan", None))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sources:
+    """Where the parts of a plan come from: `tp_plan`, `ep_plan` and `sp_plan` of `from_pretrained`."""
+
+    dense: PlanSource
+    experts: PlanSource = "auto"
+    sequence: PlanSource | None = None
+
+    @property
+    def dispatches(self) -> bool:
+        """Whether tokens are sent to their experts also where the ranks share a batch."""
+        return self.experts == "dispatch"
+
+    def plan(self, spec: ModelSpec, carried: Carried, beside: Callable[[], str | None]) -> Plan:
+        """The plan for a model, put together of its parts; see `find_plan` for the arguments and the errors."""
+        whole = with_experts(find_plan(self.dense, spec, carried, beside), self.experts)
+        return with_sequence(whole, self.sequence)
+
+
 def find_plan(source: PlanSource, spec: ModelSpec, carried: Carried, beside: Callable[[], str | None]) -> Plan:
     """The plan that `source` means for this model.
 
@@ -156,6 +175,24 @@ def with_experts(plan: Plan, source: PlanSource) -> Plan:
         raise PlanError(Finding(code="PP108", message=message, file=given.file, fix="name one of them above its rules"))
     dense = {section: rules for section, rules in plan.sections.items() if section not in EXPERT_SECTIONS}
     return replace(plan, sections={**dense, **own})
+
+
+def with_sequence(plan: Plan, source: PlanSource | None) -> Plan:
+    """`plan` with its `sp_plan` in use: its own (`"auto"`), that of another plan, or rules; as it is for None."""
+    if source is None:
+        return plan
+    sections = plan.sections
+    if source != "auto":
+        if isinstance(source, Mapping) and not set(source) & {*SECTIONS, "version", "model_type"}:
+            source = {"sp_plan": source}
+        given = source if isinstance(source, Plan) else load_plan(source)
+        sections = {**sections, "sp_plan": given.rules("sp_plan")}
+    if not sections.get("sp_plan"):
+        message, fix = "an sp_plan is asked for", "add an sp_plan section: see docs/sequence_parallelism.md; or drop it"
+        expected = "an sp_plan that says where the sequence is split, and who wants all of it"
+        found = f"only {', '.join(plan.sections)}"
+        raise PlanError(Finding(code="PP108", message=message, file=plan.file, found=found, expected=expected, fix=fix))
+    return replace(plan, sections=sections, splits_sequence=True)
 
 
 def with_tied_embeddings(spec: ModelSpec, carried: Mapping[str, str]) -> dict[str, str]:

@@ -45,7 +45,8 @@ class Plan:
     """What a plan says: rules in the order of the file, by section. A section that the plan lacks is not a key.
 
     `source` is for people: the path as shown in messages, or `<mapping>`. `dropped` are the rules that it does without
-    though they stand in its source: those of a class that do nothing in this model.
+    though they stand in its source: those of a class that do nothing in this model. `splits_sequence`: whether its
+    `sp_plan` is in use, of which the rules come before those of `tp_plan`.
     """
 
     source: str
@@ -54,6 +55,7 @@ class Plan:
     model_type: str | None = None
     sections: Mapping[str, tuple[Rule, ...]] = field(hash=False)
     dropped: tuple[Rule, ...] = ()
+    splits_sequence: bool = False
 
     def __post_init__(self) -> None:
         assert set(self.sections) <= set(SECTIONS), tuple(self.sections)
@@ -73,5 +75,5 @@ class Plan:
             for section in SECTIONS
             if section in self.sections
         }
-        content = [self.version, self.model_type, sections]
+        content = [self.version, self.model_type, sections, *(["sp_plan"] if self.splits_sequence else [])]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode("ascii")).hexdigest()

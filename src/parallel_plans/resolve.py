@@ -24,6 +24,7 @@ from parallel_plans.matching import Assignment, assign
 from parallel_plans.model_spec import ModelSpec, ModuleInfo, ParameterInfo
 from parallel_plans.plan import Plan, Rule
 from parallel_plans.standing import can_stand, report_unserved
+from parallel_plans.staying import StayingTokens
 from parallel_plans.styles import Style, get_style
 from parallel_plans.table import ModuleEntry, ParameterEntry, Table, Use
 from parallel_plans.views import BLOCK_AXIS, EXPERT_AXIS, EXPERT_TENSOR_AXIS, TENSOR_AXIS, Views, views_of
@@ -33,7 +34,8 @@ def resolve(plan: Plan, spec: ModelSpec, sizes: Mapping[str, int], *, dispatch: 
     """The table of `plan` for the model `spec`.
 
     Args:
-        plan: its `tp_plan` is used, and where experts are dealt over ranks its `ep_plan` or its `dispatch_plan`.
+        plan: its `tp_plan` is used, where it splits sequences its `sp_plan`, and where experts are dealt over ranks its
+            `ep_plan` or its `dispatch_plan`.
         spec: the model.
         sizes: axis -> ranks: `tp`, and where experts are dealt over ranks `ep` and `etp` (see `views_of`).
         dispatch: send tokens to their experts also where the ranks share one batch.
@@ -71,11 +73,12 @@ class _Resolver:
 
     def table(self) -> Table:
         report_misplaced(self.report)
-        dense, experts = self._assigned("tp_plan"), self._assigned(self.section)
+        dense, experts = self._assigned_dense(), self._assigned(self.section)
         parameters: dict[str, ParameterEntry] = {}
         modules: dict[str, tuple[ModuleEntry, ...]] = {}
         if dense is not None and experts is not None:
             self.experts = ExpertRules(self.spec, dense, experts, lambda name: self.geometry(name, EXPERT_AXIS))
+            self.staying = StayingTokens(self.spec, dense, self.experts, self.views)
             report_unruled(self.report, self.spec, dense)
             for name, info in self.spec.parameters.items():
                 rules = (dense.parameters[name], experts.parameters[name])
@@ -94,6 +97,14 @@ class _Resolver:
                 report_differing(self.report, self.experts)
         sizes = self.views.sizes
         return Table(plan=self.plan, spec=self.spec, sizes=sizes, parameters=parameters, modules=modules)
+
+    def _assigned_dense(self) -> Assignment | None:
+        """The rules of `tp_plan`, and before them those of `sp_plan` where it is in use."""
+        own = self._assigned("tp_plan")
+        if own is None or not self.plan.splits_sequence or self._assigned("sp_plan") is None:
+            return own
+        rules = (*self.plan.rules("sp_plan"), *self.plan.rules("tp_plan"))
+        return assign(rules, list(self.spec.parameters), list(self.spec.modules))
 
     def _assigned(self, section: str | None) -> Assignment | None:
         """The rules of a section on the model's names, all None for no section; None where the plan lacks it."""
@@ -128,6 +139,8 @@ class _Resolver:
                 self.report.unfit(problem, what, rule, info.name, str(Layout(info.shape)))
                 return None
             letter = "S" if split is not None else (style.whole_as if self.views.sizes[axis] > 1 else "I")
+            if letter == "I" and rule is rules[0] and self.staying.takes_parts(info.name):
+                axis, letter = TENSOR_AXIS, "R"  # it sees this rank's tokens alone
             uses.append(Use(axis=axis, style=style, rule=rule, letter=letter))
             splits += [] if split is None else [split]
         return ParameterEntry(info=info, layout=Layout(info.shape, _joined(splits)), uses=tuple(uses))
@@ -135,6 +148,10 @@ class _Resolver:
     def _module(
         self, info: ModuleInfo, rules: Sequence[Rule | None], parameters: Mapping[str, ParameterEntry]
     ) -> tuple[ModuleEntry, ...]:
+        if info.name in self.staying.blocks:
+            rules = (None, rules[1])
+        elif (above := self.staying.whole_within.get(info.name)) is not None:
+            rules = (above, rules[1])
         axes = (self._tensor_axis(info.name, rules[0]), EXPERT_AXIS)
         entries = []
         for rule, axis in zip(rules, axes, strict=True):
@@ -159,6 +176,7 @@ class _Resolver:
             options = self.geometry(info.name, axis).options(info, style, rule)
             check_rope(options.get("rope"), own)
             options.update(self.experts.options(info.name, style))
+            options.update(self.staying.options(info.name, style))
             split = self._dealt(info.name, style, axis, own)
         except CannotSplit as problem:
             self.report.unfit(problem, problem.what, rule, info.name, None)

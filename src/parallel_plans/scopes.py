@@ -70,6 +70,16 @@ def summing_modules(model: nn.Module, table: Table) -> dict[str, tuple[str, ...]
     return {above: tuple(name[len(above) :].lstrip(".") for name in below[above] if name != above) for above in found}
 
 
+def body_modules(model: nn.Module, table: Table) -> set[str]:
+    """The modules that hold the layers before which the sequence is split."""
+    found = set()
+    for name in (name for name, entry in table.acting() if entry.style.sequence == "split"):
+        above = name.rpartition(".")[0]
+        is_stack = isinstance(model.get_submodule(above), nn.ModuleList)
+        found.add(above.rpartition(".")[0] if is_stack else above)
+    return found
+
+
 def _delivers_sum(entry: ModuleEntry) -> bool:
     """Whether the entry reduces a sum that may wait."""
     is_sum = (entry.style.leaves, entry.style.delivers) == ("P", "I") and communicates(entry)

@@ -110,10 +110,50 @@ class _Replicate(torch.autograd.Function):
         return reduce(gradient, ctx.axis), None
 
 
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, *where: Any) -> Tensor:
+        ctx.where, ctx.part = where, local
+        return all_gather(local, *where)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.part = None
+        return take_own(gradient, *ctx.where), None, None, None
+
+
+class _ForUse(torch.autograd.Function):
+    """What has been gathered, as an R: S(d) -> I -> R in one step, which goes back by one reduce-scatter."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, gathered: Tensor, where: tuple[Any, ...], shape: torch.Size) -> Tensor:
+        ctx.where, ctx.shape = where, shape
+        return gathered.view_as(gathered)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return scatter_sum(gradient.reshape(ctx.shape), *ctx.where), None, None, None
+
+
+class _ScatterBeside(torch.autograd.Function):
+    """The sum's slice with that of a whole value beside it added; both have the same gradient, gathered once."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, beside: Tensor, *where: Any) -> Tensor:
+        ctx.where = where
+        return reduce_scatter(value, *where).add_(_own(beside, *where))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        if _needs_gradient(gradient):
+            return gather_for_use(gradient, *ctx.where), gather(gradient, *ctx.where), None, None, None
+        whole = all_gather(gradient, *ctx.where)
+        return whole, whole, None, None, None
+
+
 # Each with the transition opposite to it; the names on the right are the functions below.
 _Reduce = _function(all_reduce, lambda gradient, axis: gradient)
 _ReduceForUse = _function(all_reduce, lambda *back: reduce_for_use(*back))
-_Gather = _function(all_gather, lambda *back: take_own(*back))
 _TakeOwn = _function(_own, lambda *back: gather(*back))
 _GatherForUse = _function(all_gather, lambda *back: scatter_sum(*back))
 _ScatterSum = _function(reduce_scatter, lambda *back: gather_for_use(*back))
@@ -146,11 +186,46 @@ def set_private(replicated: Any, axis: Axis, is_private: bool) -> None:
 
 
 _gathered = _applied(_Gather)
+_GATHERED: Any = _Gather._backward_cls
+
+# what autograd calls the ways to look at all of a tensor in its own order
+VIEWS = frozenset(
+    f"{name}Backward{number}"
+    for name in ("View", "UnsafeView", "ReshapeAlias", "Unsqueeze", "Squeeze", "Alias")
+    for number in (0, 1)
+)
+
+
+def _gather_behind(value: Tensor, axis: Axis) -> Any:
+    """The node of autograd that gathered all of `value` over the axis, of which the parts are known; None: no such."""
+    node: Any = value.grad_fn
+    while node is not None and node.name() in VIEWS:
+        node = node.next_functions[0][0]
+    return node if type(node) is _GATHERED and node.part is not None and node.where[0] is axis else None
+
+
+def forget_part(gathered: Tensor) -> None:
+    """Lets go of the part from which a value was gathered: from now on, its I -> R is an all-reduce in backward."""
+    node: Any = gathered.grad_fn
+    if type(node) is _GATHERED:
+        node.part = None
 
 
 def replicate(value: Tensor, axis: Axis) -> Tensor:
-    """I -> R: the value itself; its gradient is the sum of the ranks' gradients."""
-    return _replicated(value, axis) if _needs_gradient(value) else value
+    """I -> R: the value itself; its gradient is the sum of the ranks' gradients.
+
+    Of a value that was gathered, that sum is wanted in parts, and is reduce-scattered.
+    """
+    if not _needs_gradient(value):
+        return value
+    if torch.compiler.is_dynamo_compiling():
+        return _replicated(value, axis)
+    node = _gather_behind(value, axis)
+    if node is None:
+        return _replicated(value, axis)
+    _, split, dim = node.where
+    shape = torch.Size([split.size if d == dim % node.part.dim() else n for d, n in enumerate(node.part.shape)])
+    return _ForUse.apply(node.part, value.detach(), node.where, shape)
 
 
 class _ReplicateTogether(torch.autograd.Function):
@@ -198,10 +273,19 @@ _replicated_together = _applied(_ReplicateTogether)
 def replicate_together(values: Sequence[Tensor], axis: Axis) -> tuple[Tensor, ...]:
     """I -> R of several values whose gradients come at the same time: they are summed in one reduction."""
     wanted = [value for value in values if value.requires_grad] if torch.is_grad_enabled() else []
+    if not torch.compiler.is_dynamo_compiling() and any([_gather_behind(value, axis) for value in wanted]):
+        return _replicated_apart(values, axis)
     if len(wanted) == len(values):
         return _replicated_together(axis, *values)
     made = iter(_replicated_together(axis, *wanted) if wanted else ())
     return tuple(next(made) if _needs_gradient(value) else value for value in values)
+
+
+def _replicated_apart(values: Sequence[Tensor], axis: Axis) -> tuple[Tensor, ...]:
+    """The same, where some were gathered, and are reduce-scattered each on its own."""
+    together = [at for at, value in enumerate(values) if _gather_behind(value, axis) is None]
+    made = dict(zip(together, replicate_together([values[at] for at in together], axis), strict=True))
+    return tuple(made[at] if at in made else replicate(value, axis) for at, value in enumerate(values))
 
 
 def reduce(value: Tensor, axis: Axis, *, in_place: bool = False) -> Tensor:
@@ -264,6 +348,14 @@ def scatter_sum(value: Tensor, axis: Axis, split: Split, dim: int) -> Tensor:
     if _needs_gradient(value):
         return _ScatterSum.apply(value, axis, split, dim)
     return reduce_scatter(value, axis, split, dim)
+
+
+def scatter_sum_beside(value: Tensor, beside: Tensor, axis: Axis, split: Split, dim: int) -> Tensor:
+    """P -> S(dim) and I -> S(dim), added: this rank's slice of the sum with `beside` added to it once."""
+    assert split.is_disjoint  # as above
+    if torch.is_grad_enabled() and (value.requires_grad or beside.requires_grad):
+        return _ScatterBeside.apply(value, beside, axis, split, dim)
+    return reduce_scatter(value, axis, split, dim).add_(_own(beside, axis, split, dim))
 
 
 def exchange(value: Tensor, axis: Axis, send: tuple[int, ...], receive: tuple[int, ...]) -> Tensor:

@@ -9,7 +9,7 @@
     come back     E0(a1) E1(a2)      E1(b1)         and are weighted where they came from
 
 Ranks of a tp group share a batch: each sends its slice of the tokens, and the slices are gathered in the end, so no
-token travels twice. No token is ever left out.
+token travels twice. No token is ever left out. Where the sequence is split, each sends the part that it has.
 
 Legend of shape suffixes: T tokens, K slots (top-k), S = T*K pairs, E experts, H hidden, N rows that arrived here.
 """
@@ -182,12 +182,19 @@ class DispatchBoundary(Boundary):
     def _slices(self, tokens: int) -> Split | None:
         """How the tokens of a shared batch are dealt over the ranks that share it; None where nobody does."""
         axis = self.site.slices
-        if axis.size == 1 or tokens == 0:
+        if axis.size == 1 or tokens == 0 or self._are_split:
             return None
         stops = list(accumulate(deal(tokens, axis.size)))
         starts = [0, *stops[:-1]]
         ranges = tuple(((start, stop),) if stop > start else () for start, stop in zip(starts, stops, strict=True))
         return Split(dim=0, size=tokens, axis=axis.name, ranges=ranges)
+
+    @property
+    def _are_split(self) -> bool:
+        """Whether the tokens that come are this rank's part of a sequence."""
+        sequence = self.site.sequence
+        is_split = sequence is not None and sequence.split is not None
+        return is_split and bool(self.site.options.get("sets_out_split"))
 
     def _sliced(self, value: Tensor, slices: Split | None) -> Tensor:
         return value if slices is None else declare(take_own(value, self.site.slices, slices, 0), self.site.slices, "V")

@@ -120,18 +120,6 @@ register_style(
         options=MappingProxyType({"unit": "units"}),
     )
 )
-register_style(
-    Style(
-        name="sequence_parallel",
-        summary="whole weights on this rank's part of the sequence; their gradients are summed",
-        whole_as="R",
-        arrives="S(1)",
-        needs="S(1)",
-        leaves="S(1)",
-        delivers="S(1)",
-        wants_split="around",
-    )
-)
 register_style(Style(name="replicate", summary="whole on every rank", sections=ANYWHERE))
 register_style(
     Style(

@@ -57,7 +57,7 @@ def _of_whole(name: str) -> Stretch:
 
 def _of_boundary(name: str, entries: list[ModuleEntry], *, is_block: bool) -> Stretch:
     styles = [entry.style for entry in entries]
-    is_own = any(style.role == "experts" or style.arrives[0] == "S" for style in styles)
+    is_own = any(style.role == "experts" or style.needs[0] == "S" for style in styles)
     if any(style.delivers[0] == "S" for style in styles):
         return Stretch(name=name, is_own=is_own, own_after=True)
     return Stretch(name=name, is_own=is_own, own_after=False if is_own or is_block else None)

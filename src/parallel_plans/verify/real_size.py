@@ -193,7 +193,7 @@ def _running(subject: Subject, mesh: DeviceMesh | None) -> Iterator[Running]:
             model = subject.make()
         table = None
         if mesh is not None:
-            sizes = {} if views.ep == 1 else {"ep_size": views.ep, "etp_size": views.etp}
+            sizes: dict[str, Any] = {} if views.ep == 1 else {"ep_size": views.ep, "etp_size": views.etp}
             experts = "dispatch" if subject.dispatch else "auto"
             parallelize(model, subject.plan, mesh, ep_plan=experts, storage="local", **sizes)
             parallel = parallel_of(model)

@@ -17,6 +17,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from parallel_plans.agreement import Agreement
 from parallel_plans.checkpoint.save import save_pretrained, saved_names
 from parallel_plans.loading import Loading
+from parallel_plans.lookup import Sources
 from parallel_plans.plan import Plan
 from parallel_plans.state import parallel_of
 
@@ -36,9 +37,9 @@ def saved_and_loaded(whole: Any, model: Any, plan: Plan, folder: Path, dispatch:
     parallel = parallel_of(model)
     assert parallel is not None
     save_pretrained(model, folder)
-    place, experts = parallel.place, "dispatch" if dispatch else "auto"
+    place, sources = parallel.place, Sources(dense=plan, experts="dispatch" if dispatch else "auto")
     agreement = Agreement(place.all_axes)
-    loading = Loading(path=str(folder), source=plan, experts=experts, place=place, agreement=agreement, arguments={})
+    loading = Loading(path=str(folder), sources=sources, place=place, agreement=agreement, arguments={})
     with _building:
         loaded = copy.deepcopy(whole).to("meta")
         config = LoadStateDictConfig(weight_mapping=get_model_conversion_mapping(loaded))

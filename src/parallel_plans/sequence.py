@@ -1,0 +1,225 @@
+"""Values whose sequence is split over the ranks of a batch: where that begins, who wants all of it, where it ends.
+
+Between the blocks of a model nothing mixes tokens (norms, dropout, what is added), so each rank keeps its own part of
+the sequence there, and of a block's input and output:
+
+    embedding   P -> S(1)      reduce-scatter                            backward: all-gather
+    norm        S(1)           its weight is used as R                   its gradient is summed
+    attention   S(1) -> I      all-gather, once for q, k and v           reduce-scatter
+                P -> S(1)      reduce-scatter of what `o_proj` sums      all-gather
+    MLP         S(1) -> I, P -> S(1)
+    last norm   S(1) -> I      all-gather                                reduce-scatter
+
+An all-reduce is a reduce-scatter and an all-gather, so this moves what plain tensor parallelism moves.
+
+Inside a block values are what they are without: attention sees the whole sequence, so masks, position ids and caches
+are those of the model. That the block's gather is reduce-scattered in backward, though the projections' I -> R asks for
+an all-reduce, is found by `parallel_plans.transitions`; that a sum which leaves it is scattered, since it waits
+(`parallel_plans.sums`). Where either cannot be, as in what torch.compile traces, more is communicated, and the values
+are the same.
+"""
+
+from __future__ import annotations
+
+import functools
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from parallel_plans.boundary import Arguments, Boundary, Forward, Keywords, Site, change_first, change_output
+from parallel_plans.collectives import Axis
+from parallel_plans.layouts import Split, deal
+from parallel_plans.partial_tensor import Partial, whole, whole_tree
+from parallel_plans.sums import SCOPE, leaving, sum_scope, sums_may_wait
+from parallel_plans.transitions import forget_part, gather, scatter_sum, scatter_sum_beside, take_own
+
+if TYPE_CHECKING:
+    from parallel_plans.styles.base import Style
+
+DIM = 1  # of hidden states [batch, sequence, hidden]
+
+
+@functools.lru_cache(maxsize=4096)
+def sequence_split(tokens: int, axis: str, ranks: int) -> Split:
+    """How a sequence of so many tokens is dealt over the ranks of an axis; a rank may get none.
+
+    >>> sequence_split(7, "tp", 2).ranges
+    (((0, 4),), ((4, 7),))
+    """
+    stops = list(accumulate(deal(tokens, ranks)))
+    ranges = zip([0, *stops[:-1]], stops, strict=True)
+    pieces = tuple(((start, stop),) if stop > start else () for start, stop in ranges)
+    return Split(dim=DIM, size=tokens, axis=axis, ranges=pieces)
+
+
+class Sequence:
+    """How the sequence lies in the forward that runs; one for all boundaries of a model.
+
+    Args:
+        axis: the ranks over which it is split.
+        routes_split: whether routers take this rank's tokens alone.
+    """
+
+    def __init__(self, axis: Axis, *, routes_split: bool = False) -> None:
+        self.axis, self.routes_split = axis, routes_split
+        self.split: Split | None = None  # None: every rank has all of it
+
+    def begin(self, tokens: int) -> None:
+        """A forward of so many tokens begins.
+
+        Fewer tokens than ranks stay whole where nothing is recorded: a decode step takes one, and does best with the
+        collectives of tensor parallelism alone. Where autograd records they are split all the same, since gradients of
+        whole weights are summed over the ranks.
+        """
+        is_short = tokens < self.axis.size and not torch.is_grad_enabled()
+        self.split = None if is_short else sequence_split(tokens, self.axis.name, self.axis.size)
+
+    def during(self, split: Split | None, forward: Forward) -> Forward:
+        """`forward` of a layer that is computed again: the sequence lies as when it was computed first."""
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            now, self.split = self.split, split
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                self.split = now
+
+        return run
+
+    def gathered(self, part: Tensor, name: str) -> Tensor:
+        """S(1) -> I: the whole sequence; what every rank has whole, as it is."""
+        if self.split is None:
+            return part
+        own = self.split.local_sizes[self.axis.rank]
+        if part.dim() <= DIM or part.shape[DIM] != own:
+            raise RuntimeError(
+                f"{name} was given {list(part.shape)}; expected this rank's {own} of {self.split.size} tokens along "
+                f"dim {DIM}: a model whose sequence is split runs as a whole, or all of its layers from the first on"
+            )
+        return gather(part, self.axis, self.split, DIM)
+
+    def scattered(self, value: Tensor) -> Tensor:
+        """P -> S(1) or I -> S(1): this rank's part of the sequence, of a sum that waits or of a value."""
+        if self.split is None:
+            return whole(value)
+        if not isinstance(value, Partial) or value.state.is_reduced or value.axis is not self.axis:
+            return take_own(whole(value), self.axis, self.split, DIM)
+        if value.beside is None:
+            return scatter_sum(value.part, self.axis, self.split, DIM)
+        return scatter_sum_beside(value.part, value.beside, self.axis, self.split, DIM)
+
+
+class SequenceBoundary(Boundary):
+    """A boundary that asks how the sequence lies."""
+
+    @staticmethod
+    def _delivery(style: Style, site: Site) -> None:
+        """Nothing: how a sequence is split is known when a forward runs, and `around` asks then."""
+
+    @property
+    def sequence(self) -> Sequence:
+        """How it lies in the forward that runs."""
+        assert self.site.sequence is not None
+        return self.site.sequence
+
+
+class SplitBoundary(SequenceBoundary):
+    """`split_sequence`: what comes is split, and a sum that has waited for it is scattered."""
+
+    def around(self, forward: Forward) -> Forward:
+        sequence = self.sequence
+
+        def split(value: Tensor) -> Tensor:
+            sequence.begin(value.shape[DIM])
+            SCOPE.tally = None  # nothing has to wait any longer
+            return sequence.scattered(value)
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            args, kwargs = change_first(split, args, kwargs)
+            return forward(*args, **kwargs)
+
+        return run
+
+
+class WholeBoundary(SequenceBoundary):
+    """`whole_sequence`: the sequence is gathered, and of what the module gives every rank takes its part."""
+
+    def around(self, forward: Forward) -> Forward:
+        sequence, name = self.sequence, self.site.name
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if sequence.split is None:
+                return forward(*args, **kwargs)
+            made: list[Tensor] = []
+
+            def gathered(part: Tensor) -> Tensor:
+                made.append(sequence.gathered(part, name))
+                return made[0]
+
+            args, kwargs = change_first(gathered, args, kwargs)
+            output = _with_waiting_sums(forward, args, kwargs)
+            forget_part(made[0])
+            return _whole_but_first(change_output(sequence.scattered, output))
+
+        return run
+
+
+def _with_waiting_sums(forward: Forward, args: Arguments, kwargs: Keywords) -> Any:
+    if not sums_may_wait():
+        return forward(*args, **kwargs)
+    with sum_scope():
+        return forward(*args, **kwargs)
+
+
+def _whole_but_first(output: Any) -> Any:
+    return output if isinstance(output, Tensor) else whole_tree(output)
+
+
+class JoinBoundary(SequenceBoundary):
+    """`sequence_parallel_gather_output`: what the module gives is gathered."""
+
+    def around(self, forward: Forward) -> Forward:
+        sequence, name = self.sequence, self.site.name
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            return change_output(lambda part: sequence.gathered(part, name), forward(*args, **kwargs))
+
+        return run
+
+
+def around_body(forward: Forward, sequence: Sequence) -> Forward:
+    """`forward` of the module that holds the layers: embeddings wait to be scattered, and what it captures is whole.
+
+    transformers keeps the hidden states of layers and the scores of routers where they are asked for.
+    """
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling() or not sums_may_wait():
+            return _with_whole_captures(forward(*args, **kwargs), sequence)
+        with sum_scope() as tally:
+            output = forward(*args, **kwargs)
+        return _with_whole_captures(leaving(output, tally), sequence)
+
+    return run
+
+
+def _with_whole_captures(output: Any, sequence: Sequence) -> Any:
+    """The output of a model of transformers with what it captured of its layers whole; any other as it is."""
+    if sequence.split is None or not isinstance(output, dict):
+        return output
+    states, scores, last = output.get("hidden_states"), output.get("router_logits"), output.get("last_hidden_state")
+    if isinstance(states, tuple):  # what the first layer was given, and what the last norm gave, are whole
+        split = [value for value in states[1:] if value is not None and value is not last]
+        whole = {id(value): sequence.gathered(value, "hidden_states") for value in split}
+        output["hidden_states"] = tuple(whole.get(id(value), value) for value in states)
+    if isinstance(scores, tuple) and sequence.routes_split and last is not None:
+        output["router_logits"] = tuple(_whole_scores(value, last.shape[0], sequence) for value in scores)
+    return output
+
+
+def _whole_scores(scores: Tensor, batch: int, sequence: Sequence) -> Tensor:
+    """Of a router's scores [B * S, E] for this rank's tokens, those for all."""
+    own = scores.unflatten(0, (batch, scores.shape[0] // batch))
+    return sequence.gathered(own, "router_logits").flatten(0, 1)
