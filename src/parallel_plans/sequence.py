@@ -33,7 +33,7 @@ from parallel_plans.collectives import Axis
 from parallel_plans.layouts import Split, deal
 from parallel_plans.partial_tensor import Partial, whole, whole_tree
 from parallel_plans.sums import SCOPE, leaving, sum_scope, sums_may_wait
-from parallel_plans.transitions import forget_part, gather, scatter_sum, scatter_sum_beside, take_own
+from parallel_plans.transitions import forget_part, gather, gather_to_share, scatter_sum, scatter_sum_beside, take_own
 
 if TYPE_CHECKING:
     from parallel_plans.styles.base import Style
@@ -88,8 +88,11 @@ class Sequence:
 
         return run
 
-    def gathered(self, part: Tensor, name: str) -> Tensor:
-        """S(1) -> I: the whole sequence; what every rank has whole, as it is."""
+    def gathered(self, part: Tensor, name: str, *, is_shared: bool = False) -> Tensor:
+        """S(1) -> I: the whole sequence; what every rank has whole, as it is.
+
+        `is_shared`: modules that make it an R will take it.
+        """
         if self.split is None:
             return part
         own = self.split.local_sizes[self.axis.rank]
@@ -98,7 +101,7 @@ class Sequence:
                 f"{name} was given {list(part.shape)}; expected this rank's {own} of {self.split.size} tokens along "
                 f"dim {DIM}: a model whose sequence is split runs as a whole, or all of its layers from the first on"
             )
-        return gather(part, self.axis, self.split, DIM)
+        return (gather_to_share if is_shared else gather)(part, self.axis, self.split, DIM)
 
     def scattered(self, value: Tensor) -> Tensor:
         """P -> S(1) or I -> S(1): this rank's part of the sequence, of a sum that waits or of a value."""
@@ -155,7 +158,7 @@ class WholeBoundary(SequenceBoundary):
             made: list[Tensor] = []
 
             def gathered(part: Tensor) -> Tensor:
-                made.append(sequence.gathered(part, name))
+                made.append(sequence.gathered(part, name, is_shared=True))
                 return made[0]
 
             args, kwargs = change_first(gathered, args, kwargs)
@@ -184,7 +187,7 @@ class JoinBoundary(SequenceBoundary):
         sequence, name = self.sequence, self.site.name
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            return change_output(lambda part: sequence.gathered(part, name), forward(*args, **kwargs))
+            return change_output(lambda part: sequence.gathered(part, name, is_shared=True), forward(*args, **kwargs))
 
         return run
 
