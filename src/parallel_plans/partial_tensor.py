@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NoReturn
@@ -25,7 +25,7 @@ Step = Callable[[Tensor], Tensor]
 Rule = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 
 
-def _recording(wanted: bool) -> AbstractContextManager[Any]:
+def recording(wanted: bool) -> AbstractContextManager[Any]:
     """Inside the block autograd records, or does not; nothing where that is so already, which is most of the time."""
     return _AS_IT_IS if torch.is_grad_enabled() == wanted else torch.set_grad_enabled(wanted)
 
@@ -74,7 +74,7 @@ class Link:
         return all(kept.is_same for kept in self._uses)
 
     def value(self) -> Tensor:
-        with _recording(self._graded):
+        with recording(self._graded):
             return self._step(self.source.held).contiguous()
 
 
@@ -119,6 +119,7 @@ class Delayed:
     """
 
     __slots__ = ("__weakref__", "axis", "beside", "copies", "is_lent", "is_reduced", "link", "tally", "tensor")
+    joins_others = True  # whether its reduction may be one with that of others
 
     def __init__(
         self,
@@ -158,7 +159,7 @@ class Delayed:
         if not self.is_reduced:
             if self.tally is not None:
                 self.tally.made(self.tensor.nbytes)
-            with _recording(self.requires_grad):  # it is remembered, also where the first to ask has none
+            with recording(self.requires_grad):  # it is remembered, also where the first to ask has none
                 self.take(reduce(self.tensor, self.axis))
         return self.tensor
 
@@ -218,10 +219,17 @@ class Partial(Tensor):
     _seen_of: Tensor  # and of which shared tensor
 
     @staticmethod
-    def __new__(cls, state: Delayed, parent: Partial | None = None, step: Step | None = None) -> Partial:
+    def __new__(
+        cls,
+        state: Delayed,
+        parent: Partial | None = None,
+        step: Step | None = None,
+        shape: Sequence[int] | None = None,
+    ) -> Partial:
         graded = torch.is_grad_enabled()
         held = state.tensor if parent is None else step(parent.held)  # type: ignore[misc]
-        made = Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype, device=held.device)
+        shape = held.shape if shape is None else shape
+        made = Tensor._make_wrapper_subclass(cls, shape, dtype=held.dtype, device=held.device)
         made.state, made._parent, made._step, made._graded = state, parent, step, graded
         made._seen_of, made._seen = state.tensor, held
         if graded and held.is_floating_point() and (made.needs_gradient or not state.requires_grad):
@@ -262,7 +270,7 @@ class Partial(Tensor):
         """Of a tensor like the one in the shared state, the view that this is."""
         if self._parent is None or self._step is None:
             return base
-        with _recording(self._graded):
+        with recording(self._graded):
             return self._step(self._parent.view_of(base))
 
     def change(self, part: Step | None, beside: Step | None) -> Partial:
@@ -376,7 +384,7 @@ def _collect(tree: Any, found: list[Delayed]) -> None:
     kind = type(tree)
     if kind is Tensor or tree is None:  # nearly always
         return
-    if kind is Partial:
+    if issubclass(kind, Partial):
         if not tree.state.is_reduced:
             found.append(tree.state.root)
     elif isinstance(tree, (tuple, list)):
@@ -392,7 +400,7 @@ def _reduce_together(states: Iterable[Delayed]) -> None:
     alike: dict[Any, list[Delayed]] = {}
     for state in states:
         tensor = state.tensor
-        if tensor.nbytes <= SMALL:
+        if tensor.nbytes <= SMALL and state.joins_others:
             alike.setdefault((state.axis.group, tensor.dtype, tensor.device, state.requires_grad), []).append(state)
     for together in alike.values():
         if len(together) == 1:
@@ -400,7 +408,7 @@ def _reduce_together(states: Iterable[Delayed]) -> None:
         tally, parts = together[0].tally, [state.tensor for state in together]
         if tally is not None:
             tally.made(sum(part.nbytes for part in parts))
-        with _recording(together[0].requires_grad):
+        with recording(together[0].requires_grad):
             for state, total in zip(together, reduce_together(parts, together[0].axis), strict=True):
                 state.take(total)
 

@@ -31,9 +31,10 @@ from torch import Tensor
 from parallel_plans.boundary import Arguments, Boundary, Forward, Keywords, Site, change_first, change_output
 from parallel_plans.collectives import Axis
 from parallel_plans.layouts import Split, deal
-from parallel_plans.partial_tensor import Partial, whole, whole_tree
+from parallel_plans.partial_tensor import Kept, Partial, whole, whole_tree
+from parallel_plans.scattered_sum import DelayedScatter, ScatteredSum
 from parallel_plans.sums import SCOPE, leaving, sum_scope, sums_may_wait
-from parallel_plans.transitions import forget_part, gather, scatter_sum, scatter_sum_beside, take_own
+from parallel_plans.transitions import forget_part, gather, take_own
 
 if TYPE_CHECKING:
     from parallel_plans.styles.base import Style
@@ -65,6 +66,7 @@ class Sequence:
     def __init__(self, axis: Axis, *, routes_split: bool = False) -> None:
         self.axis, self.routes_split = axis, routes_split
         self.split: Split | None = None  # None: every rank has all of it
+        self.last: Gathered | None = None  # for the next who wants the same
 
     def begin(self, tokens: int) -> None:
         """A forward of so many tokens begins.
@@ -75,6 +77,7 @@ class Sequence:
         """
         is_short = tokens < self.axis.size and not torch.is_grad_enabled()
         self.split = None if is_short else sequence_split(tokens, self.axis.name, self.axis.size)
+        self.last = None
 
     def during(self, split: Split | None, forward: Forward) -> Forward:
         """`forward` of a layer that is computed again: the sequence lies as when it was computed first."""
@@ -84,7 +87,7 @@ class Sequence:
             try:
                 return forward(*args, **kwargs)
             finally:
-                self.split = now
+                self.split, self.last = now, None
 
         return run
 
@@ -100,15 +103,44 @@ class Sequence:
             )
         return gather(part, self.axis, self.split, DIM)
 
+    def gathered_once(self, part: Tensor, taker: WholeBoundary) -> Tensor:
+        """As `gathered`; what was gathered last once more, where this is the same."""
+        last = self.last
+        if last is not None and last.is_of(part):
+            last.taker.is_followed = True
+            return last.whole
+        if last is not None and last.taker.is_followed is None:
+            last.taker.is_followed = False
+        whole = self.gathered(part, taker.site.name)
+        self.last = None if taker.is_followed is False else Gathered(part, whole, taker)
+        return whole
+
     def scattered(self, value: Tensor) -> Tensor:
         """P -> S(1) or I -> S(1): this rank's part of the sequence, of a sum that waits or of a value."""
         if self.split is None:
             return whole(value)
         if not isinstance(value, Partial) or value.state.is_reduced or value.axis is not self.axis:
             return take_own(whole(value), self.axis, self.split, DIM)
-        if value.beside is None:
-            return scatter_sum(value.part, self.axis, self.split, DIM)
-        return scatter_sum_beside(value.part, value.beside, self.axis, self.split, DIM)
+        tally = SCOPE.tally
+        beside = None if value.beside is None else Kept(value.beside)
+        state = DelayedScatter(value.part, self.axis, self.split, DIM, beside=beside)
+        if tally is None or tally.is_recorded != torch.is_grad_enabled():
+            return state.reduce()
+        tally.came(state)
+        return ScatteredSum(state)
+
+
+class Gathered:
+    """A sequence that was gathered, from which part, and for whom: what lies beside that may want it, too."""
+
+    def __init__(self, part: Tensor, whole: Tensor, taker: WholeBoundary) -> None:
+        self._part, self.whole, self.taker = Kept(part), whole, taker
+        self._is_recorded = torch.is_grad_enabled()
+
+    def is_of(self, part: Tensor) -> bool:
+        """Whether it would be gathered from this now."""
+        is_same = self._part.is_same and self._part.tensor is part
+        return is_same and self._is_recorded == torch.is_grad_enabled()
 
 
 class SequenceBoundary(Boundary):
@@ -146,8 +178,10 @@ class SplitBoundary(SequenceBoundary):
 class WholeBoundary(SequenceBoundary):
     """`whole_sequence`: the sequence is gathered, and of what the module gives every rank takes its part."""
 
+    is_followed: bool | None = None  # whether another takes the same after it; None: not known
+
     def around(self, forward: Forward) -> Forward:
-        sequence, name = self.sequence, self.site.name
+        sequence = self.sequence
 
         def run(*args: Any, **kwargs: Any) -> Any:
             if sequence.split is None:
@@ -155,12 +189,13 @@ class WholeBoundary(SequenceBoundary):
             made: list[Tensor] = []
 
             def gathered(part: Tensor) -> Tensor:
-                made.append(sequence.gathered(part, name))
+                made.append(sequence.gathered_once(part, self))
                 return made[0]
 
             args, kwargs = change_first(gathered, args, kwargs)
             output = _with_waiting_sums(forward, args, kwargs)
-            forget_part(made[0])
+            if not self.is_followed:
+                forget_part(made[0])
             return _whole_but_first(change_output(sequence.scattered, output))
 
         return run
@@ -174,7 +209,11 @@ def _with_waiting_sums(forward: Forward, args: Arguments, kwargs: Keywords) -> A
 
 
 def _whole_but_first(output: Any) -> Any:
-    return output if isinstance(output, Tensor) else whole_tree(output)
+    """What else a module gives, attention its weights, does not wait."""
+    if isinstance(output, Tensor):
+        return output
+    first, *others = output
+    return type(output)([first, *whole_tree(others)])
 
 
 class JoinBoundary(SequenceBoundary):
