@@ -66,10 +66,11 @@ class Sequence:
     def __init__(self, axis: Axis, *, routes_split: bool = False) -> None:
         self.axis, self.routes_split = axis, routes_split
         self.split: Split | None = None  # None: every rank has all of it
+        self.rows = 0  # sequences in the batch
         self.last: Gathered | None = None  # for the next who wants the same
 
-    def begin(self, tokens: int) -> None:
-        """A forward of so many tokens begins.
+    def begin(self, rows: int, tokens: int) -> None:
+        """A forward of so many sequences of so many tokens begins.
 
         Fewer tokens than ranks stay whole where nothing is recorded: a decode step takes one, and does best with the
         collectives of tensor parallelism alone. Where autograd records they are split all the same, since gradients of
@@ -77,17 +78,19 @@ class Sequence:
         """
         is_short = tokens < self.axis.size and not torch.is_grad_enabled()
         self.split = None if is_short else sequence_split(tokens, self.axis.name, self.axis.size)
-        self.last = None
+        self.rows, self.last = rows, None
 
-    def during(self, split: Split | None, forward: Forward) -> Forward:
-        """`forward` of a layer that is computed again: the sequence lies as when it was computed first."""
+    def as_now(self, forward: Forward) -> Forward:
+        """`forward` of a layer that is computed again: the sequence lies as it does now, when it is computed first."""
+        split, rows = self.split, self.rows
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            now, self.split = self.split, split
+            now = self.split, self.rows
+            self.split, self.rows = split, rows
             try:
                 return forward(*args, **kwargs)
             finally:
-                self.split, self.last = now, None
+                (self.split, self.rows), self.last = now, None
 
         return run
 
@@ -96,12 +99,18 @@ class Sequence:
         if self.split is None:
             return part
         own = self.split.local_sizes[self.axis.rank]
+        if self._is_flat(part, own):
+            return gather(part.unflatten(0, (self.rows, own)), self.axis, self.split, DIM).flatten(0, 1)
         if part.dim() <= DIM or part.shape[DIM] != own:
             raise RuntimeError(
                 f"{name} was given {list(part.shape)}; expected this rank's {own} of {self.split.size} tokens along "
                 f"dim {DIM}: a model whose sequence is split runs as a whole, or all of its layers from the first on"
             )
         return gather(part, self.axis, self.split, DIM)
+
+    def _is_flat(self, value: Tensor, tokens: int) -> bool:
+        """Whether it has the tokens of all sequences in one dim, as blocks of experts like it."""
+        return value.dim() == DIM + 1 and value.shape[0] == self.rows * tokens
 
     def gathered_once(self, part: Tensor, taker: WholeBoundary) -> Tensor:
         """As `gathered`; what was gathered last once more, where this is the same."""
@@ -112,13 +121,16 @@ class Sequence:
         if last is not None and last.taker.is_followed is None:
             last.taker.is_followed = False
         whole = self.gathered(part, taker.site.name)
-        self.last = None if taker.is_followed is False else Gathered(part, whole, taker)
+        is_last = taker.is_followed is False or part.is_inference()
+        self.last = None if is_last else Gathered(part, whole, taker)
         return whole
 
     def scattered(self, value: Tensor) -> Tensor:
         """P -> S(1) or I -> S(1): this rank's part of the sequence, of a sum that waits or of a value."""
         if self.split is None:
             return whole(value)
+        if self._is_flat(value, self.split.size):
+            return self.scattered(value.unflatten(0, (self.rows, self.split.size))).flatten(0, 1)
         if not isinstance(value, Partial) or value.state.is_reduced or value.axis is not self.axis:
             return take_own(whole(value), self.axis, self.split, DIM)
         tally = SCOPE.tally
@@ -164,7 +176,7 @@ class SplitBoundary(SequenceBoundary):
         sequence = self.sequence
 
         def split(value: Tensor) -> Tensor:
-            sequence.begin(value.shape[DIM])
+            sequence.begin(value.shape[0], value.shape[DIM])
             SCOPE.tally = None  # nothing has to wait any longer
             return sequence.scattered(value)
 
@@ -254,11 +266,5 @@ def _with_whole_captures(output: Any, sequence: Sequence) -> Any:
         whole = {id(value): sequence.gathered(value, "hidden_states") for value in split}
         output["hidden_states"] = tuple(whole.get(id(value), value) for value in states)
     if isinstance(scores, tuple) and sequence.routes_split and last is not None:
-        output["router_logits"] = tuple(_whole_scores(value, last.shape[0], sequence) for value in scores)
+        output["router_logits"] = tuple(sequence.gathered(value, "router_logits") for value in scores)
     return output
-
-
-def _whole_scores(scores: Tensor, batch: int, sequence: Sequence) -> Tensor:
-    """Of a router's scores [B * S, E] for this rank's tokens, those for all."""
-    own = scores.unflatten(0, (batch, scores.shape[0] // batch))
-    return sequence.gathered(own, "router_logits").flatten(0, 1)

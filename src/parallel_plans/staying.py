@@ -80,7 +80,7 @@ class StayingTokens:
 
     def takes_parts(self, parameter: str) -> bool:
         """Whether a whole parameter is used on this rank's tokens alone."""
-        is_expert = self.experts.holds(parameter)
+        is_expert = self.experts.holds(parameter.rpartition(".")[0])  # what a block owns besides is no expert's
         is_whole = is_expert or any(each in self.whole_within for each in prefixes(parameter))
         return not is_whole and any(True for _ in self._blocks_around(parameter))
 
