@@ -12,6 +12,8 @@ from torch.distributed.tensor import DTensor
 
 from parallel_plans.checkpoint.load import Loaded
 from parallel_plans.collectives import all_gather
+from parallel_plans.data_parallel.chunks import rank_part
+from parallel_plans.data_parallel.copies import name_owner
 from parallel_plans.layouts import Layout
 from parallel_plans.mesh import Place
 from parallel_plans.quantized.tensors import is_quantized, like
@@ -51,6 +53,7 @@ class Parallel:
 def remember(model: nn.Module, parallel: Parallel) -> None:
     """Keeps `parallel` with the model, and has errors speak of its modules by their names."""
     name_modules_of(model)
+    name_owner(model, parallel)
     setattr(model, _ATTRIBUTE, parallel)
 
 
@@ -67,7 +70,7 @@ def parallel_of(model: nn.Module) -> Parallel | None:
 
 
 def local_part(value: Tensor) -> Tensor:
-    """This rank's part of a parameter or gradient, without gradients, whatever the storage."""
+    """What this rank keeps of a parameter or gradient, without gradients, whatever the storage."""
     value = value.detach()
     return value._local_tensor if isinstance(value, DTensor) else value
 
@@ -85,15 +88,16 @@ def gathered(local: Tensor, layout: Layout | None, place: Place) -> Tensor:
 def whole_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Name and whole tensor of every entry of the state dict, gathered one by one; every rank iterates to the end."""
     for name, value in model.state_dict(keep_vars=True).items():
-        yield name, _whole(model, name, value)
+        yield name, whole_tensor(model, name, value)
 
 
-def _whole(model: nn.Module, name: str, value: Tensor) -> Tensor:
+def whole_tensor(model: nn.Module, name: str, value: Tensor) -> Tensor:
     """The whole of a parameter, buffer or gradient of `model`; of one that is not parallelized, the value itself."""
     parallel = parallel_of(model)
     if parallel is None:
         return value.detach()
-    return gathered(local_part(value), parallel.layout(name), parallel.place)
+    layout = parallel.layout(name)
+    return gathered(rank_part(value, layout, parallel.place), layout, parallel.place)
 
 
 def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -115,7 +119,7 @@ def full_gradients(model: nn.Module) -> dict[str, Tensor]:
     """
     with torch.no_grad():
         return {
-            name: _whole(model, name, parameter.grad).clone()
+            name: whole_tensor(model, name, parameter.grad).clone()
             for name, parameter in model.named_parameters()
             if parameter.grad is not None
         }
