@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from parallel_plans.checkpoint.load import Loaded
@@ -67,6 +68,12 @@ def parallel_of(model: nn.Module) -> Parallel | None:
         if kept is not None:
             return replace(kept, prefix=f"{name}.") if name else kept
     return None
+
+
+def class_name(model: nn.Module) -> str:
+    """The name of a model's class, as it was before `fully_shard` put one of its own in its place."""
+    kind = type(model)
+    return (kind.__mro__[kind._orig_cls_mro_index] if issubclass(kind, FSDPModule) else kind).__name__
 
 
 def local_part(value: Tensor) -> Tensor:

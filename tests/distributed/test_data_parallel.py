@@ -7,8 +7,9 @@ was made.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import outcomes, run_on_ranks
-from rows import Row
+from ranks import run_on_ranks
+from rows import Row, loaded
 from tiny import assert_close, tiny_model, tokens
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -25,6 +26,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.fsdp import fully_shard as shard_by_torch
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoModelForCausalLM
 
 from parallel_plans import (
     average_gradients,
@@ -37,7 +39,11 @@ from parallel_plans import (
     parallelize,
     save_state,
 )
+from parallel_plans.gradients import gradient_norm
+from parallel_plans.integrations.accelerate import Accelerator
+from parallel_plans.integrations.batches import average_in_backward
 from parallel_plans.lookup import bundled_folder
+from parallel_plans.state import local_part
 from parallel_plans.storage import Storage
 from parallel_plans.verify.weights import in_float64
 
@@ -116,7 +122,7 @@ class Case:
         row: sizes of the axes.
         tied: whether the head is the embeddings.
         storage: how parameters are kept.
-        clips: the model, a limit -> the norm; torch's own or the package's.
+        by_torch: whether torch's own clips gradients, not the package's.
     """
 
     kind: str
@@ -125,7 +131,6 @@ class Case:
     tied: bool = False
     storage: Storage = "dtensor"
     by_torch: bool = False
-    options: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
         way = getattr(self.way, "__name__", None) or "-".join([self.way.func.__name__, *map(str, self.way.keywords)])
@@ -220,3 +225,176 @@ def test_three_steps_over_batches_are_those_of_one_process_on_the_joined_batch(c
         for name, weight in weights.items():
             moved = (after[name] - before[name]).abs().max()
             assert (weight - after[name]).abs().max() <= 1e-7 * moved, name
+
+
+# what is saved, put together and measured of models that are fully sharded
+
+
+# gradients, norms, weights, what differs, sizes and tokens
+Everything = tuple[dict[str, Tensor], list[Tensor], dict[str, Tensor], list[str], list[int]]
+
+
+def stepped_and_saved(folder: str, target: str, row: Row) -> Everything:
+    """Gradients and norms of a step, and what differs between a training state and the model that it is loaded into."""
+
+    def begun() -> tuple[Any, Any]:
+        model = fully_shard(loaded(folder, row))
+        return model, torch.optim.AdamW(model.parameters(), lr=RATE)
+
+    model, optimizer = begun()
+    batch = tokens(rows=row.batches).chunk(row.batches)[dist.get_rank() // row.tp]
+    model(input_ids=batch, labels=batch).loss.backward()
+    gradients = full_gradients(model)
+    norms = [gradient_norm(model, kind) for kind in NORMS]
+    optimizer.step()
+    model.save_pretrained(f"{target}/model")
+    save_state(f"{target}/state", model=model, optimizer=optimizer)
+    again, its_optimizer = begun()
+    load_state(f"{target}/state", model=again, optimizer=its_optimizer)
+    weights, found = full_state_dict(model), full_state_dict(again)
+    wrong = [name for name, weight in weights.items() if not torch.equal(weight, found[name])]
+    for (name, one), other in zip(model.named_parameters(), again.parameters(), strict=True):
+        for key, value in optimizer.state[one].items():
+            loaded_value = its_optimizer.state[other][key]
+            if not torch.equal(local_part(value), local_part(loaded_value)):
+                wrong.append(f"{name} {key}")
+    kept = [sum(local_part(p).numel() for p in each.parameters()) for each in (model, loaded(folder, row))]
+    made = model.generate(tokens(), max_new_tokens=3, do_sample=False)
+    return gradients, norms, weights, wrong, [*kept, *made[:, -3:].flatten().tolist()]
+
+
+NORMS = (2.0, 1.0, math.inf)
+SAVED = (
+    ("llama", DP2_TP2, {"tied": True, "num_attention_heads": 6, "num_key_value_heads": 3}),  # heads that do not divide
+    ("phi3", DP2_TP2, {"tied": False}),
+    ("qwen3_moe", EP2_OF_4, {"tied": False}),
+    ("qwen3_moe", EP4_TP2, {"tied": False}),
+)
+
+
+@pytest.mark.parametrize(("kind", "row", "config"), SAVED, ids=lambda each: str(each)[:20])
+def test_of_chunks_wholes_are_made(kind: str, row: Row, config: dict[str, Any], tmp_path: Path) -> None:
+    truth = tiny_model(kind, **config)
+    truth.save_pretrained(tmp_path / "start")
+    batch = tokens(rows=row.batches)
+    truth(input_ids=batch, labels=batch).loss.backward()
+    wanted = {name: parameter.grad for name, parameter in truth.named_parameters()}
+    results = run_on_ranks(stepped_and_saved, row.world, str(tmp_path / "start"), str(tmp_path), row)
+    ordinary = AutoModelForCausalLM.from_pretrained(tmp_path / "model", attn_implementation="eager")
+    written = ordinary.generate(tokens(), max_new_tokens=3, do_sample=False)[:, -3:].flatten().tolist()
+    assert ordinary.config.architectures == [type(truth).__name__]
+    for gradients, norms, weights, wrong, (chunks, parts, *made_tokens) in results:
+        assert gradients.keys() == wanted.keys()
+        for name, gradient in gradients.items():
+            assert_close(name, gradient, wanted[name], relative=1e-3)
+        for found, norm_type in zip(norms, NORMS, strict=True):
+            whole = nn.utils.get_total_norm([each for each in wanted.values()], norm_type)
+            assert_close("norm", found, whole, relative=1e-5)
+        assert wrong == []
+        for name, weight in ordinary.state_dict().items():
+            assert torch.equal(weight, weights[name]), name
+        assert chunks < 0.6 * parts or row is EP4_TP2  # experts with one copy are kept as they are
+        assert made_tokens == written
+
+
+# mixed precision
+
+
+def in_bfloat16(kind: str, row: Row) -> tuple[Tensor, dict[str, Tensor], set[torch.dtype], set[torch.dtype]]:
+    """Loss and gradients computed in bfloat16 of weights in float32, reduced in float32."""
+    case, seen = Case(kind=kind, way=by_fsdp, row=row), set[torch.dtype]()
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    model = fully_shard(split(case, torch.float32), mp_policy=policy)
+    model.model.layers[-1].register_forward_hook(lambda module, given, output: seen.add(output.dtype))
+    batch = batch_of(0, row.batches, 0, dist.get_rank() // row.tp)
+    loss = model(input_ids=batch, labels=batch).loss
+    loss.backward()
+    kept = {parameter.dtype for parameter in model.parameters()} | {p.grad.dtype for p in model.parameters()}
+    return loss.detach().float(), full_gradients(model), seen, kept
+
+
+@pytest.mark.parametrize(("kind", "row"), [("llama", DP2_TP2), ("qwen3_moe", EP4_TP2)], ids=str)
+def test_a_policy_of_mixed_precision_holds_for_parts_and_experts(kind: str, row: Row) -> None:
+    truth, batch = made(kind, False, torch.float32), batch_of(0, row.batches, 0)
+    loss = truth(input_ids=batch, labels=batch).loss
+    loss.backward()
+    whole = torch.cat([parameter.grad.flatten() for parameter in truth.parameters()])
+    results = run_on_ranks(in_bfloat16, row.world, kind, row)
+    for _, gradients, computed_in, kept_in in results:
+        assert (computed_in, kept_in) == ({torch.bfloat16}, {torch.float32})
+        found = torch.cat([gradients[name].flatten() for name, _ in truth.named_parameters()])
+        assert (found - whole).norm() < 0.1 * whole.norm()  # bfloat16 has 8 bits
+    assert_close("loss", sum(loss for loss, *_ in results) / row.world, loss, relative=1e-2)
+
+
+# what is refused
+
+
+def over_all(model: Any) -> None:
+    DistributedDataParallel(model)
+
+
+def over_dp(model: Any) -> None:
+    by_ddp(model, DP2_TP2)
+
+
+def sharded_over_all(model: Any) -> None:
+    shard_by_torch(model, mesh=init_device_mesh("cpu", (4,)))
+
+
+def sharded_over_tp(model: Any) -> None:
+    shard_by_torch(model, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))["tp"])
+
+
+def sharded_over_dp(model: Any) -> None:
+    shard_by_torch(model, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))["dp"])
+
+
+def experts_over_all(model: Any) -> None:
+    shard_by_torch(model.model.layers[-1], mesh=init_device_mesh("cpu", (4,)))
+
+
+def on_fewer_after_forward(model: Any) -> None:
+    mesh = init_device_mesh("cpu", (4,))
+    shard_by_torch(model.lm_head, mesh=mesh, reshard_after_forward=2)
+
+
+def prepared(model: Any) -> None:
+    Accelerator(cpu=True).prepare(fully_shard(model))
+
+
+def prepared_in_ddp(model: Any) -> None:
+    wrapped = by_ddp(model, DP2_TP2)
+    average_in_backward(wrapped.module)
+
+
+REFUSALS = (
+    (over_all, "llama", DP2_TP2, "local", "PP730"),
+    (over_dp, "llama", DP2_TP2, "dtensor", "PP742"),
+    (sharded_over_dp, "llama", DP2_TP2, "local", "PP743"),
+    (sharded_over_all, "llama", DP2_TP2, "dtensor", "PP744"),
+    (sharded_over_tp, "llama", DP2_TP2, "dtensor", "PP744"),
+    (experts_over_all, "qwen3_moe", EP2_OF_4, "dtensor", "PP744"),
+    (on_fewer_after_forward, "qwen3_moe", EP2_OF_4, "dtensor", "PP745"),
+    (prepared, "llama", DP2_TP2, "dtensor", "PP746"),
+    (prepared_in_ddp, "llama", DP2_TP2, "local", "PP746"),
+)
+
+
+def tried(indices: list[int]) -> list[tuple[str, str]]:
+    said = []
+    for index in indices:
+        refused, kind, row, storage, _ = REFUSALS[index]
+        model = split(Case(kind=kind, way=unwrapped, row=row, storage=storage))
+        try:
+            refused(model)
+            said.append(("", ""))
+        except Exception as error:
+            said.append((type(error).__name__, str(error)))
+    return said
+
+
+def test_what_cannot_be_right_is_refused_on_every_rank() -> None:
+    for said in run_on_ranks(tried, 4, list(range(len(REFUSALS)))):
+        for (kind, message), (refused, *_, code) in zip(said, REFUSALS, strict=True):
+            assert (kind, f"[{code}]" in message) == ("LaunchError", True), (refused, kind, message)

@@ -21,7 +21,7 @@ from parallel_plans.errors import CheckpointError, Finding
 from parallel_plans.layouts import Layout
 from parallel_plans.mesh import device_of
 from parallel_plans.shard import own_part
-from parallel_plans.state import Parallel, gathered, local_part, parallel_of
+from parallel_plans.state import Parallel, parallel_of, whole_tensor
 from parallel_plans.storage import stored
 
 CARD = "README.md"
@@ -89,7 +89,7 @@ def _gathered(model: nn.Module, parallel: Parallel, names: list[str]) -> dict[st
     """Name -> whole tensor on rank 0, one after the other; empty on the others."""
     state, whole = model.state_dict(keep_vars=True), {}
     for name in names:
-        tensor = gathered(local_part(state[name]), parallel.layout(name), parallel.place)
+        tensor = whole_tensor(model, name, state[name])
         if parallel.place.is_first:
             whole[name] = tensor.clone()
     return whole

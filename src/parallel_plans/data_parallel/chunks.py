@@ -66,3 +66,19 @@ def unchunked(local: Tensor, how: Chunked, size: int) -> Tensor:
     every = [torch.empty_like(mine) for _ in range(how.axis.size)]
     dist.all_gather(every, mine, group=how.axis.group)
     return torch.cat(every, how.dim).narrow(how.dim, 0, size)
+
+
+class LastPart:
+    """The part that was put together last, for what reads one parameter after the other, each piece by piece."""
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+        self.value: Tensor | None = None
+        self.part: Tensor | None = None
+
+    def of(self, value: Tensor, layout: Layout) -> Tensor:
+        """As `rank_part`."""
+        if value is not self.value or self.part is None:
+            self.part = None  # before there is another
+            self.value, self.part = value, rank_part(value, layout, self.place)
+        return self.part

@@ -15,8 +15,11 @@ from torch.autograd import Variable
 from torch.utils._pytree import tree_flatten
 
 from parallel_plans.data_parallel.copies import copies_of
+from parallel_plans.data_parallel.fully_sharded import averaged_by_torch
+from parallel_plans.data_parallel.wrapped import averaged_by_wrapper
 from parallel_plans.errors import Finding, LaunchError
 from parallel_plans.gradients import average
+from parallel_plans.integrations.refusals import AVERAGED_TWICE, refusal
 from parallel_plans.mesh import Place
 from parallel_plans.state import local_part, parallel_of
 from parallel_plans.views import DATA_AXIS, TENSOR_AXIS
@@ -85,7 +88,13 @@ class AveragedInBackward:
 
 
 def average_in_backward(model: nn.Module) -> None:
-    """Averages `model`'s gradients over batches as each backward ends; gives it the `no_sync` that tools look for."""
+    """Averages `model`'s gradients over batches as each backward ends; gives it the `no_sync` that tools look for.
+
+    Raises:
+        LaunchError: PP746 where torch averages them already.
+    """
+    if averaged_by_wrapper(model) or averaged_by_torch(model):
+        raise refusal(AVERAGED_TWICE)
     if not hasattr(model, "no_sync"):
         model.no_sync = AveragedInBackward(model).no_sync  # type: ignore[assignment]
 
