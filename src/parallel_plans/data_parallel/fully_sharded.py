@@ -35,6 +35,7 @@ from parallel_plans.quantized.tensors import is_quantized
 from parallel_plans.state import local_part, parallel_of
 from parallel_plans.views import DATA_AXIS
 
+_COPIES = "_parallel_copies"  # on a parameter that is not sharded over all batches: the axis of its copies
 _PLAIN = Finding(
     code="PP743",
     message="fully_shard would take the parts of a model with plain tensors for wholes",
@@ -187,15 +188,16 @@ def fully_shard(
 
 def _placed_by(model: nn.Module, place: Place) -> Callable[[nn.Parameter], ShardPlacementResult | None]:
     """What says of a parameter over which ranks it is sharded; None where over those of dense layers."""
-    others = {
-        id(each.value): copies_axis(each.layout, place)
-        for each in owned_parameters_of([model])
-        if copies_axis(each.layout, place) != DATA_AXIS
-    }
-    infos = {axis: FSDPMeshInfo(place.mesh_over(axis), shard_mesh_dim=0) for axis in sorted(set(others.values()))}
+    others = set[str]()
+    for each in owned_parameters_of([model]):
+        axis = copies_axis(each.layout, place)
+        if axis != DATA_AXIS:
+            others.add(axis)
+            setattr(each.value, _COPIES, axis)  # not by its id: torch lets it go, and another may get that
+    infos = {axis: FSDPMeshInfo(place.mesh_over(axis), shard_mesh_dim=0) for axis in sorted(others)}
 
     def placed(parameter: nn.Parameter) -> ShardPlacementResult | None:
-        axis = others.get(id(parameter))
+        axis = getattr(parameter, _COPIES, None)
         return None if axis is None else ShardPlacementResult(placement=None, mesh_info=infos[axis])
 
     return placed
