@@ -89,6 +89,10 @@ def by_torchs_fsdp(model: Any, row: Row, **how: Any) -> Any:
     return model
 
 
+def by_hybrid_fsdp(model: Any, row: Row, **how: Any) -> Any:
+    return fully_shard(model, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicated", "sharded")), **how)
+
+
 def recomputed_by_fsdp(model: Any, row: Row, **how: Any) -> Any:
     model.gradient_checkpointing_enable({"use_reentrant": False})
     return by_fsdp(model, row, **how)
@@ -151,6 +155,7 @@ CASES = (
     Case(kind="mixtral", way=by_ddp, row=EP2_TP2_OF_4, **LOCAL),
     Case(kind="llama", way=by_fsdp, tied=True),
     Case(kind="llama", way=by_torchs_fsdp, by_torch=True),
+    Case(kind="llama", way=by_hybrid_fsdp, row=Row(world=4, tp=1)),
     Case(kind="phi3", way=by_fsdp, by_torch=True),
     Case(kind="gemma3_text", way=recomputed_by_fsdp),
     Case(kind="qwen3_moe", way=partial(by_fsdp, reshard_after_forward=False)),

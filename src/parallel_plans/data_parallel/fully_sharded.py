@@ -74,6 +74,7 @@ def init(
         _put(module, instead)
     params = [cast(nn.Parameter, instead.get(id(parameter), parameter)) for parameter in params]
     _init(self, params, modules, mesh_info, post_forward_mesh_info, *others, **options)
+    assert all(each.mesh_info is mesh_info for each in self.fsdp_params), "shard_placement_fn has changed its mind"
     copies, batches = copies_of(owned[0].layout, place).size, place.axes[DATA_AXIS].size
     if copies != batches:  # experts have seen several batches each: a sum over copies, not a mean
         self._all_reduce_hook = functools.partial(_scale, by=copies / batches)
@@ -122,15 +123,14 @@ def _without_batches(owned: Owned) -> Tensor:
     value, place = owned.value, owned.parallel.place
     if not isinstance(value, DTensor) or value.device_mesh is not place.mesh:
         return value
-    over = place.mesh_dims(copies_axis(owned.layout, place))
-    if not over:
+    names, batches = place.mesh.mesh_dim_names or (), place.dims[copies_axis(owned.layout, place)]
+    kept = [dim for dim, name in enumerate(names) if name not in batches]
+    if len(kept) == len(names):
         return value
-    assert all(isinstance(value.placements[dim], Replicate) for dim in over), (owned.name, value.placements)
-    kept = [dim for dim in range(place.mesh.ndim) if dim not in over]
+    over = [value.placements[dim] for dim in range(len(names)) if dim not in kept]
+    assert all(isinstance(each, Replicate) for each in over), (owned.name, value.placements)
     local = value._local_tensor.detach()
     if kept:
-        names = place.mesh.mesh_dim_names
-        assert names is not None
         mesh, placements = place.mesh[tuple(names[dim] for dim in kept)], [value.placements[dim] for dim in kept]
         local = DTensor.from_local(local, mesh, placements, run_check=False, shape=value.shape, stride=value.stride())
     made = nn.Parameter(local, requires_grad=value.requires_grad)
