@@ -18,6 +18,7 @@ from parallel_plans.data_parallel.copies import name_owner
 from parallel_plans.layouts import Layout
 from parallel_plans.mesh import Place
 from parallel_plans.quantized.tensors import is_quantized, like
+from parallel_plans.scopes import forking_modules, summing_modules
 from parallel_plans.storage import Storage
 from parallel_plans.table import Table
 from parallel_plans.watch.stack import name_modules_of
@@ -54,7 +55,7 @@ class Parallel:
 def remember(model: nn.Module, parallel: Parallel) -> None:
     """Keeps `parallel` with the model, and has errors speak of its modules by their names."""
     name_modules_of(model)
-    name_owner(model, parallel)
+    name_owner(model, parallel, forking_modules(model, parallel.table) | summing_modules(model, parallel.table).keys())
     setattr(model, _ATTRIBUTE, parallel)
 
 

@@ -93,11 +93,6 @@ def by_hybrid_fsdp(model: Any, row: Row, **how: Any) -> Any:
     return fully_shard(model, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicated", "sharded")), **how)
 
 
-def recomputed_by_fsdp(model: Any, row: Row, **how: Any) -> Any:
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    return by_fsdp(model, row, **how)
-
-
 def unwrapped(model: Any, row: Row) -> Any:
     return model
 
@@ -157,7 +152,7 @@ CASES = (
     Case(kind="llama", way=by_torchs_fsdp, by_torch=True),
     Case(kind="llama", way=by_hybrid_fsdp, row=Row(world=4, tp=1)),
     Case(kind="phi3", way=by_fsdp, by_torch=True),
-    Case(kind="gemma3_text", way=recomputed_by_fsdp),
+    Case(kind="gemma3_text", way=by_fsdp),
     Case(kind="qwen3_moe", way=partial(by_fsdp, reshard_after_forward=False)),
     Case(kind="qwen3_moe", way=by_fsdp, row=EP2_OF_4),
     Case(kind="qwen3_moe", way=by_fsdp, row=EP4_TP2),
@@ -302,7 +297,30 @@ def test_of_chunks_wholes_are_made(kind: str, row: Row, config: dict[str, Any], 
         assert made_tokens == written
 
 
-# mixed precision
+# layers that are computed again in backward, and weights in another dtype
+
+
+def computed_again(kind: str, row: Row) -> list[dict[str, Tensor]]:
+    """Gradients with activations kept, and with both ways to compute them again, keeping what is gathered or not."""
+    found = []
+    for use_reentrant, reshards in ((None, True), (False, True), (True, True), (False, False)):
+        model = split(Case(kind=kind, way=by_fsdp, row=row), torch.float32)
+        if use_reentrant is not None:
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        fully_shard(model, reshard_after_forward=reshards)
+        batch = batch_of(0, row.batches, 0, dist.get_rank() // row.tp)
+        model(input_ids=batch, labels=batch).loss.backward()
+        found.append(full_gradients(model))
+    return found
+
+
+@pytest.mark.parametrize(("kind", "row"), [("gemma3_text", DP2_TP2), ("qwen3_moe", EP2_OF_4)], ids=str)
+def test_layers_that_are_computed_again_have_the_gradients_of_those_that_are_kept(kind: str, row: Row) -> None:
+    for kept, *others in run_on_ranks(computed_again, row.world, kind, row):
+        for gradients in others:
+            assert gradients.keys() == kept.keys()
+            for name, gradient in gradients.items():
+                assert_close(name, gradient, kept[name], relative=1e-5)
 
 
 def in_bfloat16(kind: str, row: Row) -> tuple[Tensor, dict[str, Tensor], set[torch.dtype], set[torch.dtype]]:
@@ -364,6 +382,11 @@ def on_fewer_after_forward(model: Any) -> None:
     shard_by_torch(model.lm_head, mesh=mesh, reshard_after_forward=2)
 
 
+def a_part_of_a_layer(model: Any) -> None:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    shard_by_torch(model.model.layers[0].self_attn, mesh=mesh["dp"])
+
+
 def prepared(model: Any) -> None:
     Accelerator(cpu=True).prepare(fully_shard(model))
 
@@ -381,6 +404,7 @@ REFUSALS = (
     (sharded_over_tp, "llama", DP2_TP2, "dtensor", "PP744"),
     (experts_over_all, "qwen3_moe", EP2_OF_4, "dtensor", "PP744"),
     (on_fewer_after_forward, "qwen3_moe", EP2_OF_4, "dtensor", "PP745"),
+    (a_part_of_a_layer, "llama", DP2_TP2, "dtensor", "PP745"),
     (prepared, "llama", DP2_TP2, "dtensor", "PP746"),
     (prepared_in_ddp, "llama", DP2_TP2, "local", "PP746"),
 )

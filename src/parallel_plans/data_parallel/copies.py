@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -44,10 +44,17 @@ def ranks_on(mesh: DeviceMesh) -> tuple[int, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class Owner:
-    """What a module knows of the model under a plan that it belongs to: its name in it, and how that is split."""
+    """What a module knows of the model under a plan that it belongs to.
+
+    Args:
+        name: its name in the model.
+        parallel: how the model is split.
+        within: the module around it in whose forward values fork or sums wait, by its name; None where there is none.
+    """
 
     name: str
     parallel: Parallel
+    within: str | None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Owner:
         return self
@@ -70,10 +77,22 @@ class Owned:
     parallel: Parallel
 
 
-def name_owner(model: nn.Module, parallel: Parallel) -> None:
-    """Tells every module of `model` its name, for what is handed a module alone."""
-    for name, module in model.named_modules():
-        vars(module)[_OWNER] = Owner(name=name, parallel=parallel)
+def name_owner(model: nn.Module, parallel: Parallel, scopes: Container[str]) -> None:
+    """Tells every module of `model` its name, for what is handed a module alone.
+
+    `scopes` are the modules in whose forward values fork or sums wait.
+    """
+    within: dict[str, str | None] = {}
+    for name, module in model.named_modules():  # what is around a module comes first
+        above = name.rpartition(".")[0]
+        within[name] = None if not name else above if above in scopes else within.get(above)
+        vars(module)[_OWNER] = Owner(name=name, parallel=parallel, within=within[name])
+
+
+def owner_of(module: nn.Module) -> Owner | None:
+    """What `name_owner` told the module."""
+    found: Owner | None = vars(module).get(_OWNER)
+    return found
 
 
 def owned_parameters_of(modules: Iterable[nn.Module]) -> Iterator[Owned]:
@@ -81,7 +100,7 @@ def owned_parameters_of(modules: Iterable[nn.Module]) -> Iterator[Owned]:
     seen: set[int] = set()
     for module in modules:
         for below in module.modules():
-            owner: Owner | None = vars(below).get(_OWNER)
+            owner = owner_of(below)
             for own, value in below._parameters.items():
                 if owner is None or value is None or id(value) in seen:
                     continue

@@ -26,6 +26,7 @@ from parallel_plans.data_parallel.copies import (
     copies_axis,
     copies_of,
     owned_parameters_of,
+    owner_of,
     ranks_of,
     ranks_on,
 )
@@ -67,6 +68,7 @@ def init(
     if not owned:
         _init(self, params, modules, mesh_info, post_forward_mesh_info, *others, **options)
         return
+    _check_units(modules)
     _check(owned, mesh_info, post_forward_mesh_info)
     place = owned[0].parallel.place
     instead = {id(each.value): _without_batches(each) for each in owned}
@@ -78,6 +80,16 @@ def init(
     copies, batches = copies_of(owned[0].layout, place).size, place.axes[DATA_AXIS].size
     if copies != batches:  # experts have seen several batches each: a sum over copies, not a mean
         self._all_reduce_hook = functools.partial(_scale, by=copies / batches)
+
+
+def _check_units(modules: Sequence[nn.Module]) -> None:
+    """Raises where a module is a part of one in whose forward values are shared: torch's hooks would part them."""
+    for module in modules:
+        owner = owner_of(module)
+        if owner is not None and owner.within is not None:
+            message = "fully_shard cannot gather a part of a layer by itself"
+            fix = f"shard {owner.within} as a whole, as `parallel_plans.fully_shard(model)` does"
+            raise LaunchError(Finding(code="PP745", message=message, name=owner.name, fix=fix))
 
 
 def _check(owned: Sequence[Owned], mesh_info: Any, post_forward_mesh_info: Any) -> None:
