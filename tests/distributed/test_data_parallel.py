@@ -17,8 +17,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from peft import LoraConfig, get_peft_model
 from ranks import run_on_ranks
 from rows import Row, loaded
+from safetensors.torch import load_file
 from tiny import assert_close, tiny_model, tokens
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -29,6 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
 
 from parallel_plans import (
+    MasterWeights,
     average_gradients,
     clip_grad_norm_,
     full_gradients,
@@ -348,6 +351,68 @@ def test_a_policy_of_mixed_precision_holds_for_parts_and_experts(kind: str, row:
         found = torch.cat([gradients[name].flatten() for name, _ in truth.named_parameters()])
         assert (found - whole).norm() < 0.1 * whole.norm()  # bfloat16 has 8 bits
     assert_close("loss", sum(loss for loss, *_ in results) / row.world, loss, relative=1e-2)
+
+
+# adapters, and copies in float32
+
+
+def adapted(way: Callable[[Any, Row], Any], storage: Storage, target: str) -> tuple[Tensor, dict[str, Tensor]]:
+    """The norm of the last of two steps of adapters, and their weights."""
+    model = split(Case(kind="llama", way=way, storage=storage), torch.float32)
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    peft = get_peft_model(model, config)
+    runs, trained = way(peft, DP2_TP2), [parameter for parameter in peft.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=RATE)
+    for step in range(2):
+        batch = batch_of(step, 2, 0, dist.get_rank() // 2)
+        optimizer.zero_grad()
+        runs(input_ids=batch, labels=batch).loss.backward()
+        average_gradients(peft)
+        norm = clip_grad_norm_(peft, LIMIT)
+        optimizer.step()
+    peft.save_pretrained(target)
+    return norm, {name: weight for name, weight in full_state_dict(peft).items() if "lora" in name}
+
+
+def adapted_in_all_ways(target: str) -> list[tuple[Tensor, dict[str, Tensor]]]:
+    ways: Any = ((unwrapped, "dtensor"), (by_fsdp, "dtensor"), (by_ddp, "local"))
+    return [adapted(way, storage, f"{target}/{number}") for number, (way, storage) in enumerate(ways)]
+
+
+def test_adapters_are_trained_and_saved_alike_in_all_ways(tmp_path: Path) -> None:
+    files = "adapter_model.safetensors"
+    for (norm, weights), *others in run_on_ranks(adapted_in_all_ways, 4, str(tmp_path)):
+        saved = load_file(tmp_path / "0" / files)
+        for number, (own_norm, own) in enumerate(others, 1):
+            assert_close("norm", own_norm, norm, relative=1e-6)
+            assert own.keys() == weights.keys()
+            for name, weight in own.items():
+                assert_close(name, weight, weights[name], relative=1e-5)
+            also_saved = load_file(tmp_path / str(number) / files)
+            for name, weight in saved.items():
+                assert_close(name, also_saved[name], weight, relative=1e-5)
+
+
+def with_masters(way: Callable[[Any, Row], Any]) -> dict[str, Tensor]:
+    model = split(Case(kind="llama", way=way), torch.bfloat16)
+    way(model, DP2_TP2)
+    optimizer = MasterWeights(torch.optim.SGD(model.parameters(), lr=1e-3))
+    for step in range(2):
+        batch = batch_of(step, 2, 0, dist.get_rank() // 2)
+        optimizer.zero_grad()
+        model(input_ids=batch, labels=batch).loss.backward()
+        average_gradients(model)
+        optimizer.step()
+    return full_state_dict(model)
+
+
+def test_master_weights_are_chunked_as_their_weights_are() -> None:
+    for weights, truth in zip(
+        run_on_ranks(with_masters, 4, by_fsdp), run_on_ranks(with_masters, 4, unwrapped), strict=True
+    ):
+        for name, weight in weights.items():
+            assert torch.equal(weight, truth[name]), name
 
 
 # what is refused

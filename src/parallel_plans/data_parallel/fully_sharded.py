@@ -10,7 +10,7 @@ leads: there it is seen to that a parameter is sharded over the ranks that hold 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -36,6 +36,7 @@ from parallel_plans.quantized.tensors import is_quantized
 from parallel_plans.state import local_part, parallel_of
 from parallel_plans.views import DATA_AXIS
 
+MESH_DIMS = 2  # over which a parameter may be split before torch shards it
 _COPIES = "_parallel_copies"  # on a parameter that is not sharded over all batches: the axis of its copies
 _PLAIN = Finding(
     code="PP743",
@@ -72,6 +73,7 @@ def init(
     _check(owned, mesh_info, post_forward_mesh_info)
     place = owned[0].parallel.place
     instead = {id(each.value): _without_batches(each) for each in owned}
+    _check_dims(owned, instead)
     for module in modules:
         _put(module, instead)
     params = [cast(nn.Parameter, instead.get(id(parameter), parameter)) for parameter in params]
@@ -108,6 +110,22 @@ def _check(owned: Sequence[Owned], mesh_info: Any, post_forward_mesh_info: Any) 
         message = "fully_shard cannot keep DTensors on fewer ranks after forward"
         fix = "pass reshard_after_forward=True or False, not a number of ranks"
         raise LaunchError(Finding(code="PP745", message=message, name=owned[0].name, fix=fix))
+
+
+def _check_dims(owned: Sequence[Owned], instead: Mapping[int, Tensor]) -> None:
+    for each in owned:
+        value = instead[id(each.value)]
+        if isinstance(value, DTensor) and value.device_mesh.ndim > MESH_DIMS:
+            raise LaunchError(
+                Finding(
+                    code="PP745",
+                    message="fully_shard knows parts on so many dims of a mesh only",
+                    name=each.name,
+                    found=f"{value.device_mesh.ndim} dims of {each.parallel.place.mesh}",
+                    expected=f"{MESH_DIMS} at most",
+                    fix="pass an etp_size that is 1 or tp_size, or take DistributedDataParallel",
+                )
+            )
 
 
 def _over_others(wrong: Sequence[Owned], ranks: Sequence[int]) -> Finding:
