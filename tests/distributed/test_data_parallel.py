@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo  # torch's wrappers want it: once here, not on every rank of every test
 import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from ranks import run_on_ranks
@@ -270,7 +271,6 @@ NORMS = (2.0, 1.0, math.inf)
 SAVED = (
     ("llama", DP2_TP2, {"tied": True, "num_attention_heads": 6, "num_key_value_heads": 3}),  # heads that do not divide
     ("phi3", DP2_TP2, {"tied": False}),
-    ("qwen3_moe", EP2_OF_4, {"tied": False}),
     ("qwen3_moe", EP4_TP2, {"tied": False}),
 )
 
@@ -306,7 +306,7 @@ def test_of_chunks_wholes_are_made(kind: str, row: Row, config: dict[str, Any], 
 def computed_again(kind: str, row: Row) -> list[dict[str, Tensor]]:
     """Gradients with activations kept, and with both ways to compute them again, keeping what is gathered or not."""
     found = []
-    for use_reentrant, reshards in ((None, True), (False, True), (True, True), (False, False)):
+    for use_reentrant, reshards in ((None, True), (False, False), (True, True)):
         model = split(Case(kind=kind, way=by_fsdp, row=row), torch.float32)
         if use_reentrant is not None:
             model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
@@ -339,8 +339,8 @@ def in_bfloat16(kind: str, row: Row) -> tuple[Tensor, dict[str, Tensor], set[tor
     return loss.detach().float(), full_gradients(model), seen, kept
 
 
-@pytest.mark.parametrize(("kind", "row"), [("llama", DP2_TP2), ("qwen3_moe", EP4_TP2)], ids=str)
-def test_a_policy_of_mixed_precision_holds_for_parts_and_experts(kind: str, row: Row) -> None:
+def test_a_policy_of_mixed_precision_holds_for_parts_and_experts() -> None:
+    kind, row = "qwen3_moe", EP4_TP2
     truth, batch = made(kind, False, torch.float32), batch_of(0, row.batches, 0)
     loss = truth(input_ids=batch, labels=batch).loss
     loss.backward()
@@ -392,6 +392,10 @@ def test_adapters_are_trained_and_saved_alike_in_all_ways(tmp_path: Path) -> Non
             also_saved = load_file(tmp_path / str(number) / files)
             for name, weight in saved.items():
                 assert_close(name, also_saved[name], weight, relative=1e-5)
+
+
+def with_masters_in_both_ways() -> list[dict[str, Tensor]]:
+    return [with_masters(way) for way in (by_fsdp, unwrapped)]
 
 
 def with_masters(way: Callable[[Any, Row], Any]) -> dict[str, Tensor]:
