@@ -117,6 +117,7 @@ class Delayed:
     """
 
     __slots__ = ("__weakref__", "axis", "beside", "copies", "is_lent", "is_reduced", "link", "tally", "tensor")
+    joins_others = True  # whether its reduction may be one with that of others
 
     def __init__(
         self,

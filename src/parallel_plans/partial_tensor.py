@@ -8,7 +8,7 @@ gets the whole value. So a missing rule costs a reduction, never a wrong number.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, NoReturn
 
 import torch
@@ -53,10 +53,17 @@ class Partial(Tensor):
     _seen_of: Tensor  # and of which shared tensor
 
     @staticmethod
-    def __new__(cls, state: Delayed, parent: Partial | None = None, step: Step | None = None) -> Partial:
+    def __new__(
+        cls,
+        state: Delayed,
+        parent: Partial | None = None,
+        step: Step | None = None,
+        shape: Sequence[int] | None = None,
+    ) -> Partial:
         graded = torch.is_grad_enabled()
         held = state.tensor if parent is None else step(parent.held)  # type: ignore[misc]
-        made = Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype, device=held.device)
+        shape = held.shape if shape is None else shape
+        made = Tensor._make_wrapper_subclass(cls, shape, dtype=held.dtype, device=held.device)
         made.state, made._parent, made._step, made._graded = state, parent, step, graded
         made._seen_of, made._seen = state.tensor, held
         if graded and held.is_floating_point() and (made.needs_gradient or not state.requires_grad):
@@ -211,7 +218,7 @@ def _collect(tree: Any, found: list[Delayed]) -> None:
     kind = type(tree)
     if kind is Tensor or tree is None:  # nearly always
         return
-    if kind is Partial:
+    if issubclass(kind, Partial):
         if not tree.state.is_reduced:
             found.append(tree.state.root)
     elif isinstance(tree, (tuple, list)):
@@ -227,7 +234,7 @@ def _reduce_together(states: Iterable[Delayed]) -> None:
     alike: dict[Any, list[Delayed]] = {}
     for state in states:
         tensor = state.tensor
-        if tensor.nbytes <= SMALL:
+        if tensor.nbytes <= SMALL and state.joins_others:
             alike.setdefault((state.axis.group, tensor.dtype, tensor.device, state.requires_grad), []).append(state)
     for together in alike.values():
         if len(together) == 1:

@@ -196,18 +196,24 @@ VIEWS = frozenset(
 )
 
 
-def _gather_behind(value: Tensor, axis: Axis) -> Any:
-    """The node of autograd that gathered all of `value` over the axis, of which the parts are known; None: no such."""
+def _gathering(value: Tensor) -> Any:
+    """The node of autograd that gathered all of `value`, of which the part is known; None: no such."""
     node: Any = value.grad_fn
     while node is not None and node.name() in VIEWS:
         node = node.next_functions[0][0]
-    return node if type(node) is _GATHERED and node.part is not None and node.where[0] is axis else None
+    return node if type(node) is _GATHERED and node.part is not None else None
+
+
+def _gather_behind(value: Tensor, axis: Axis) -> Any:
+    """The same, where it was gathered over the axis."""
+    node = _gathering(value)
+    return node if node is not None and node.where[0] is axis else None
 
 
 def forget_part(gathered: Tensor) -> None:
     """Lets go of the part from which a value was gathered: from now on, its I -> R is an all-reduce in backward."""
-    node: Any = gathered.grad_fn
-    if type(node) is _GATHERED:
+    node = _gathering(gathered)
+    if node is not None:
         node.part = None
 
 
