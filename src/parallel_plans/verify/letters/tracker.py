@@ -260,10 +260,12 @@ class Tracker(TorchDispatchMode):
             self.report(problem.code, str(problem))
             self.put(result, unknown(result.dim()))
 
-    def declared(self, value: Tensor, axis: Axis, letter: str) -> None:
+    def declared(self, value: Tensor, axis: Axis, letter: str | Tensor) -> None:
         """A style vouches for a value."""
         over, lay = self.dims[axis.name], self.lay(value)
-        if letter == "V":
+        if isinstance(letter, Tensor):
+            self.put(value, self.lay(letter))
+        elif letter == "V":
             made = varying(value.dim(), over | lay.varies | lay.partial | lay.over)
             self.put(value, replace(made, is_zero=lay.is_zero))
         elif letter == "P":
