@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -82,15 +82,18 @@ def gathered(local: Tensor, layout: Layout | None, place: Place) -> Tensor:
     return local
 
 
-def whole_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Name and whole tensor of every entry of the state dict, gathered one by one; every rank iterates to the end."""
-    for name, value in model.state_dict(keep_vars=True).items():
-        yield name, _whole(model, name, value)
+def whole_tensors(model: nn.Module, names: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Name and whole tensor of every entry of the state dict, or of those named, gathered one by one.
+
+    Every rank iterates to the end.
+    """
+    parallel, state = parallel_of(model), model.state_dict(keep_vars=True)
+    for name in state if names is None else names:
+        yield name, _whole(parallel, name, state[name])
 
 
-def _whole(model: nn.Module, name: str, value: Tensor) -> Tensor:
-    """The whole of a parameter, buffer or gradient of `model`; of one that is not parallelized, the value itself."""
-    parallel = parallel_of(model)
+def _whole(parallel: Parallel | None, name: str, value: Tensor) -> Tensor:
+    """The whole of a parameter, buffer or gradient; of a model that is not parallelized, the value itself."""
     if parallel is None:
         return value.detach()
     return gathered(local_part(value), parallel.layout(name), parallel.place)
@@ -113,9 +116,10 @@ def full_gradients(model: nn.Module) -> dict[str, Tensor]:
     Tied parameters are listed once, under the name `named_parameters` gives. A model that is not parallelized gives the
     same.
     """
+    parallel = parallel_of(model)
     with torch.no_grad():
         return {
-            name: _whole(model, name, parameter.grad).clone()
+            name: _whole(parallel, name, parameter.grad).clone()
             for name, parameter in model.named_parameters()
             if parameter.grad is not None
         }

@@ -11,42 +11,26 @@ from torch import Tensor
 
 from parallel_plans.checkpoint.indices import Array, Index, as_array, compact, within
 from parallel_plans.checkpoint.lazy import put_along, taken_along
+from parallel_plans.checkpoint.sources import ReadByIndex
 from parallel_plans.layouts import Layout, Split
 from parallel_plans.mesh import Place
 
 
-class Spread:
+class Spread(ReadByIndex):
     """The whole of which every rank holds the part `local`.
 
     Each read is a stretch of collectives: all ranks read the same in the same order, and all get it. Beside what is
     asked for, a rank holds it once more, and one rank's share of it.
     """
 
-    is_read_in_parts = True
-
     def __init__(self, local: Tensor, layout: Layout, place: Place) -> None:
         self.shape, self.dtype = torch.Size(layout.shape), local.dtype
         self._local, self._layout, self._place = local, layout, place
-
-    def view(self) -> Tensor:
-        """The whole tensor, as a copy."""
-        whole = torch.empty(self.shape, dtype=self.dtype)
-        self.has_read(whole, [range(size) for size in self.shape])
-        return whole
-
-    def lent(self, index: Sequence[Index], dtype: torch.dtype) -> None:
-        """None: no rank has the whole."""
-
-    def first_run(self, index: Sequence[Index]) -> None:
-        """None: there is no file."""
 
     def has_read(self, dest: Tensor, index: Sequence[Index]) -> bool:
         """Always true: the elements at `index` are in `dest` then, on every rank."""
         dest.copy_(self._collected(index))
         return True
-
-    def count(self, size: int) -> None:
-        """Nothing: these bytes are in memory already."""
 
     def _collected(self, index: Sequence[Index]) -> Tensor:
         """The elements at `index`, along one axis after the other those that its ranks hold."""
