@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from parallel_plans import PlanError, load_plan
+from parallel_plans.lookup import with_sequence
 from parallel_plans.model_spec import ModelSpec, describe
 from parallel_plans.resolve import resolve
 from parallel_plans.styles import get_style

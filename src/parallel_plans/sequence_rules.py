@@ -8,7 +8,7 @@ model.norm                 sequence_parallel_gather_output    where every rank g
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from parallel_plans.accounting import Report
 from parallel_plans.expert_rules import prefixes
@@ -34,7 +34,7 @@ def report_sequence(report: Report, dense: Assignment, parameters: Mapping[str, 
         if rule is not None and rule.section == SECTION and (part := get_style(rule.style).sequence) is not None:
             by_part[part][name] = rule
     begins = by_part["split"]
-    _report_ends(report, by_part)
+    _report_ends(report, by_part, dense)
     _report_within(report, by_part)
     if len(begins) == 1:
         body = _Body(next(iter(begins)))
@@ -71,7 +71,7 @@ class _Body:
         return self.stack in prefixes(name) and not self.is_early(name)
 
 
-def _report_ends(report: Report, by_part: Mapping[str, Mapping[str, Rule]]) -> None:
+def _report_ends(report: Report, by_part: Mapping[str, Mapping[str, Rule]], dense: Assignment) -> None:
     """Reports a sequence that is split nowhere or twice, and one that nothing puts together again."""
     begins, joins = by_part["split"], by_part["join"]
     if not begins:
@@ -95,14 +95,23 @@ def _report_ends(report: Report, by_part: Mapping[str, Mapping[str, Rule]]) -> N
             fix=f"write `{first}: split_sequence`, and nothing on the others",
         )
     if begins and not joins:
+        begin, rule = next(iter(begins.items()))
+        last, own = next(_around(_Body(begin), dense), (begin, rule))
         report.add(
             "PP121",
             "the sequence is split, and nothing gathers it",
-            next(iter(begins.values())),
-            name=next(iter(begins)),
+            own,
+            name=last,
             expected="a module behind the layers that gives every rank the whole sequence",
-            fix="write `sequence_parallel_gather_output` on the last norm",
+            fix=f"write `sequence_parallel_gather_output` on {'the last norm' if last == begin else last}",
         )
+
+
+def _around(body: _Body, dense: Assignment) -> Iterator[tuple[str, Rule]]:
+    """The modules around the layers that are given a part of the sequence, by their rules."""
+    for name, rule in dense.modules.items():
+        if rule is not None and rule.section == SECTION and not body.holds(name) and not body.is_early(name):
+            yield name, rule
 
 
 def _report_within(report: Report, by_part: Mapping[str, Mapping[str, Rule]]) -> None:
