@@ -160,7 +160,7 @@ def _scoped(
         return run
 
     def again(work: Forward) -> Forward:
-        return scoped(work) if sequence is None else sequence.during(sequence.split, scoped(work))
+        return scoped(work) if sequence is None else sequence.as_now(scoped(work))
 
     return _with_recomputed(forward, run, module, again)
 

@@ -217,7 +217,9 @@ def reduce_scatter(value: Tensor, axis: Axis, split: Split, dim: int) -> Tensor:
         stacked[rank].narrow(dim, 0, part.shape[dim]).copy_(part)
     result = torch.empty_like(stacked[0])
     dist.reduce_scatter_single(result, stacked.flatten(0, 1), group=axis.group)
-    return result.narrow(dim, 0, split.local_sizes[axis.rank]).contiguous()
+    own = split.local_sizes[axis.rank]
+    # never a view, which autograd would not let anybody change in place
+    return result if own == longest else contiguous_copy(result.narrow(dim, 0, own))
 
 
 @heard

@@ -66,7 +66,7 @@ def _colwise(module: nn.Linear, axis: Axis, along: Along | None, deliver: Callab
             weight = in_use(weight)
         if bias is not None:
             bias = in_use(bias)
-        if type(input) is Partial:
+        if isinstance(input, Partial):
             input = whole(input)
         if input.requires_grad and torch.is_grad_enabled():
             input = replicate_once(input, axis, along, for_linear=True)
@@ -86,7 +86,7 @@ def _rowwise(module: nn.Linear, site: Site, bias_is_after: bool) -> Forward:
             weight = in_use(weight)
         if bias is not None:
             bias = in_use(bias)
-        if type(input) is Partial:
+        if isinstance(input, Partial):
             input = whole(input)
         output = functional.linear(input, weight, None if bias_is_after else bias)
         if SCOPE.tally is None:

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from parallel_plans.collectives import Axis
 from parallel_plans.forks import in_use, replicated_in_use
 from parallel_plans.partial import contribute
-from parallel_plans.transitions import replicate
+from parallel_plans.transitions import replicate, replicate_together
 
 if TYPE_CHECKING:
     from parallel_plans.boundary import Forward
@@ -146,15 +146,30 @@ class LocalParameters:
     def _lay_out(self, kept: dict[str, Any]) -> tuple[dict[str, Any], Tensor | None]:
         """Puts local tensors in the parameters' place; gives what was there, and what is to be added to the output."""
         originals, added = kept.copy(), None
+        together = self._replicated_together(originals) if len(self.summed) > 1 else {}
         for name, parameter in originals.items():
             if parameter is None:
                 continue
-            # what is no nn.Parameter, a module around has laid out
-            local = kept[name] = self._in_use(name, parameter) if isinstance(parameter, nn.Parameter) else parameter
+            local = together.get(name)
+            if local is None:  # what is no nn.Parameter, a module around has laid out
+                local = self._in_use(name, parameter) if isinstance(parameter, nn.Parameter) else parameter
+            kept[name] = local
             if name in self.after:
                 # some layers cannot do without a bias: they get one that adds nothing
                 added, kept[name] = local, None if isinstance(self.module, nn.Linear) else torch.zeros_like(local)
         return originals, added
+
+    def _replicated_together(self, kept: dict[str, Any]) -> dict[str, Tensor]:
+        """The R of those whose gradients can be summed in one reduction, as those of a norm with a bias; or none."""
+        axes = set(self.summed.values())
+        found = {name: kept[name] for name in self.summed if isinstance(kept[name], nn.Parameter)}
+        is_joint = len(found) > 1 and len(axes) == 1 and not self.once and torch.is_grad_enabled()
+        if not is_joint or any(replicated_in_use(parameter) is not None for parameter in found.values()):
+            return {}
+        values = [in_use(parameter) for parameter in found.values()]
+        for axis in axes.pop():
+            values = list(replicate_together(values, axis))
+        return dict(zip(found, values, strict=True))
 
     @property
     def plain(self) -> list[str]:

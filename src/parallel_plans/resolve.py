@@ -75,11 +75,12 @@ class _Resolver:
     def table(self) -> Table:
         report_misplaced(self.report)
         dense, experts = self._assigned_dense(), self._assigned(self.section)
+        self.around = self._around()
         parameters: dict[str, ParameterEntry] = {}
         modules: dict[str, tuple[ModuleEntry, ...]] = {}
         if dense is not None and experts is not None:
             self.experts = ExpertRules(self.spec, dense, experts, lambda name: self.geometry(name, EXPERT_AXIS))
-            self.staying = StayingTokens(self.spec, dense, self.experts, self.views)
+            self.staying = StayingTokens(self.spec, dense, self.around, self.experts, self.views)
             report_unruled(self.report, self.spec, dense)
             for name, info in self.spec.parameters.items():
                 rules = (dense.parameters[name], experts.parameters[name])
@@ -102,12 +103,18 @@ class _Resolver:
         return Table(plan=self.plan, spec=self.spec, sizes=sizes, parameters=parameters, modules=modules)
 
     def _assigned_dense(self) -> Assignment | None:
-        """The rules of `tp_plan`, and before them those of `sp_plan` where it is in use."""
+        """The rules of `tp_plan`, and before them those of `sp_plan` that stand in their place where it is in use."""
         own = self._assigned("tp_plan")
         if own is None or not self.plan.splits_sequence or self._assigned("sp_plan") is None:
             return own
-        rules = (*self.plan.rules("sp_plan"), *self.plan.rules("tp_plan"))
+        instead = (rule for rule in self.plan.rules("sp_plan") if not get_style(rule.style).stands_around)
+        rules = (*instead, *self.plan.rules("tp_plan"))
         return assign(rules, list(self.spec.parameters), list(self.spec.modules))
+
+    def _around(self) -> Mapping[str, Rule | None]:
+        """The rules of `sp_plan`, where it is in use, that act around what a module does under `tp_plan`."""
+        rules = self.plan.rules("sp_plan") if self.plan.splits_sequence else ()
+        return assign([rule for rule in rules if get_style(rule.style).stands_around], (), [*self.spec.modules]).modules
 
     def _assigned(self, section: str | None) -> Assignment | None:
         """The rules of a section on the model's names, all None for no section; None where the plan lacks it."""
@@ -151,13 +158,10 @@ class _Resolver:
     def _module(
         self, info: ModuleInfo, rules: Sequence[Rule | None], parameters: Mapping[str, ParameterEntry]
     ) -> tuple[ModuleEntry, ...]:
-        if info.name in self.staying.blocks:
-            rules = (None, rules[1])
-        elif (above := self.staying.whole_within.get(info.name)) is not None:
-            rules = (above, rules[1])
-        axes = (self._tensor_axis(info.name, rules[0]), EXPERT_AXIS)
+        around = self.staying.around(info.name)
+        axes = (TENSOR_AXIS, self._tensor_axis(info.name, rules[0]), EXPERT_AXIS)
         entries = []
-        for rule, axis in zip(rules, axes, strict=True):
+        for rule, axis in zip((around, *rules), axes, strict=True):
             if rule is None or self.views.sizes[axis] == 1:
                 continue  # nobody to split with
             if (entry := self._acting(info, rule, axis, parameters)) is not None:

@@ -30,10 +30,12 @@ from torch import Tensor
 
 from parallel_plans.boundary import Arguments, Boundary, Forward, Keywords, Site, change_first, change_output
 from parallel_plans.collectives import Axis
+from parallel_plans.delayed import Kept
 from parallel_plans.layouts import Split, deal
 from parallel_plans.partial_tensor import Partial, whole, whole_tree
+from parallel_plans.scattered_sum import DelayedScatter, ScatteredSum
 from parallel_plans.sums import SCOPE, leaving, sum_scope, sums_may_wait
-from parallel_plans.transitions import forget_part, gather, scatter_sum, scatter_sum_beside, take_own
+from parallel_plans.transitions import forget_part, gather, gather_to_share, take_own
 
 if TYPE_CHECKING:
     from parallel_plans.styles.base import Style
@@ -65,9 +67,11 @@ class Sequence:
     def __init__(self, axis: Axis, *, routes_split: bool = False) -> None:
         self.axis, self.routes_split = axis, routes_split
         self.split: Split | None = None  # None: every rank has all of it
+        self.rows = 0  # sequences in the batch
+        self.last: Gathered | None = None  # for the next who wants the same
 
-    def begin(self, tokens: int) -> None:
-        """A forward of so many tokens begins.
+    def begin(self, rows: int, tokens: int) -> None:
+        """A forward of so many sequences of so many tokens begins.
 
         Fewer tokens than ranks stay whole where nothing is recorded: a decode step takes one, and does best with the
         collectives of tensor parallelism alone. Where autograd records they are split all the same, since gradients of
@@ -75,40 +79,84 @@ class Sequence:
         """
         is_short = tokens < self.axis.size and not torch.is_grad_enabled()
         self.split = None if is_short else sequence_split(tokens, self.axis.name, self.axis.size)
+        self.rows, self.last = rows, None
 
-    def during(self, split: Split | None, forward: Forward) -> Forward:
-        """`forward` of a layer that is computed again: the sequence lies as when it was computed first."""
+    def as_now(self, forward: Forward) -> Forward:
+        """`forward` of a layer that is computed again: the sequence lies as it does now, when it is computed first."""
+        split, rows = self.split, self.rows
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            now, self.split = self.split, split
+            now = self.split, self.rows
+            self.split, self.rows = split, rows
             try:
                 return forward(*args, **kwargs)
             finally:
-                self.split = now
+                (self.split, self.rows), self.last = now, None
 
         return run
 
-    def gathered(self, part: Tensor, name: str) -> Tensor:
-        """S(1) -> I: the whole sequence; what every rank has whole, as it is."""
+    def gathered(self, part: Tensor, name: str, *, is_shared: bool = False) -> Tensor:
+        """S(1) -> I: the whole sequence; what every rank has whole, as it is.
+
+        `is_shared`: modules that make it an R will take it.
+        """
         if self.split is None:
             return part
-        own = self.split.local_sizes[self.axis.rank]
+        own, gathering = self.split.local_sizes[self.axis.rank], gather_to_share if is_shared else gather
+        if self._is_flat(part, own):
+            return gathering(part.unflatten(0, (self.rows, own)), self.axis, self.split, DIM).flatten(0, 1)
         if part.dim() <= DIM or part.shape[DIM] != own:
             raise RuntimeError(
                 f"{name} was given {list(part.shape)}; expected this rank's {own} of {self.split.size} tokens along "
                 f"dim {DIM}: a model whose sequence is split runs as a whole, or all of its layers from the first on"
             )
-        return gather(part, self.axis, self.split, DIM)
+        return gathering(part, self.axis, self.split, DIM)
+
+    def _is_flat(self, value: Tensor, tokens: int) -> bool:
+        """Whether it has the tokens of all sequences in one dim, as blocks of experts like it."""
+        return value.dim() == DIM + 1 and value.shape[0] == self.rows * tokens
+
+    def gathered_once(self, part: Tensor, taker: WholeBoundary) -> Tensor:
+        """As `gathered`; what was gathered last once more, where this is the same."""
+        last = self.last
+        if last is not None and last.is_of(part):
+            last.taker.is_followed = True
+            return last.whole
+        if last is not None and last.taker.is_followed is None:
+            last.taker.is_followed = False
+        whole = self.gathered(part, taker.site.name, is_shared=True)
+        is_last = taker.is_followed is False or part.is_inference()
+        self.last = None if is_last else Gathered(part, whole, taker)
+        return whole
 
     def scattered(self, value: Tensor) -> Tensor:
         """P -> S(1) or I -> S(1): this rank's part of the sequence, of a sum that waits or of a value."""
         if self.split is None:
             return whole(value)
+        if self._is_flat(value, self.split.size):
+            return self.scattered(value.unflatten(0, (self.rows, self.split.size))).flatten(0, 1)
         if not isinstance(value, Partial) or value.state.is_reduced or value.axis is not self.axis:
             return take_own(whole(value), self.axis, self.split, DIM)
-        if value.beside is None:
-            return scatter_sum(value.part, self.axis, self.split, DIM)
-        return scatter_sum_beside(value.part, value.beside, self.axis, self.split, DIM)
+        tally = SCOPE.tally
+        beside = None if value.beside is None else Kept(value.beside)
+        state = DelayedScatter(value.part, self.axis, self.split, DIM, beside=beside)
+        if tally is None or tally.is_recorded != torch.is_grad_enabled():
+            return state.reduce()
+        tally.came(state)
+        return ScatteredSum(state)
+
+
+class Gathered:
+    """A sequence that was gathered, from which part, and for whom: what lies beside that may want it, too."""
+
+    def __init__(self, part: Tensor, whole: Tensor, taker: WholeBoundary) -> None:
+        self._part, self.whole, self.taker = Kept(part), whole, taker
+        self._is_recorded = torch.is_grad_enabled()
+
+    def is_of(self, part: Tensor) -> bool:
+        """Whether it would be gathered from this now."""
+        is_same = self._part.is_same and self._part.tensor is part
+        return is_same and self._is_recorded == torch.is_grad_enabled()
 
 
 class SequenceBoundary(Boundary):
@@ -132,7 +180,7 @@ class SplitBoundary(SequenceBoundary):
         sequence = self.sequence
 
         def split(value: Tensor) -> Tensor:
-            sequence.begin(value.shape[DIM])
+            sequence.begin(value.shape[0], value.shape[DIM])
             SCOPE.tally = None  # nothing has to wait any longer
             return sequence.scattered(value)
 
@@ -146,8 +194,10 @@ class SplitBoundary(SequenceBoundary):
 class WholeBoundary(SequenceBoundary):
     """`whole_sequence`: the sequence is gathered, and of what the module gives every rank takes its part."""
 
+    is_followed: bool | None = None  # whether another takes the same after it; None: not known
+
     def around(self, forward: Forward) -> Forward:
-        sequence, name = self.sequence, self.site.name
+        sequence = self.sequence
 
         def run(*args: Any, **kwargs: Any) -> Any:
             if sequence.split is None:
@@ -155,12 +205,13 @@ class WholeBoundary(SequenceBoundary):
             made: list[Tensor] = []
 
             def gathered(part: Tensor) -> Tensor:
-                made.append(sequence.gathered(part, name))
+                made.append(sequence.gathered_once(part, self))
                 return made[0]
 
             args, kwargs = change_first(gathered, args, kwargs)
             output = _with_waiting_sums(forward, args, kwargs)
-            forget_part(made[0])
+            if not self.is_followed:
+                forget_part(made[0])
             return _whole_but_first(change_output(sequence.scattered, output))
 
         return run
@@ -174,7 +225,11 @@ def _with_waiting_sums(forward: Forward, args: Arguments, kwargs: Keywords) -> A
 
 
 def _whole_but_first(output: Any) -> Any:
-    return output if isinstance(output, Tensor) else whole_tree(output)
+    """What else a module gives, attention its weights, does not wait."""
+    if isinstance(output, Tensor):
+        return output
+    first, *others = output
+    return type(output)([first, *whole_tree(others)])
 
 
 class JoinBoundary(SequenceBoundary):
@@ -184,7 +239,8 @@ class JoinBoundary(SequenceBoundary):
         sequence, name = self.sequence, self.site.name
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            return change_output(lambda part: sequence.gathered(part, name), forward(*args, **kwargs))
+            sequence.last = None  # behind the layers nobody asks for it
+            return change_output(lambda part: sequence.gathered(part, name, is_shared=True), forward(*args, **kwargs))
 
         return run
 
@@ -215,11 +271,5 @@ def _with_whole_captures(output: Any, sequence: Sequence) -> Any:
         whole = {id(value): sequence.gathered(value, "hidden_states") for value in split}
         output["hidden_states"] = tuple(whole.get(id(value), value) for value in states)
     if isinstance(scores, tuple) and sequence.routes_split and last is not None:
-        output["router_logits"] = tuple(_whole_scores(value, last.shape[0], sequence) for value in scores)
+        output["router_logits"] = tuple(sequence.gathered(value, "router_logits") for value in scores)
     return output
-
-
-def _whole_scores(scores: Tensor, batch: int, sequence: Sequence) -> Tensor:
-    """Of a router's scores [B * S, E] for this rank's tokens, those for all."""
-    own = scores.unflatten(0, (batch, scores.shape[0] // batch))
-    return sequence.gathered(own, "router_logits").flatten(0, 1)

@@ -10,7 +10,7 @@ it. With whole experts on at least all ranks of a batch, each rank sends its own
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from parallel_plans.expert_rules import ExpertRules, by_prefix, prefixes
 from parallel_plans.matching import Assignment
@@ -26,6 +26,7 @@ class StayingTokens:
     Args:
         spec: the model.
         dense: the rules of `tp_plan` and `sp_plan` on the model's names.
+        around: those of `sp_plan` that act around these, on the model's modules.
         experts: those that deal experts.
         views: how the ranks are dealt out.
 
@@ -33,8 +34,15 @@ class StayingTokens:
     each with the rule of its block.
     """
 
-    def __init__(self, spec: ModelSpec, dense: Assignment, experts: ExpertRules, views: Views) -> None:
-        self.spec, self.dense, self.experts = spec, dense, experts
+    def __init__(
+        self,
+        spec: ModelSpec,
+        dense: Assignment,
+        around: Mapping[str, Rule | None],
+        experts: ExpertRules,
+        views: Views,
+    ) -> None:
+        self.spec, self.dense, self.rules, self.experts = spec, dense, around, experts
         self.blocks: dict[str, Rule] = {}
         self.whole_within: dict[str, Rule] = {}
         # ranks that split each expert need the same tokens, and so do those that hold the same experts for one batch
@@ -42,7 +50,7 @@ class StayingTokens:
             return
         travelling = [name for name, rule in experts.blocks.items() if rule.section == "dispatch_plan"]
         below, parameters = by_prefix(travelling), by_prefix(spec.parameters)
-        for name, rule in dense.modules.items():
+        for name, rule in around.items():
             if rule is None or get_style(rule.style).sequence != "whole" or name not in below:
                 continue
             inside = self._splitting_children(name, parameters[name])
@@ -58,20 +66,24 @@ class StayingTokens:
             if rule is None or self.experts.holds(name) or not get_style(rule.style).shards:
                 continue
             child = ".".join(name.split(".")[: block.count(".") + 2])
-            if child == name or self.dense.modules.get(child) is not None:
+            if child == name or self.dense.modules.get(child) is not None or self.rules.get(child) is not None:
                 return None
             found.add(child)
         return found
 
-    def _around(self, name: str) -> Iterator[str]:
+    def around(self, module: str) -> Rule | None:
+        """The rule of `sp_plan` that acts around a module."""
+        return None if module in self.blocks else self.whole_within.get(module, self.rules.get(module))
+
+    def _blocks_around(self, name: str) -> Iterator[str]:
         return (each for each in prefixes(name) if each in self.blocks)
 
     def takes_parts(self, parameter: str) -> bool:
         """Whether a whole parameter is used on this rank's tokens alone."""
-        is_expert = self.experts.holds(parameter)
+        is_expert = self.experts.holds(parameter.rpartition(".")[0])  # what a block owns besides is no expert's
         is_whole = is_expert or any(each in self.whole_within for each in prefixes(parameter))
-        return not is_whole and any(True for _ in self._around(parameter))
+        return not is_whole and any(True for _ in self._blocks_around(parameter))
 
     def options(self, name: str, style: Style) -> dict[str, object]:
         """What the boundary of experts must know besides: whether tokens may set out from where they lie."""
-        return {"sets_out_split": any(True for _ in self._around(name))} if style.role == "experts" else {}
+        return {"sets_out_split": any(True for _ in self._blocks_around(name))} if style.role == "experts" else {}

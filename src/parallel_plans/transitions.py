@@ -113,7 +113,7 @@ class _Replicate(torch.autograd.Function):
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, local: Tensor, *where: Any) -> Tensor:
-        ctx.where, ctx.part = where, local
+        ctx.where, ctx.part = where, None
         return all_gather(local, *where)
 
     @staticmethod
@@ -196,18 +196,24 @@ VIEWS = frozenset(
 )
 
 
-def _gather_behind(value: Tensor, axis: Axis) -> Any:
-    """The node of autograd that gathered all of `value` over the axis, of which the parts are known; None: no such."""
+def _gathering(value: Tensor) -> Any:
+    """The node of autograd that gathered all of `value`, of which the part is known; None: no such."""
     node: Any = value.grad_fn
     while node is not None and node.name() in VIEWS:
         node = node.next_functions[0][0]
-    return node if type(node) is _GATHERED and node.part is not None and node.where[0] is axis else None
+    return node if type(node) is _GATHERED and node.part is not None else None
+
+
+def _gather_behind(value: Tensor, axis: Axis) -> Any:
+    """The same, where it was gathered over the axis."""
+    node = _gathering(value)
+    return node if node is not None and node.where[0] is axis else None
 
 
 def forget_part(gathered: Tensor) -> None:
     """Lets go of the part from which a value was gathered: from now on, its I -> R is an all-reduce in backward."""
-    node: Any = gathered.grad_fn
-    if type(node) is _GATHERED:
+    node = _gathering(gathered)
+    if node is not None:
         node.part = None
 
 
@@ -327,6 +333,18 @@ def reduce_for_use(value: Tensor, axis: Axis) -> Tensor:
 def gather(local: Tensor, axis: Axis, split: Split, dim: int) -> Tensor:
     """S(dim) -> I: the whole value; each rank's gradient is its own slice."""
     return _gathered(local, axis, split, dim) if _needs_gradient(local) else all_gather(local, axis, split, dim)
+
+
+def gather_to_share(local: Tensor, axis: Axis, split: Split, dim: int) -> Tensor:
+    """As `gather`; until `forget_part`, what becomes an R of it goes back by a reduce-scatter.
+
+    The part stays in memory until then, which nobody else may need: so not every gather remembers its part.
+    """
+    gathered = gather(local, axis, split, dim)
+    node: Any = None if torch.compiler.is_dynamo_compiling() else gathered.grad_fn
+    if type(node) is _GATHERED:
+        node.part = local
+    return gathered
 
 
 def take_own(value: Tensor, axis: Axis, split: Split, dim: int) -> Tensor:

@@ -89,6 +89,11 @@ class Style:
         return self.matrix is not None or self.vector is not None
 
     @property
+    def stands_around(self) -> bool:
+        """Whether a module under it may stand under another style besides, which acts within."""
+        return self.sequence in ("split", "whole")
+
+    @property
     def makes_partial(self) -> bool:
         """Whether what is computed with the parameters that it splits is a partial sum."""
         return self.shards and "P" in (self.leaves, self.whole_as)
