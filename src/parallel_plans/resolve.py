@@ -88,7 +88,7 @@ class _Resolver:
                     parameters[name] = entry
             report_tied(self.report, self.spec, parameters)
             if self.plan.splits_sequence:
-                report_sequence(self.report, dense, parameters)
+                report_sequence(self.report, self.spec, dense, self.around, parameters)
             for name, module in self.spec.modules.items():
                 rules = (dense.modules[name], experts.modules[name])
                 if acting := self._module(module, rules, parameters):

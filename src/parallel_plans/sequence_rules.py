@@ -8,11 +8,12 @@ model.norm                 sequence_parallel_gather_output    where every rank g
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from parallel_plans.accounting import Report
 from parallel_plans.expert_rules import prefixes
 from parallel_plans.matching import Assignment
+from parallel_plans.model_spec import ModelSpec
 from parallel_plans.plan import Rule
 from parallel_plans.styles import get_style
 from parallel_plans.table import ParameterEntry, wildcarded
@@ -21,24 +22,35 @@ from parallel_plans.views import TENSOR_AXIS
 SECTION = "sp_plan"
 
 
-def report_sequence(report: Report, dense: Assignment, parameters: Mapping[str, ParameterEntry]) -> None:
+def report_sequence(
+    report: Report,
+    spec: ModelSpec,
+    dense: Assignment,
+    around: Mapping[str, Rule | None],
+    parameters: Mapping[str, ParameterEntry],
+) -> None:
     """Reports what is wrong with how an `sp_plan` splits the sequence.
 
     Args:
         report: where to.
-        dense: the rules of `sp_plan` and `tp_plan` on the model's names.
+        spec: the model.
+        dense: the rules of `tp_plan` on the model's names, and those of `sp_plan` that stand in their place.
+        around: those of `sp_plan` that act around these, on the model's modules.
         parameters: how they are split.
     """
     by_part: dict[str, dict[str, Rule]] = {"split": {}, "whole": {}, "join": {}}
-    for name, rule in dense.modules.items():
-        if rule is not None and rule.section == SECTION and (part := get_style(rule.style).sequence) is not None:
+    own = [(name, rule) for name, rule in dense.modules.items() if rule is not None and rule.section == SECTION]
+    own += [(name, rule) for name, rule in around.items() if rule is not None]
+    for name, rule in own:
+        if (part := get_style(rule.style).sequence) is not None:
             by_part[part][name] = rule
     begins = by_part["split"]
-    _report_ends(report, by_part, dense)
+    _report_ends(report, by_part, spec, dense)
     _report_within(report, by_part)
     if len(begins) == 1:
         body = _Body(next(iter(begins)))
-        is_late = _report_early(report, body, begins[body.begin], dense)
+        own += [(name, rule) for name, rule in dense.parameters.items() if rule is not None and rule.section == SECTION]
+        is_late = _report_early(report, body, begins[body.begin], own)
         if not is_late:  # the same would be told of every parameter
             _report_parameters(report, body, by_part["whole"], parameters)
 
@@ -71,7 +83,7 @@ class _Body:
         return self.stack in prefixes(name) and not self.is_early(name)
 
 
-def _report_ends(report: Report, by_part: Mapping[str, Mapping[str, Rule]], dense: Assignment) -> None:
+def _report_ends(report: Report, by_part: Mapping[str, Mapping[str, Rule]], spec: ModelSpec, dense: Assignment) -> None:
     """Reports a sequence that is split nowhere or twice, and one that nothing puts together again."""
     begins, joins = by_part["split"], by_part["join"]
     if not begins:
@@ -96,7 +108,7 @@ def _report_ends(report: Report, by_part: Mapping[str, Mapping[str, Rule]], dens
         )
     if begins and not joins:
         begin, rule = next(iter(begins.items()))
-        last, own = next(_around(_Body(begin), dense), (begin, rule))
+        last, own = next(_around(_Body(begin), spec, dense), (begin, rule))
         report.add(
             "PP121",
             "the sequence is split, and nothing gathers it",
@@ -107,10 +119,18 @@ def _report_ends(report: Report, by_part: Mapping[str, Mapping[str, Rule]], dens
         )
 
 
-def _around(body: _Body, dense: Assignment) -> Iterator[tuple[str, Rule]]:
-    """The modules around the layers that are given a part of the sequence, by their rules."""
-    for name, rule in dense.modules.items():
-        if rule is not None and rule.section == SECTION and not body.holds(name) and not body.is_early(name):
+def _around(body: _Body, spec: ModelSpec, dense: Assignment) -> Iterator[tuple[str, Rule]]:
+    """What could gather behind the layers: modules there that `sp_plan` names, then norms beside the stack."""
+    outside = {
+        name: rule
+        for name, rule in dense.modules.items()
+        if rule is not None and not body.holds(name) and not body.is_early(name)
+    }
+    yield from ((name, rule) for name, rule in outside.items() if rule.section == SECTION)
+    beside = body.stack.rpartition(".")[0]
+    for name, rule in outside.items():
+        is_norm = spec.modules[name].kind == "other" and bool(spec.modules[name].parameters)
+        if is_norm and name.rpartition(".")[0] == beside:
             yield name, rule
 
 
@@ -139,14 +159,9 @@ def _first_layer(name: str) -> str | None:
     return None if at is None else ".".join([*segments[:at], "0"])
 
 
-def _report_early(report: Report, body: _Body, begin: Rule, dense: Assignment) -> bool:
-    """Whether rules for a part of the sequence stand in layers before the one at which it is split; then reported."""
-    early = (
-        (name, rule)
-        for name, rule in (*dense.modules.items(), *dense.parameters.items())
-        if rule is not None and rule.section == SECTION and body.is_early(name)
-    )
-    first = next(early, None)
+def _report_early(report: Report, body: _Body, begin: Rule, own: Sequence[tuple[str, Rule]]) -> bool:
+    """Whether rules of `sp_plan` stand in layers before the one at which the sequence is split; then reported."""
+    first = next(((name, rule) for name, rule in own if body.is_early(name)), None)
     if first is None:
         return False
     name, rule = first

@@ -55,7 +55,8 @@ class DispatchBoundary(Boundary):
         if torch.compiler.is_dynamo_compiling():  # how many rows travel is known when they do
             return untraced(self, forward, args, kwargs)
         call = ExpertsCall(args, kwargs)
-        given, is_part = call.hidden, self._are_split  # of a part of a sequence, what comes back lies as what set out
+        is_part = self._are_split
+        given: Any = call.hidden if is_part else "I"  # of a part of a sequence, what comes back lies as what set out
         call = call.mapped(lambda value: self._vouched(value, "V", value if is_part else "I"))
         if call.sizes is not None:
             output = self._of_sizes(forward, call, call.sizes)
@@ -63,7 +64,7 @@ class DispatchBoundary(Boundary):
             output = self._of_stacked(forward, call)
         else:
             output = self._of_routes(forward, call).view(call.hidden.shape)
-        return self._vouched(output, given if is_part else "I", "V")
+        return self._vouched(output, given, "V")
 
     def _vouched(self, value: Any, letter: str | Tensor, gradient: str | Tensor) -> Any:
         """The value, of which only this class knows how it lies on the ranks until the tokens are back."""
