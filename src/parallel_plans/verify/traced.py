@@ -20,6 +20,8 @@ from parallel_plans.verify.real_size import FewLayers, Running, Subject, causal_
 from parallel_plans.verify.watch import Said, Watch, gradients_dropped
 from parallel_plans.views import Views
 
+SPLIT_BACKWARD = "all_gather"  # what I -> S(1) and P -> S(1) are in backward
+
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
@@ -129,7 +131,7 @@ class _Tracer:
             for at, each in enumerate(heard):
                 if each.module.startswith(f"{begin}."):
                     break
-                if each.module == begin:
+                if each.module == begin and (not each.backward or each.op == SPLIT_BACKWARD):
                     heard[at] = replace(each, module=begin.rpartition(".")[0])
         return tuple(heard)
 
