@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from contextlib import nullcontext
 from pathlib import Path
@@ -52,8 +53,14 @@ def subject_of(model_type: str, tp: int, tokens: tuple[int, int]) -> Subject:
     return Subject(plan=plan, views=views_for(tp, 1, None), make=lambda: causal_lm(config), inputs=tokens_of(*tokens))
 
 
-@pytest.mark.parametrize("sizes", [{}, {"tp": 4}, {"ep": 2}, DISPATCH, {"tp": 4, "ep": 2}, {"ep": 4}], ids=str)
-@pytest.mark.parametrize("model_type", MIXTURES)
+@pytest.mark.parametrize(
+    ("model_type", "sizes"),
+    [
+        *itertools.product(MIXTURES, [{"ep": 2}, DISPATCH]),
+        *itertools.product(["qwen3_moe"], [{}, {"tp": 4}, {"tp": 4, "ep": 2}, {"ep": 4}]),
+    ],
+    ids=str,
+)
 def test_the_sequences_of_a_mixture_are_proven_wherever_its_experts_are(model_type: str, sizes: dict[str, Any]) -> None:
     report = judged(model_type, level="layouts", **sizes)
     assert (report.levels["layouts"], report.findings) == ("passed", [])
@@ -69,7 +76,7 @@ def test_a_bundled_plan_computes_what_one_process_does(model_type: str, sizes: d
     assert (set(report.levels.values()), report.findings) == ({"passed"}, [])
 
 
-@pytest.mark.parametrize(("tp", "sequence"), [(2, 32), (2, 33), (4, 30), (4, 5)], ids=str)
+@pytest.mark.parametrize(("tp", "sequence"), [(2, 33), (4, 5)], ids=str)
 def test_sequences_that_the_ranks_do_not_divide_are_followed_too(tp: int, sequence: int) -> None:
     found = check_layouts(subject_of("llama", tp, (2, sequence)), {})
     assert (found.findings, found.is_proven) == ([], True)
@@ -79,16 +86,24 @@ def test_sequences_that_the_ranks_do_not_divide_are_followed_too(tp: int, sequen
     assert letters["model.norm"] == letters["lm_head"] == "I"
 
 
-@pytest.mark.parametrize("sums", [nullcontext, no_sum_scope], ids=["waiting", "at_once"])
-@pytest.mark.parametrize("forks", [nullcontext, no_fork_scope], ids=["together", "apart"])
-@pytest.mark.parametrize("model_type", ["llama", "qwen3_moe"])
+@pytest.mark.parametrize(
+    ("model_type", "forks", "sums"),
+    [
+        ("llama", nullcontext, no_sum_scope),
+        ("llama", no_fork_scope, nullcontext),
+        ("llama", no_fork_scope, no_sum_scope),
+        ("qwen3_moe", nullcontext, no_sum_scope),
+        ("qwen3_moe", no_fork_scope, nullcontext),
+    ],
+    ids=["sums at once", "forks apart", "both", "sums at once in a mixture", "forks apart in a mixture"],
+)
 def test_a_step_is_right_however_its_reductions_are_put_together(model_type: str, forks: Any, sums: Any) -> None:
     subject = subject_of(model_type, 2, (2, 16))
-    for rank in (0, 1):
-        with forks(), sums():
-            seen = follow(subject, rank, seen_of_whole(subject).views)
-        assert seen.crash is None
-        assert (seen.tracker.problems, seen.tracker.unproven, seen.gradients, seen.output) == ([], {}, [], None)
+    views = seen_of_whole(subject).views
+    with forks(), sums():
+        seen = follow(subject, 1, views)
+    assert seen.crash is None
+    assert (seen.tracker.problems, seen.tracker.unproven, seen.gradients, seen.output) == ([], {}, [], None)
 
 
 def test_the_step_that_is_shown_scatters_its_sums_and_gathers_once_for_a_block() -> None:

@@ -116,7 +116,8 @@ class _Warnings:
         """
         for name, entry in self._uses():
             use = entry.uses[0]
-            if use.style.wants_split == "around" and not use.style.acts_on_forward and use.rule.section == SECTION:
+            is_summing = use.style.wants_split == "around" and use.letter == use.style.whole_as
+            if is_summing and not use.style.acts_on_forward and use.rule.section == SECTION:
                 yield name, use.rule, use.axis
         for name, acting in self.table.acting():
             if acting.style.wants_split == "around" and acting.rule.section == SECTION:
