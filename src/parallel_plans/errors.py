@@ -115,9 +115,15 @@ CODES: dict[str, str] = {
     "PP735": "an adapter of this kind cannot be put on a parallelized model",
     "PP736": "an adapter cannot stand here",
     "PP737": "adapters were to be put on a part of a parallelized model",
-    # Quantized weights (PP740 to PP744)
+    # Quantized weights (PP740 to PP741)
     "PP740": "weights that are quantized like this cannot be split",
     "PP741": "a quantized weight of the checkpoint cannot be split",
+    # Data parallelism around a plan (PP742 to PP749)
+    "PP742": "DistributedDataParallel is asked to take DTensors",
+    "PP743": "fully_shard is asked to take plain tensors that are parts",
+    "PP744": "fully_shard is asked to shard over ranks that do not hold the same",
+    "PP745": "an option or a parameter of fully_shard cannot be combined with a plan",
+    "PP746": "gradients would be averaged over batches twice",
 }
 
 
