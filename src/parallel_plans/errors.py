@@ -48,6 +48,13 @@ CODES: dict[str, str] = {
     "PP117": "nothing in the layers is split",
     "PP118": "a style that splits does nothing here",
     "PP119": "the gradient of a split layer's input is not summed",
+    "PP120": "a sequence is split at no module, or at several",
+    "PP121": "a sequence is split, and nothing gathers it",
+    "PP122": "a sequence is split or gathered where every rank has all of it",
+    "PP123": "what wants the whole sequence stands in what has it",
+    "PP124": "a whole parameter is used on a part of the sequence, and nothing sums its gradient",
+    "PP125": "a parameter that ranks split is given a part of the sequence",
+    "PP126": "a rule for a part of the sequence stands before where it is split",
     # Shapes (PP2xx)
     "PP201": "a dim cannot be split this way",
     "PP202": "there are fewer units than ranks",

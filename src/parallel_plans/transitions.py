@@ -49,7 +49,7 @@ def _needs_gradient(value: Tensor) -> bool:
 
 class _Vouched(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, value: Tensor, axis: Axis, letter: str, gradient: str) -> Tensor:
+    def forward(ctx: Any, value: Tensor, axis: Axis, letter: str | Tensor, gradient: str | Tensor) -> Tensor:
         ctx.axis, ctx.letter = axis, gradient
         return declare(value.clone(), axis, letter)
 
@@ -58,7 +58,7 @@ class _Vouched(torch.autograd.Function):
         return declare(gradient.clone(), ctx.axis, ctx.letter), None, None, None
 
 
-def vouch(value: Tensor, axis: Axis, letter: str, gradient: str) -> Tensor:
+def vouch(value: Tensor, axis: Axis, letter: str | Tensor, gradient: str | Tensor) -> Tensor:
     """`value`, and in backward its gradient, as `declare` says of each; nothing where nobody listens."""
     if not listeners:
         return value
