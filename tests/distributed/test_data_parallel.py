@@ -24,8 +24,9 @@ from rows import Row, loaded
 from safetensors.torch import load_file
 from tiny import assert_close, tiny_model, tokens
 from torch import Tensor, nn
+from torch.distributed._composable import replicate
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy
 from torch.distributed.fsdp import fully_shard as shard_by_torch
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -464,6 +465,18 @@ def over_dp(model: Any) -> None:
     by_ddp(model, DP2_TP2)
 
 
+def a_layer_over_all(model: Any) -> None:
+    DistributedDataParallel(model.model.layers[0])
+
+
+def listed_over_all(model: Any) -> None:
+    replicate(model)(input_ids=tokens())  # hands `DistributedDataParallel` a list of parameters
+
+
+def flat(model: Any) -> None:
+    FullyShardedDataParallel(model, device_id=torch.device("cpu"))
+
+
 def sharded_over_all(model: Any) -> None:
     shard_by_torch(model, mesh=init_device_mesh("cpu", (4,)))
 
@@ -501,6 +514,9 @@ def prepared_in_ddp(model: Any) -> None:
 
 REFUSALS = (
     (over_all, "llama", DP2_TP2, "local", "PP730"),
+    (a_layer_over_all, "llama", DP2_TP2, "local", "PP730"),
+    (listed_over_all, "llama", DP2_TP2, "local", "PP730"),
+    (flat, "llama", DP2_TP2, "local", "PP747"),
     (over_dp, "llama", DP2_TP2, "dtensor", "PP742"),
     (sharded_over_dp, "llama", DP2_TP2, "local", "PP743"),
     (sharded_over_all, "llama", DP2_TP2, "dtensor", "PP744"),
