@@ -34,6 +34,7 @@ from parallel_plans.errors import Finding, LaunchError
 from parallel_plans.mesh import Place
 from parallel_plans.quantized.tensors import is_quantized
 from parallel_plans.state import local_part, parallel_of
+from parallel_plans.training.optimizers import PART
 from parallel_plans.views import DATA_AXIS
 
 MESH_DIMS = 2  # over which a parameter may be split before torch shards it
@@ -79,6 +80,9 @@ def init(
     params = [cast(nn.Parameter, instead.get(id(parameter), parameter)) for parameter in params]
     _init(self, params, modules, mesh_info, post_forward_mesh_info, *others, **options)
     assert all(each.mesh_info is mesh_info for each in self.fsdp_params), "shard_placement_fn has changed its mind"
+    for parameter, sharded in zip(params, self.fsdp_params, strict=True):
+        if hasattr(parameter, PART):
+            setattr(sharded.sharded_param, PART, True)
     copies, batches = copies_of(owned[0].layout, place).size, place.axes[DATA_AXIS].size
     if copies != batches:  # experts have seen several batches each: a sum over copies, not a mean
         self._all_reduce_hook = functools.partial(_scale, by=copies / batches)
