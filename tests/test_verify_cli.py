@@ -86,7 +86,7 @@ def test_a_plan_that_does_not_fit_stops_at_its_level(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [("no_such_model",), ("llama", "--sp"), ("llama", "--set", "nonsense"), ("llama", "--set", "no_such_field=1"),
+    [("no_such_model",), ("llama", "--set", "nonsense"), ("llama", "--set", "no_such_field=1"),
      ("llama", "--tp", "4", "--ep", "3"), ("no_module:factory",), ("llama", "--level", "wishes")],
 )  # fmt: skip
 def test_a_question_that_cannot_be_asked_gives_2(arguments: tuple[str, ...]) -> None:

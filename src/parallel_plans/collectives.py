@@ -65,8 +65,8 @@ class Listener(Protocol):
     def after(self, op: str, axis: Axis, value: Tensor, result: Tensor, where: tuple[Any, ...]) -> None:
         """`op` has given `result`; `where` is what else it was told, a split and a dim, or sizes."""
 
-    def declared(self, value: Tensor, axis: Axis, letter: str) -> None:
-        """A style vouches for the letter of `value`, which only its own arithmetic knows."""
+    def declared(self, value: Tensor, axis: Axis, letter: str | Tensor) -> None:
+        """A style vouches for the letter of `value`, which only it knows, or that it lies as a tensor."""
 
 
 listeners: list[Listener] = []
@@ -100,8 +100,8 @@ def heard(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return run
 
 
-def declare(value: Tensor, axis: Axis, letter: str) -> Tensor:
-    """`value`, of which listeners hear how it lies: `P`, `I`, or `V` where each rank has something else."""
+def declare(value: Tensor, axis: Axis, letter: str | Tensor) -> Tensor:
+    """`value`, of which listeners hear how it lies: `P`, `I`, `V` where each rank has its own, or as a tensor."""
     for listener in listeners:
         listener.declared(value, axis, letter)
     return value
@@ -122,7 +122,7 @@ class _Recorder:
     def after(self, op: str, axis: Axis, value: Tensor, result: Tensor, where: tuple[Any, ...]) -> None:
         pass
 
-    def declared(self, value: Tensor, axis: Axis, letter: str) -> None:
+    def declared(self, value: Tensor, axis: Axis, letter: str | Tensor) -> None:
         pass
 
 

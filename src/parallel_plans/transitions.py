@@ -49,7 +49,7 @@ def _needs_gradient(value: Tensor) -> bool:
 
 class _Vouched(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, value: Tensor, axis: Axis, letter: str, gradient: str) -> Tensor:
+    def forward(ctx: Any, value: Tensor, axis: Axis, letter: str | Tensor, gradient: str | Tensor) -> Tensor:
         ctx.axis, ctx.letter = axis, gradient
         return declare(value.clone(), axis, letter)
 
@@ -58,7 +58,7 @@ class _Vouched(torch.autograd.Function):
         return declare(gradient.clone(), ctx.axis, ctx.letter), None, None, None
 
 
-def vouch(value: Tensor, axis: Axis, letter: str, gradient: str) -> Tensor:
+def vouch(value: Tensor, axis: Axis, letter: str | Tensor, gradient: str | Tensor) -> Tensor:
     """`value`, and in backward its gradient, as `declare` says of each; nothing where nobody listens."""
     if not listeners:
         return value
@@ -231,7 +231,13 @@ def replicate(value: Tensor, axis: Axis) -> Tensor:
         return _replicated(value, axis)
     _, split, dim = node.where
     shape = torch.Size([split.size if d == dim % node.part.dim() else n for d, n in enumerate(node.part.shape)])
-    return _ForUse.apply(node.part, value.detach(), node.where, shape)
+    return for_use(node.part, value, node.where, shape)
+
+
+def for_use(part: Tensor, gathered: Tensor, where: tuple[Axis, Split, int], shape: torch.Size) -> Tensor:
+    """I -> R of what `gather(part, *where)` gave in this shape, or a view of it; its gradient is reduce-scattered."""
+    made: Tensor = _ForUse.apply(part, gathered.detach(), where, shape)
+    return made
 
 
 class _ReplicateTogether(torch.autograd.Function):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -23,9 +23,10 @@ class Spread(ReadByIndex):
     asked for, a rank holds it once more, and one rank's share of it.
     """
 
-    def __init__(self, local: Tensor, layout: Layout, place: Place) -> None:
+    def __init__(self, local: Tensor, layout: Layout, place: Place, part: Callable[[], Tensor] | None = None) -> None:
+        """`part` makes the rank's part for each read, where `local` is only what the rank keeps of it."""
         self.shape, self.dtype = torch.Size(layout.shape), local.dtype
-        self._local, self._layout, self._place = local, layout, place
+        self._local, self._layout, self._place, self._part = local, layout, place, part
 
     def has_read(self, dest: Tensor, index: Sequence[Index]) -> bool:
         """Always true: the elements at `index` are in `dest` then, on every rank."""
@@ -35,7 +36,7 @@ class Spread(ReadByIndex):
     def _collected(self, index: Sequence[Index]) -> Tensor:
         """The elements at `index`, along one axis after the other those that its ranks hold."""
         splits, ranks = self._layout.splits, self._place.ranks
-        mine, value = {split.dim: split for split in splits}, self._local
+        mine, value = {split.dim: split for split in splits}, self._local if self._part is None else self._part()
         for dim, part in enumerate(index):
             split = mine.get(dim)
             value = taken_along(value, dim, part if split is None else held(split, ranks[split.axis], part)[1])

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from parallel_plans.verify.letters.lay import NOTHING, Lay, Mismatch
+from parallel_plans.verify.letters.lay import NOTHING, Lay, Mismatch, NoRule
 from parallel_plans.verify.letters.operation import Operation
 from parallel_plans.verify.letters.pointwise import pointwise
 
@@ -65,6 +65,8 @@ def along(op: Operation) -> list[Lay]:
     at = 2 if op.name == "topk" else 1
     dim = op.get(at, "dim", -1)
     is_linear = op.name == "cumsum"
+    if op.name in ("sort", "argsort") and not value.is_floating_point() and op.lay(value).part(dim) is not None:
+        raise NoRule  # each rank's own tokens by their experts: whether all that follows is its own, nobody knows here
     lay = _of_whole_dims(op, [dim % max(1, value.dim())], True, is_linear)
     return [lay] * _results(op)
 
