@@ -197,10 +197,11 @@ class Real:
 
 
 def return_memory_at_once() -> None:
-    """From now on this process gives the memory of a tensor back to the kernel when the tensor ends, if glibc can."""
-    tune = getattr(ctypes.CDLL(None), "mallopt", None)
-    if tune is not None:
-        tune(M_MMAP_THRESHOLD, ALONE)
+    """This process gives back what it has free, and from now on a tensor's memory when the tensor ends: with glibc."""
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt") and hasattr(library, "malloc_trim"):
+        library.mallopt(M_MMAP_THRESHOLD, ALONE)
+        library.malloc_trim(0)
 
 
 def on_rank(rank: int, side: str, tokens: int, folder: str, meeting: str) -> None:
