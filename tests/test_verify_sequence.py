@@ -161,6 +161,12 @@ def test_a_trial_has_a_sequence_that_the_ranks_divide_and_one_that_they_do_not(m
     assert all(tokens >= ranks for ranks, tokens in lengths)
 
 
+@pytest.mark.parametrize("sizes", [{"tp": 1}, {"tp": 1, "ep": 2}], ids=str)
+def test_one_rank_to_a_batch_has_nothing_to_split_and_nothing_to_be_refused(sizes: dict[str, int]) -> None:
+    report = judged("qwen3_moe", level="geometry", **sizes)
+    assert (report.ok, report.findings) == (True, [])
+
+
 def test_a_long_row_of_ranks_gets_a_sequence_long_enough() -> None:
     plan = with_sequence(load_plan(bundled_folder() / "llama.yaml"), "auto")
     assert followed._tokens(plan, views_for(64, 1, None)) == (2, 64)
