@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor
 from parallel_plans.collectives import Axis
 from parallel_plans.compiling import untraced
 from parallel_plans.storage import local_tensor, local_tensors
-from parallel_plans.traced_forks import TracedForks, shown
+from parallel_plans.traced_forks import TracedForks, Where, shown
 from parallel_plans.transitions import VIEWS, replicate, replicate_together, set_private
 
 if TYPE_CHECKING:
@@ -266,6 +266,12 @@ def remember_replicated(value: Tensor, axis: Axis, whole: Tensor) -> None:
             untraced(remember_replicated, value, axis, whole)
         else:
             forks.add(whole, value, axis, is_all=False)
+
+
+def remember_gathered(whole: Tensor, part: Tensor, where: Where) -> None:
+    """While a scope is traced, `whole` is what was gathered from `part`; outside of it, autograd's nodes know."""
+    if _scope.traced is not None and part.requires_grad:
+        _scope.traced.gathered.append((whole, part, where))
 
 
 def whole_of(value: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ are the same.
 
 from __future__ import annotations
 
-import functools
+import operator
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,7 @@ from torch import Tensor
 from parallel_plans.boundary import Arguments, Boundary, Forward, Keywords, Site, change_first, change_output
 from parallel_plans.collectives import Axis
 from parallel_plans.delayed import Kept
+from parallel_plans.forks import remember_gathered
 from parallel_plans.layouts import Split, deal
 from parallel_plans.partial_tensor import Partial, whole, whole_tree
 from parallel_plans.scattered_sum import DelayedScatter, ScatteredSum
@@ -43,17 +44,29 @@ if TYPE_CHECKING:
 DIM = 1  # of hidden states [batch, sequence, hidden]
 
 
-@functools.lru_cache(maxsize=4096)
+_splits: dict[tuple[int, str, int], Split] = {}
+
+
 def sequence_split(tokens: int, axis: str, ranks: int) -> Split:
     """How a sequence of so many tokens is dealt over the ranks of an axis; a rank may get none.
 
     >>> sequence_split(7, "tp", 2).ranges
     (((0, 4),), ((4, 7),))
     """
+    assert _is_dealt(tokens, axis, ranks)
+    return _splits[tokens, axis, ranks]
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _is_dealt(tokens: int, axis: str, ranks: int) -> bool:
+    """Yes, from now on: a tracer finds what lies in the dict, and cannot make it."""
+    if (tokens, axis, ranks) in _splits:
+        return True
     stops = list(accumulate(deal(tokens, ranks)))
     ranges = zip([0, *stops[:-1]], stops, strict=True)
     pieces = tuple(((start, stop),) if stop > start else () for start, stop in ranges)
-    return Split(dim=DIM, size=tokens, axis=axis, ranges=pieces)
+    _splits[tokens, axis, ranks] = split = Split(dim=DIM, size=tokens, axis=axis, ranges=pieces)
+    return split.is_disjoint and split.is_in_order  # asked now, and remembered
 
 
 class Sequence:
@@ -77,6 +90,7 @@ class Sequence:
         collectives of tensor parallelism alone. Where autograd records they are split all the same, since gradients of
         whole weights are summed over the ranks.
         """
+        tokens = operator.index(tokens)  # a tracer takes it for a constant then, and traces each length on its own
         is_short = tokens < self.axis.size and not torch.is_grad_enabled()
         self.split = None if is_short else sequence_split(tokens, self.axis.name, self.axis.size)
         self.rows, self.last = rows, None
@@ -104,13 +118,15 @@ class Sequence:
             return part
         own, gathering = self.split.local_sizes[self.axis.rank], gather_to_share if is_shared else gather
         if self._is_flat(part, own):
-            return gathering(part.unflatten(0, (self.rows, own)), self.axis, self.split, DIM).flatten(0, 1)
+            return self.gathered(part.unflatten(0, (self.rows, own)), name, is_shared=is_shared).flatten(0, 1)
         if part.dim() <= DIM or part.shape[DIM] != own:
             raise RuntimeError(
                 f"{name} was given {list(part.shape)}; expected this rank's {own} of {self.split.size} tokens along "
                 f"dim {DIM}: a model whose sequence is split runs as a whole, or all of its layers from the first on"
             )
-        return gathering(part, self.axis, self.split, DIM)
+        whole = gathering(part, self.axis, self.split, DIM)
+        remember_gathered(whole, part, (self.axis, self.split, DIM))
+        return whole
 
     def _is_flat(self, value: Tensor, tokens: int) -> bool:
         """Whether it has the tokens of all sequences in one dim, as blocks of experts like it."""
@@ -118,6 +134,8 @@ class Sequence:
 
     def gathered_once(self, part: Tensor, taker: WholeBoundary) -> Tensor:
         """As `gathered`; what was gathered last once more, where this is the same."""
+        if torch.compiler.is_dynamo_compiling():
+            return self.gathered(part, taker.site.name)
         last = self.last
         if last is not None and last.is_of(part):
             last.taker.is_followed = True
@@ -210,7 +228,7 @@ class WholeBoundary(SequenceBoundary):
 
             args, kwargs = change_first(gathered, args, kwargs)
             output = _with_waiting_sums(forward, args, kwargs)
-            if not self.is_followed:
+            if not (self.is_followed or torch.compiler.is_dynamo_compiling()):
                 forget_part(made[0])
             return _whole_but_first(change_output(sequence.scattered, output))
 

@@ -14,8 +14,11 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from parallel_plans.collectives import Axis
+from parallel_plans.layouts import Split
 from parallel_plans.storage import local_tensor
-from parallel_plans.transitions import replicate, replicate_together
+from parallel_plans.transitions import for_use, replicate, replicate_together
+
+Where = tuple[Axis, Split, int]
 
 # the ways to look at all of a tensor in its own order
 _VIEWS: tuple[Callable[..., Any], ...] = (
@@ -42,6 +45,7 @@ class TracedForks(TorchFunctionMode):
         self.replicated: list[tuple[Tensor, int, Axis, Tensor]] = []  # an I, its address, the axis, its R
         self.parameters: list[tuple[Tensor, Tensor]] = []  # a parameter, and the R that it is used as
         self.whole: list[tuple[Tensor, Axis, Tensor]] = []  # an R, the axis, the I it comes from
+        self.gathered: list[tuple[Tensor, Tensor, Where]] = []  # what was gathered, the part it comes from, how
 
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -97,9 +101,19 @@ class TracedForks(TorchFunctionMode):
 
     def _together(self, values: Sequence[Tensor], axis: Axis) -> tuple[Tensor, ...]:
         self.is_writing = False
-        made = replicate_together(values, axis) if len(values) > 1 else (replicate(values[0], axis),)
+        made: dict[int, Tensor] = {}
+        for at, value in enumerate(values):
+            for gathered, part, where in self.gathered:
+                if gathered is self._seen(value) and where[0] is axis:
+                    made[at] = for_use(part, value, where, gathered.shape)
+        others = [at for at in range(len(values)) if at not in made]
+        if len(others) > 1:
+            for at, replicated in zip(others, replicate_together([values[at] for at in others], axis), strict=True):
+                made[at] = replicated
+        elif others:
+            made[others[0]] = replicate(values[others[0]], axis)
         self.is_writing = True
-        return made
+        return tuple([made[at] for at in range(len(values))])
 
     def parameter(self, parameter: Tensor) -> Tensor | None:
         """As `parallel_plans.forks.replicated_in_use`."""

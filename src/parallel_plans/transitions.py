@@ -231,7 +231,13 @@ def replicate(value: Tensor, axis: Axis) -> Tensor:
         return _replicated(value, axis)
     _, split, dim = node.where
     shape = torch.Size([split.size if d == dim % node.part.dim() else n for d, n in enumerate(node.part.shape)])
-    return _ForUse.apply(node.part, value.detach(), node.where, shape)
+    return for_use(node.part, value, node.where, shape)
+
+
+def for_use(part: Tensor, gathered: Tensor, where: tuple[Axis, Split, int], shape: torch.Size) -> Tensor:
+    """I -> R of what `gather(part, *where)` gave in this shape, or a view of it; its gradient is reduce-scattered."""
+    made: Tensor = _ForUse.apply(part, gathered.detach(), where, shape)
+    return made
 
 
 class _ReplicateTogether(torch.autograd.Function):
