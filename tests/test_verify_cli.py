@@ -58,7 +58,7 @@ def test_a_wrong_plan_gives_1_and_findings_with_file_and_line(tmp_path: Path) ->
     text = (bundled_folder() / "llama.yaml").read_text(encoding="utf-8")
     path = tmp_path / "wrong.yaml"
     rule = "model.layers.*.mlp: all_reduce"
-    path.write_text(text.replace("  model.norm:", f"  {rule}\n  model.norm:"), encoding="utf-8")
+    path.write_text(text.replace("  model.norm:", f"  {rule}\n  model.norm:", 1), encoding="utf-8")
     status, report = ran("llama", "--plan", str(path), "--set", "num_key_value_heads=8")
     assert status == 1
     assert report["ok"] is False

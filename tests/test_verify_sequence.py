@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from mutants.pool import Pool
 from mutants.sequences import KINDS
 from mutants.trial import Bench, Trial
 from mutants.truth import ROWS
 from published import original
 from tiny import tiny_config
+from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from parallel_plans import verify_plan
@@ -159,6 +161,57 @@ def test_a_trial_has_a_sequence_that_the_ranks_divide_and_one_that_they_do_not(m
     assert judged("llama").ok
     assert {tokens % ranks for ranks, tokens in lengths} == {0, 1}
     assert all(tokens >= ranks for ranks, tokens in lengths)
+
+
+class Block(nn.Module):
+    """A layer of a model of one's own."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.ReLU(), nn.Linear(4 * width, width))
+
+    def forward(self, value: Tensor) -> Tensor:
+        return value + self.mlp(self.norm(value))
+
+
+class Stack(nn.Module):
+    """A model of one's own, whose first norm is given what wants no gradient."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Block(width) for _ in range(2))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 5)
+
+    def forward(self, value: Tensor) -> Tensor:
+        for layer in self.layers:
+            value = layer(value)
+        return self.head(self.norm(value))
+
+
+STACK = {
+    "version": 1,
+    "tp_plan": {"layers.*.mlp.0": "colwise", "layers.*.mlp.2": "rowwise", "**": "replicate"},
+    "sp_plan": {
+        "layers.0": "split_sequence",
+        "layers.*.norm": "sequence_parallel",
+        "layers.*.mlp": "whole_sequence",
+        "norm": "sequence_parallel_gather_output",
+    },
+}
+
+
+@pytest.mark.parametrize("tokens", [6, 7])
+def test_the_sequences_of_a_model_of_ones_own_are_split_too(tokens: int) -> None:
+    inputs = {"value": torch.randn(2, tokens, 8)}
+    report = verify_plan(Stack(), STACK, tp=2, sp=True, inputs=inputs)
+    assert (set(report.levels.values()), report.findings) == ({"passed"}, [])
+
+
+@pytest.mark.parametrize("sizes", [{"tp": 1}, {"tp": 1, "ep": 2}], ids=str)
+def test_one_rank_to_a_batch_has_nothing_to_split_and_nothing_to_be_refused(sizes: dict[str, int]) -> None:
+    report = judged("qwen3_moe", level="geometry", **sizes)
+    assert (report.ok, report.findings) == (True, [])
 
 
 def test_a_long_row_of_ranks_gets_a_sequence_long_enough() -> None:

@@ -88,7 +88,8 @@ class _Resolver:
                     parameters[name] = entry
             report_tied(self.report, self.spec, parameters)
             if self.plan.splits_sequence:
-                report_sequence(self.report, self.spec, dense, self.around, parameters)
+                used = parameters if self.views.tp > 1 else {}  # one rank has all of the sequence
+                report_sequence(self.report, self.spec, dense, self.around, used)
             for name, module in self.spec.modules.items():
                 rules = (dense.modules[name], experts.modules[name])
                 if acting := self._module(module, rules, parameters):
