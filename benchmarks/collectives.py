@@ -10,6 +10,15 @@ collective, and the KiB that a rank hands over; "ratios" are this project's over
 
     more, splits more    a rank holds less of the weights here, so that more has to be said
 
+A second table has the plans with an `sp_plan`: what a layer does forward and backward with the sequence split, beside
+`tp` alone. AR is an all-reduce, AG an all-gather, RS a reduce-scatter; "sends" are the KiB that leave a rank where
+ranks pass pieces on around a ring:
+
+    all-reduce                              2 (ranks - 1) / ranks of the value
+    all-gather, reduce-scatter, all-to-all    (ranks - 1) / ranks of the whole value
+
+transformers cannot be asked: its styles for sequences are not wired up yet.
+
 What mixtures do on other meshes is counted by `moe_collectives.py`. Exit status 1 where a line says MORE or another
 loss.
 """
@@ -37,6 +46,7 @@ from torch.distributed.tensor import DTensor
 from transformers.distributed import DistributedConfig
 
 from parallel_plans import AutoModelForCausalLM
+from parallel_plans.loader import load_plan
 from parallel_plans.lookup import bundled_folder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,6 +64,17 @@ FEWER = 0.995  # of the weights that a rank holds: a whole embedding more is a h
 CHANGES: dict[str, dict[str, Any]] = {"cohere": {"use_qk_norm": False}}
 VOCAB = 102
 NEVER_MORE, SPLITS_MORE, MORE, ANOTHER_LOSS = "never more", "more, splits more", "MORE", "another loss"
+SEQUENCE = "split sequence"
+SEQUENCE_LENGTH = 12  # tokens, as many for every rank
+SEQUENCE_PHASES = PHASES[1:]
+# operation -> what a rank sends on a ring, in times of (ranks - 1) / ranks of what it hands over
+ON_A_RING: dict[str, Callable[[int], int]] = {
+    "all_reduce": lambda ranks: 2,
+    "reduce_scatter": lambda ranks: 1,
+    "all_to_all": lambda ranks: 1,
+    "all_gather": lambda ranks: ranks,  # it hands over its part
+}
+SEQUENCE_HEADS = ("plan", "forward", "tp alone", "backward", "tp alone", "sends, KiB", "tp alone", "ratio")
 HEADS = ("plan", "no grad", "theirs", "ratios", "training", "theirs", "ratios", "holds", "theirs", "")
 
 
@@ -85,9 +106,11 @@ def _more(config: Any) -> dict[str, int]:
     return {name: 2 * getattr(config, name) for name in ("num_hidden_layers", "num_layers") if hasattr(config, name)}
 
 
-def ours(path: Path) -> Any:
+def ours(path: Path, sp_plan: str | None = None) -> Any:
     """The checkpoint as this project loads it."""
-    return AutoModelForCausalLM.from_pretrained(path, tp_plan="auto", tp_size=RANKS, attn_implementation="eager")
+    return AutoModelForCausalLM.from_pretrained(
+        path, tp_plan="auto", sp_plan=sp_plan, tp_size=RANKS, attn_implementation="eager"
+    )
 
 
 def theirs(path: Path) -> Any:
@@ -147,11 +170,27 @@ def on_rank(folder: str, kinds: Sequence[str]) -> dict[tuple[str, str], dict[str
     return found
 
 
+def splits_sequence(kind: str) -> bool:
+    """Whether the type's plan says how a sequence is split."""
+    return bool(load_plan(bundled_folder() / f"{kind}.yaml").rules("sp_plan"))
+
+
+def sequences_on_rank(folder: str, kinds: Sequence[str]) -> dict[tuple[str, str], dict[str, Seen]]:
+    """(type, side) -> what both models did there, with `tp` alone and with the sequence split."""
+    batch, found = tokens(length=SEQUENCE_LENGTH), {}
+    for kind in filter(splits_sequence, kinds):
+        for side, sp_plan in (("tp", None), (SEQUENCE, "auto")):
+            paths = {name: Path(folder) / kind / name for name in ("once", "twice")}
+            models = {name: seen(ours(path, sp_plan), "parallel_plans", batch) for name, path in paths.items()}
+            found[kind, side] = models
+    return found
+
+
 def _main_of_rank(rank: int, folder: str, kinds: Sequence[str]) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS), LOCAL_WORLD_SIZE=str(RANKS))
     limit = timedelta(seconds=60)
     dist.init_process_group("gloo", init_method=f"file://{folder}/ranks", rank=rank, world_size=RANKS, timeout=limit)
-    torch.save(on_rank(folder, kinds), f"{folder}/{rank}.pt")
+    torch.save((on_rank(folder, kinds), sequences_on_rank(folder, kinds)), f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
@@ -184,6 +223,43 @@ def result_of(kind: str, layers: int, whole: int, sides: dict[str, list[dict[str
     result["ratios"] = None if "error" in other else {mode: _ratio(mine, other, mode) for mode in MODES}
     result["verdict"] = verdict(mine, other)
     return result
+
+
+def sequences_of(layers: int, sides: dict[str, list[dict[str, Seen]]]) -> Result:
+    """What is told of a type whose sequence is split: per side and phase operation -> how often, and bytes sent."""
+    result: Result = {}
+    for side, ranks in sides.items():
+        per_rank = [{phase: _sent(each, phase, layers) for phase in SEQUENCE_PHASES} for each in ranks]
+        if any(each != per_rank[0] for each in per_rank):
+            raise RuntimeError(f"the ranks do not send as much: {per_rank}")
+        result[side] = {**per_rank[0], "losses": [each["twice"].loss for each in ranks]}
+    return result
+
+
+def _sent(models: dict[str, Seen], phase: str, layers: int) -> dict[str, list[float]]:
+    traffic = beyond(models["twice"].traffic[phase], models["once"].traffic[phase])
+    share = (RANKS - 1) / RANKS / layers
+    return {op: [count / layers, ON_A_RING[op](RANKS) * size * share] for op, (count, size) in traffic.items()}
+
+
+def sent(side: Result) -> float:
+    """Bytes that a rank sends for a layer, forward and backward."""
+    return sum(size for phase in SEQUENCE_PHASES for _, size in side[phase].values())
+
+
+def sequence_line_of(result: Result) -> list[str]:
+    """What a type's sequence takes as the cells of a row."""
+    sides = [result["sequence"][side] for side in (SEQUENCE, "tp")]
+    counts = [_counts(side[phase]) for phase in SEQUENCE_PHASES for side in sides]
+    sizes = [sent(side) for side in sides]
+    shown = [f"{size / 1024:.1f}" for size in sizes]
+    return [result["plan"], *counts, *shown, f"{sizes[0] / sizes[1]:.2f}"]
+
+
+def _counts(traffic: dict[str, list[float]]) -> str:
+    """How often a layer starts each operation, by its initials."""
+    named = {"".join(word[0] for word in op.split("_")).upper(): count for op, (count, _) in traffic.items()}
+    return ", ".join(f"{count:.3g} {name}" for name, count in sorted(named.items()))
 
 
 def _per_layer(traffic: Traffic, layers: int) -> tuple[float, float]:
@@ -239,7 +315,17 @@ def _shown(ratio: float | None) -> str:
 
 def markdown(results: Sequence[Result]) -> str:
     """The results as a table."""
-    rows = [list(HEADS), ["---", *["--:"] * (len(HEADS) - 2), "---"], *map(line_of, results)]
+    return _table([list(HEADS), ["---", *["--:"] * (len(HEADS) - 2), "---"], *map(line_of, results)])
+
+
+def sequence_markdown(results: Sequence[Result]) -> str:
+    """Those whose sequence is split as a table; nothing where there are none."""
+    lines = [sequence_line_of(result) for result in results if result["sequence"] is not None]
+    rule = ["---", *["---"] * 4, *["--:"] * 3]
+    return _table([list(SEQUENCE_HEADS), rule, *lines]) if lines else ""
+
+
+def _table(rows: Iterable[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(cell.replace('|', ' ') for cell in row)} |\n" for row in rows)
 
 
@@ -254,10 +340,13 @@ def measured(kinds: Sequence[str]) -> list[Result]:
     for kind in kinds:
         sides = {}
         for library in LIBRARIES:
-            found = [each[kind, library] for each in ranks]
+            found = [each[kind, library] for each, _ in ranks]
             error = next((each for each in found if isinstance(each, str)), None)
             sides[library] = found if error is None else error
-        results.append(result_of(kind, layers[kind], whole[kind], sides))
+        result = result_of(kind, layers[kind], whole[kind], sides)
+        split = {side: [each[kind, side] for _, each in ranks] for side in ("tp", SEQUENCE) if splits_sequence(kind)}
+        result["sequence"] = sequences_of(layers[kind], split) if split else None
+        results.append(result)
     return results
 
 
@@ -278,11 +367,12 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)  # ranks are forked from this process
     results = measured(arguments.types or types())
-    print(markdown(results), end="")
+    told = "\n".join(part for part in (markdown(results), sequence_markdown(results)) if part)
+    print(told, end="")
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     if arguments.markdown:
-        arguments.markdown.write_text(markdown(results), encoding="utf-8")
+        arguments.markdown.write_text(told, encoding="utf-8")
     raise SystemExit(any(result["verdict"] in (MORE, ANOTHER_LOSS) for result in results))
 
 

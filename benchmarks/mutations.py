@@ -55,7 +55,7 @@ model from a checkpoint, run, train, write and save, in float64, against one pro
 - theirs: transformers' own `verify_tp_plan`, a matcher of names, on the mutants that can be said in a plan of theirs:
   of those refused or wrong how many it warns of, and of those right. It warns of every plan, so only a warning counts
   that differs from the one about the right plan."""
-DEFAULT_ROWS = ("tp2", "tp2-ep2", "tp1-ep2")
+DEFAULT_ROWS = ("tp2", "tp2-ep2", "tp1-ep2", "tp2-sp")
 WIDTH = 150  # characters, where the output is no terminal
 
 

@@ -102,7 +102,7 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
-def _memory(tensors: Iterable[Tensor]) -> dict[int, int]:
+def memory_of(tensors: Iterable[Tensor]) -> dict[int, int]:
     """Where the tensors' memory begins -> its bytes, each piece once."""
     storages = [_local(tensor.detach()).untyped_storage() for tensor in tensors]
     return {storage.data_ptr(): storage.nbytes() for storage in storages}
@@ -133,10 +133,10 @@ def held_in_a_step(model: Any, batch: Tensor) -> Held:
     """What this rank holds; the model takes a step."""
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=1e-4)
-    known = _memory([*parameters, *model.buffers(), batch])
+    known = memory_of([*parameters, *model.buffers(), batch])
     with kept_for_backward() as kept:
         loss = model(input_ids=batch, labels=batch).loss
-        activations = {at: size for at, size in _memory(each.tensor for each in kept).items() if at not in known}
+        activations = {at: size for at, size in memory_of(each.tensor for each in kept).items() if at not in known}
     loss.backward()
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     optimizer.step()

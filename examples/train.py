@@ -37,6 +37,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--tp", type=int, help="ranks that split the dense layers")
     parser.add_argument("--ep", type=int, help="ranks over which whole experts are dealt")
     parser.add_argument("--etp", type=int, help="ranks that split each expert")
+    parser.add_argument("--sp", action="store_true", help="split the sequence over the ranks between blocks")
     parser.add_argument("--storage", choices=["dtensor", "local"], default="dtensor")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--master-weights", action="store_true", help="step float32 copies of bfloat16 weights")
@@ -124,7 +125,8 @@ def main() -> None:
     torch.set_num_threads(1)
     model = AutoModelForCausalLM.from_pretrained(
         arguments.checkpoint, tp_plan=arguments.plan, tp_size=arguments.tp, ep_size=arguments.ep,
-        etp_size=arguments.etp, storage=arguments.storage, dtype=getattr(torch, arguments.dtype),
+        etp_size=arguments.etp, sp_plan="auto" if arguments.sp else None, storage=arguments.storage,
+        dtype=getattr(torch, arguments.dtype),
     )  # fmt: skip
     parallel = parallel_of(model)
     batch, batches, is_first = 0, 1, True

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from parallel_plans import PlanError, load_plan
+from parallel_plans.lookup import with_sequence
 from parallel_plans.model_spec import ModelSpec, describe
 from parallel_plans.resolve import resolve
 from parallel_plans.styles import get_style
@@ -59,7 +60,8 @@ _ANYTHING = (*_OWNERS, *_PARAMETERS)
 _MODULES = (*_OWNERS, "block", "activation")
 # A style for layers splits a bare parameter too, which may be used like a layer's weight or like its output.
 _LINEAR = ("linear", "linear's weight", "bare parameter", "expert weight")
-# Alone, one that deals experts or brings tokens to them is refused everywhere: something is missing then.
+# Alone, one that deals experts or brings tokens to them is refused everywhere: something is missing then. So is one
+# that splits sequences, or gathers them.
 STANDS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(
         ("colwise", "rowwise", "colwise_gather_output", "rowwise_split_input", "packed_colwise", "packed_rowwise"),
@@ -77,6 +79,7 @@ STANDS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("moe_tp_gate_up_colwise", "moe_tp_down_rowwise"), ("experts", "expert weight")),
     "moe_identity_expert": ("block", "activation"),
     **dict.fromkeys(("grouped_gemm", "ep_router", "ep_dispatch"), ()),
+    **dict.fromkeys(("split_sequence", "whole_sequence", "sequence_parallel_gather_output"), ()),
 }
 
 
@@ -94,9 +97,10 @@ def refused(style: str, kind: str) -> bool:
         own[KINDS[kind]]["counts"] = {"out_features": 1}
     plan: dict[str, Any] = {"version": 1, section: own}
     plan["tp_plan"] = {**plan.get("tp_plan", {}), "**": "replicate"}
-    sizes = {"tp_plan": {"tp": 2}, "ep_plan": {"tp": 2, "ep": 2}, "dispatch_plan": {"tp": 1, "ep": 2}}[section]
+    dealt = {"ep_plan": {"tp": 2, "ep": 2}, "dispatch_plan": {"tp": 1, "ep": 2}}
     try:
-        table = resolve(load_plan(plan), spec(), sizes)
+        used = with_sequence(load_plan(plan), "auto" if section == "sp_plan" else None)
+        table = resolve(used, spec(), dealt.get(section, {"tp": 2}))
     except PlanError:
         return True
     return any(finding.code == "PP113" for finding in wrong_sums(table))  # it would sum what is whole

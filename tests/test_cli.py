@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,15 @@ def test_show_gives_every_parameter_its_shape_style_and_bytes() -> None:
     assert "model.layers.*.mlp.down_proj.weight 32 [4096, 14336@tp] rowwise 939,524,096 line 13" in rows
     assert "whole model 32,121,044,992 bytes, 100.0% of them split" in rows
     assert "a rank holds 4,016,062,464 bytes at most, 12.5% of the whole" in rows
+
+
+def test_show_says_where_the_sequence_is_split() -> None:
+    done = CliRunner().invoke(app, ["show", "qwen3_moe", "--tp", "2", "--sp"])
+    assert done.exit_code == 0, done.output
+    whole = "model.layers.*.self_attn, model.layers.*.mlp"
+    told = f"tokens split before model.layers.0; whole within {whole}; whole after model.norm\n"
+    assert told in done.output
+    assert re.search(r"input_layernorm.weight +\d+ +\[2048\] +sequence_parallel ", done.output)
 
 
 def test_show_says_how_experts_are_dealt_and_by_which_rules() -> None:

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from parallel_plans import PlanError, load_plan
 from parallel_plans.errors import CODES
-from parallel_plans.lookup import bundled_folder, bundled_types
+from parallel_plans.lookup import bundled_folder, bundled_types, with_sequence
 from parallel_plans.model_spec import ModelSpec, describe
 from parallel_plans.resolve import resolve
 from parallel_plans.table import Table
@@ -27,6 +27,19 @@ MADE_ELSEWHERE = {"PP109", *(f"PP{number}" for number in (*range(113, 120), *ran
 
 # What each bad plan is refused for: an untied Llama on 2 ranks, where nothing is said here.
 TIED = {"tied_in_conflict", "tied_and_half_whole", "many_mistakes"}
+# those that are refused with their sp_plan in use
+SPLIT = {
+    "gradient_of_a_part_not_summed",
+    "sequence_gathered_within_a_split_block",
+    "sequence_split_at_the_second_layer",
+    "sequence_split_nowhere",
+    "sequence_split_twice",
+    "sequence_split_where_all_of_it_is",
+    "sequence_that_nothing_gathers",
+    "sp_rule_matches_nothing",
+    "split_block_given_a_part",
+    "whole_sequence_within_another",
+}
 DBRX = ("experts_dealt_by_rows", "expert_count_in_units_that_do_not_divide", "expert_count_smaller_than_the_ranks")
 SHARED_BATCH = ("expert_weight_left_whole", "experts_that_nothing_brings_tokens_to", "experts_that_nothing_deals")
 SHARED_BATCH += ("no_ep_plan", "ep_plan_that_deals_nothing", "colwise_in_ep_plan", "ep_dispatch_in_ep_plan")
@@ -116,6 +129,21 @@ MENDS = {
     "size_that_does_not_divide": [("7", "8")],
     "tied_and_half_whole": [('  "**"', '  lm_head: colwise_gather_output\n  "**"')],
     "tied_in_conflict": [("rowwise_split_input", "colwise_gather_output")],
+    "gradient_of_a_part_not_summed": [
+        ("split_sequence\n", "split_sequence\n  model.layers.*.input_layernorm: sequence_parallel\n")
+    ],
+    "sequence_gathered_within_a_split_block": [("mlp.act_fn: whole", "mlp: whole")],
+    "sequence_split_at_the_second_layer": [("layers.1", "layers.0")],
+    "sequence_split_nowhere": [("sp_plan:\n", "sp_plan:\n  model.layers.0: split_sequence\n")],
+    "sequence_split_twice": [("layers.*: split", "layers.0: split")],
+    "sequence_split_where_all_of_it_is": [("layers.0.mlp.up_proj: split", "layers.0: split")],
+    "sequence_that_nothing_gathers": [
+        ("  model.norm: sequence_parallel", "  model.norm: sequence_parallel_gather_output")
+    ],
+    "sp_rule_matches_nothing": [("  model.layers.*.self_atn: whole_sequence\n", "")],
+    "split_block_given_a_part": [("  model.norm", "  model.layers.*.mlp: whole_sequence\n  model.norm")],
+    "split_sequence_in_tp_plan": [("  model.layers.0: split_sequence\n", "")],
+    "whole_sequence_within_another": [("  model.layers.*.mlp.act_fn: whole_sequence\n", "")],
     "unit_does_not_divide": [("4", "7")],
     "units_for_other_parts": [("[2, 2, 2]", "[2, 2]")],
 }
@@ -130,7 +158,8 @@ def spec(model_type: str = "llama", *, tied: bool = False) -> ModelSpec:
 def resolved(source: object, name: str = "", **sizes: int) -> Table:
     """The table of a plan for the model and the sizes that the bad plan `name` is refused for."""
     described = spec(MODELS.get(name, "llama"), tied=name in TIED)
-    return resolve(load_plan(source), described, sizes or SIZES.get(name, {"tp": 2}))  # type: ignore[arg-type]
+    plan = with_sequence(load_plan(source), "auto" if name in SPLIT else None)  # type: ignore[arg-type]
+    return resolve(plan, described, sizes or SIZES.get(name, {"tp": 2}))
 
 
 def refusal(source: object, name: str = "") -> PlanError:

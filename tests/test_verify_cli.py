@@ -58,7 +58,7 @@ def test_a_wrong_plan_gives_1_and_findings_with_file_and_line(tmp_path: Path) ->
     text = (bundled_folder() / "llama.yaml").read_text(encoding="utf-8")
     path = tmp_path / "wrong.yaml"
     rule = "model.layers.*.mlp: all_reduce"
-    path.write_text(text.replace("  model.norm:", f"  {rule}\n  model.norm:"), encoding="utf-8")
+    path.write_text(text.replace("  model.norm:", f"  {rule}\n  model.norm:", 1), encoding="utf-8")
     status, report = ran("llama", "--plan", str(path), "--set", "num_key_value_heads=8")
     assert status == 1
     assert report["ok"] is False
@@ -86,7 +86,7 @@ def test_a_plan_that_does_not_fit_stops_at_its_level(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [("no_such_model",), ("llama", "--sp"), ("llama", "--set", "nonsense"), ("llama", "--set", "no_such_field=1"),
+    [("no_such_model",), ("llama", "--set", "nonsense"), ("llama", "--set", "no_such_field=1"),
      ("llama", "--tp", "4", "--ep", "3"), ("no_module:factory",), ("llama", "--level", "wishes")],
 )  # fmt: skip
 def test_a_question_that_cannot_be_asked_gives_2(arguments: tuple[str, ...]) -> None:

@@ -12,6 +12,7 @@ from parallel_plans.auto import (
     AutoModelForTokenClassification,
 )
 from parallel_plans.checkpoint.save import save_pretrained
+from parallel_plans.data_parallel.fully_sharded import fully_shard
 from parallel_plans.errors import CheckpointError, Finding, LaunchError, ParallelPlansError, PlanError
 from parallel_plans.gradients import average_gradients, clip_grad_norm_
 from parallel_plans.hub import from_pretrained
@@ -49,6 +50,7 @@ __all__ = [
     "from_pretrained",
     "full_gradients",
     "full_state_dict",
+    "fully_shard",
     "load_plan",
     "load_state",
     "parallel_of",

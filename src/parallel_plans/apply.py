@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from parallel_plans.adapters.seams import watch_for_peft
 from parallel_plans.attach import attach_forwards
 from parallel_plans.checkpoint.load import Loaded
+from parallel_plans.data_parallel import fully_sharded, wrapped
 from parallel_plans.generation import attach_generate
 from parallel_plans.loader import load_plan
 from parallel_plans.lookup import PlanSource, with_experts, with_sequence
@@ -27,7 +28,6 @@ from parallel_plans.table import Table
 from parallel_plans.training.optimizers import check_optimizers
 from parallel_plans.training.random_streams import attach_random_streams
 from parallel_plans.watch import meeting
-from parallel_plans.wrapping import refuse_wrapping
 
 
 def parallelize(
@@ -93,7 +93,8 @@ def apply_table(
     attach_forwards(model, table, place)
     remember(model, Parallel(table=table, place=place, storage=storage, loaded=loaded))
     attach_generate(model, place, table)
-    refuse_wrapping(model)
+    wrapped.take_over()
+    fully_sharded.take_over()
     attach_random_streams(model, table, place)
     check_optimizers()
     watch_for_peft()

@@ -245,7 +245,7 @@ def attach_forwards(model: nn.Module, table: Table, place: Place) -> None:
         )
         reached = tuple(own for own, child in below if own.is_special or _is_stored_apart(child))
         has_forks, waits, is_body = name in forking, Waits(summing[name]) if name in summing else None, name in bodies
-        laid_out = _laid_out(name, module, table, place) if has_forks else None
+        laid_out = _laid_out(name, module, table, place, sequence) if has_forks else None
         is_called = (
             "forward" in vars(module) or type(module).forward is not nn.Module.forward
         )  # not dicts of parameters
@@ -289,10 +289,10 @@ def _after(module: nn.Module, entries: tuple[ModuleEntry, ...]) -> tuple[str, ..
     return tuple(name for name in hidden if module._parameters.get(name) is not None)
 
 
-def _laid_out(name: str, module: nn.Module, table: Table, place: Place) -> LaidOut | None:
-    below = (_local_parameters(joined(name, own), each, table, place) for own, each in module.named_modules())
-    found = tuple(own for own in below if own.plain)
-    return LaidOut(found) if found else None
+def _laid_out(name: str, module: nn.Module, table: Table, place: Place, sequence: Sequence | None) -> LaidOut | None:
+    below = tuple(_local_parameters(joined(name, own), each, table, place) for own, each in module.named_modules())
+    found = LaidOut(below, None if sequence is None else sequence.axis)
+    return found if found.is_needed else None
 
 
 def _along(name: str, boundary: Boundary, model: nn.Module, table: Table, place: Place) -> Along | None:

@@ -6,6 +6,7 @@ What gives a value another letter, forward and backward, is in `parallel_plans.t
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import AllgatherOptions, AllreduceCoalescedOptions
+from torch._C._distributed_c10d import AllgatherOptions, AllreduceCoalescedOptions, ReduceScatterOptions
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from parallel_plans.layouts import Split
@@ -64,8 +65,8 @@ class Listener(Protocol):
     def after(self, op: str, axis: Axis, value: Tensor, result: Tensor, where: tuple[Any, ...]) -> None:
         """`op` has given `result`; `where` is what else it was told, a split and a dim, or sizes."""
 
-    def declared(self, value: Tensor, axis: Axis, letter: str) -> None:
-        """A style vouches for the letter of `value`, which only its own arithmetic knows."""
+    def declared(self, value: Tensor, axis: Axis, letter: str | Tensor) -> None:
+        """A style vouches for the letter of `value`, which only it knows, or that it lies as a tensor."""
 
 
 listeners: list[Listener] = []
@@ -99,8 +100,8 @@ def heard(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return run
 
 
-def declare(value: Tensor, axis: Axis, letter: str) -> Tensor:
-    """`value`, of which listeners hear how it lies: `P`, `I`, or `V` where each rank has something else."""
+def declare(value: Tensor, axis: Axis, letter: str | Tensor) -> Tensor:
+    """`value`, of which listeners hear how it lies: `P`, `I`, `V` where each rank has its own, or as a tensor."""
     for listener in listeners:
         listener.declared(value, axis, letter)
     return value
@@ -121,7 +122,7 @@ class _Recorder:
     def after(self, op: str, axis: Axis, value: Tensor, result: Tensor, where: tuple[Any, ...]) -> None:
         pass
 
-    def declared(self, value: Tensor, axis: Axis, letter: str) -> None:
+    def declared(self, value: Tensor, axis: Axis, letter: str | Tensor) -> None:
         pass
 
 
@@ -139,6 +140,8 @@ _SUMS = AllreduceCoalescedOptions()
 _SUMS.asyncOp = False
 _GATHER = AllgatherOptions()
 _GATHER.asyncOp = False
+_SCATTER = ReduceScatterOptions()
+_SCATTER.asyncOp = False
 
 
 @heard
@@ -174,6 +177,21 @@ def _collect(stacked: Tensor, value: Tensor, axis: Axis) -> None:
         work.wait()
 
 
+def _scatter(part: Tensor, parts: Tensor, axis: Axis) -> None:
+    """Puts the sum of every rank's contiguous `parts`, which lie one after the other along dim 0, into its `part`."""
+    if axis.group is None or parts.is_complex() or torch.compiler.is_dynamo_compiling():
+        dist.reduce_scatter_single(part, parts, group=axis.group)
+        return
+    work = axis.group.reduce_scatter_single(part, parts, _SCATTER)  # as above
+    if work is not None:
+        work.wait()
+
+
+def _lies_in_a_row(value: Tensor, dim: int) -> bool:
+    """Whether the parts of a dim lie one behind the other: nothing is before it, as in a batch of one text."""
+    return dim == 0 or math.prod(value.shape[:dim]) == 1
+
+
 @heard
 def all_gather(local: Tensor, axis: Axis, split: Split, dim: int) -> Tensor:
     """The whole value, put together from every rank's part of `dim` in the order that `split` says."""
@@ -181,14 +199,16 @@ def all_gather(local: Tensor, axis: Axis, split: Split, dim: int) -> Tensor:
     sizes = split.local_sizes
     assert local.shape[dim] == sizes[axis.rank], (tuple(local.shape), dim, split)
     longest = max(sizes)
+    is_even = split.is_in_order and min(sizes) == longest
+    if is_even and _lies_in_a_row(local, dim):
+        whole = local.new_empty([split.size if d == dim else size for d, size in enumerate(local.shape)])
+        _collect(whole.view(-1), local.contiguous().view(-1), axis)
+        return whole
     if local.shape[dim] < longest:  # the collective wants equal parts
         padding = [0, 0] * (local.dim() - 1 - dim) + [0, longest - local.shape[dim]]
         local = torch.nn.functional.pad(local, padding)
     stacked = local.new_empty((axis.size * local.shape[0], *local.shape[1:]))
     _collect(stacked, local.contiguous(), axis)
-    is_even = split.is_in_order and min(sizes) == longest
-    if is_even and (dim == 0 or local.numel() == longest):  # of one token, too, parts lie one behind the other
-        return stacked if dim == 0 else stacked.view(*local.shape[:dim], split.size, *local.shape[dim + 1 :])
     pieces = stacked.tensor_split(axis.size)
     if is_even:
         return torch.cat(pieces, dim)
@@ -207,16 +227,16 @@ def reduce_scatter(value: Tensor, axis: Axis, split: Split, dim: int) -> Tensor:
     dim = dim % value.dim()
     longest = max(split.local_sizes)
     if split.is_in_order and min(split.local_sizes) == longest:
-        even = value if dim == 0 else torch.cat(value.tensor_split(axis.size, dim))
         scattered = value.new_empty([longest if d == dim else size for d, size in enumerate(value.shape)])
-        dist.reduce_scatter_single(scattered, even.contiguous(), group=axis.group)
+        parts = value if _lies_in_a_row(value, dim) else torch.cat(value.tensor_split(axis.size, dim))
+        _scatter(scattered.view(-1), parts.contiguous().view(-1), axis)
         return scattered
-    parts = [split.take(value, rank, dim) for rank in range(axis.size)]
+    pieces = [split.take(value, rank, dim) for rank in range(axis.size)]
     stacked = value.new_zeros((axis.size, *[longest if d == dim else size for d, size in enumerate(value.shape)]))
-    for rank, part in enumerate(parts):
+    for rank, part in enumerate(pieces):
         stacked[rank].narrow(dim, 0, part.shape[dim]).copy_(part)
     result = torch.empty_like(stacked[0])
-    dist.reduce_scatter_single(result, stacked.flatten(0, 1), group=axis.group)
+    _scatter(result.view(-1), stacked.view(-1), axis)
     own = split.local_sizes[axis.rank]
     # never a view, which autograd would not let anybody change in place
     return result if own == longest else contiguous_copy(result.narrow(dim, 0, own))

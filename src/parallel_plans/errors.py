@@ -48,6 +48,13 @@ CODES: dict[str, str] = {
     "PP117": "nothing in the layers is split",
     "PP118": "a style that splits does nothing here",
     "PP119": "the gradient of a split layer's input is not summed",
+    "PP120": "a sequence is split at no module, or at several",
+    "PP121": "a sequence is split, and nothing gathers it",
+    "PP122": "a sequence is split or gathered where every rank has all of it",
+    "PP123": "what wants the whole sequence stands in what has it",
+    "PP124": "a whole parameter is used on a part of the sequence, and nothing sums its gradient",
+    "PP125": "a parameter that ranks split is given a part of the sequence",
+    "PP126": "a rule for a part of the sequence stands before where it is split",
     # Shapes (PP2xx)
     "PP201": "a dim cannot be split this way",
     "PP202": "there are fewer units than ranks",
@@ -108,9 +115,16 @@ CODES: dict[str, str] = {
     "PP735": "an adapter of this kind cannot be put on a parallelized model",
     "PP736": "an adapter cannot stand here",
     "PP737": "adapters were to be put on a part of a parallelized model",
-    # Quantized weights (PP740 to PP744)
+    # Quantized weights (PP740 to PP741)
     "PP740": "weights that are quantized like this cannot be split",
     "PP741": "a quantized weight of the checkpoint cannot be split",
+    # Data parallelism around a plan (PP742 to PP749)
+    "PP742": "DistributedDataParallel is asked to take DTensors",
+    "PP743": "fully_shard is asked to take plain tensors that are parts",
+    "PP744": "fully_shard is asked to shard over ranks that do not hold the same",
+    "PP745": "an option or a parameter of fully_shard cannot be combined with a plan",
+    "PP746": "gradients would be averaged over batches twice",
+    "PP747": "FullyShardedDataParallel is asked to take a model under a plan",
 }
 
 

@@ -226,7 +226,7 @@ class Along:
 
     def replicated(self, forks: _Forks, value: Tensor, axis: Axis) -> Tensor:
         """The R of `value`; those of the parameters wait until they are asked for."""
-        wanted = self.parameters
+        wanted = [parameter for parameter in self.parameters if id(parameter) not in forks.replicated]
         *locals_, replicated = replicate_together([*map(in_use, wanted), value], axis)
         forks.replicated.update(zip(map(id, wanted), locals_, strict=True))
         return replicated
@@ -295,6 +295,15 @@ def lay_out(parameters: Sequence[Tensor]) -> None:
     kept = [parameter for parameter in parameters if parameter.requires_grad and isinstance(parameter, DTensor)]
     if forks is not None and kept:
         forks.parameters.update(zip(map(id, kept), local_tensors(kept), strict=True))
+
+
+def replicate_parameters(parameters: Sequence[Tensor], axis: Axis) -> None:
+    """Inside a scope, makes parameters that modules below will ask for an R: their gradients are summed in one go."""
+    forks = _scope.forks
+    wanted = [parameter for parameter in parameters if parameter.requires_grad]
+    if forks is not None and len(wanted) > 1:
+        made = replicate_together([in_use(parameter) for parameter in wanted], axis)
+        forks.replicated.update(zip(map(id, wanted), made, strict=True))
 
 
 def in_use(parameter: Tensor) -> Tensor:

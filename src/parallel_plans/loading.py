@@ -213,14 +213,13 @@ def _final_dtypes(config: Any, integers: Container[str]) -> Dtypes:
     Of `integers`, the names of quantized weights, what is stored are bytes.
     """
     plan = config.dtype_plan or {}
-    if not plan:
-        return lambda name, tensor: torch.int8 if name in integers else tensor.dtype
-    alternation, by_group, _ = build_glob_alternation(list(plan))
+    alternation, by_group, _ = build_glob_alternation(list(plan)) if plan else (None, {}, None)
 
     def dtype(name: str, tensor: Tensor) -> torch.dtype:
-        match = None if name in integers else alternation.search(name)
-        own = torch.int8 if name in integers else tensor.dtype
-        return own if match is None or match.lastgroup is None else plan[by_group[match.lastgroup]]
+        if name in integers:
+            return torch.int8
+        match = None if alternation is None else alternation.search(name)
+        return tensor.dtype if match is None or match.lastgroup is None else plan[by_group[match.lastgroup]]
 
     return dtype
 

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from parallel_plans.collectives import Axis
 from parallel_plans.errors import Finding, LaunchError
-from parallel_plans.views import EXPERT_AXIS, TENSOR_AXIS, Views, views_of
+from parallel_plans.views import DATA_AXIS, EXPERT_AXIS, TENSOR_AXIS, Views, views_of
 from parallel_plans.watch import meeting, start_watch
 
 
@@ -28,6 +28,7 @@ class Place:
         mesh: the mesh on which parameters lie: as many ranks as hold the model once, every axis a run of its dims.
         whole: the mesh of all ranks.
         axes: axis name -> the axis as this rank sees it. Two names of the same ranks are one `Axis`.
+        dims: axis name -> the dims of `whole` that make it up, by name.
         all_axes: the axes of the whole mesh, outermost first; along them one after the other all ranks can be reached.
     """
 
@@ -35,6 +36,7 @@ class Place:
     mesh: DeviceMesh
     whole: DeviceMesh
     axes: Mapping[str, Axis]
+    dims: Mapping[str, tuple[str, ...]]
     all_axes: tuple[Axis, ...]
 
     @property
@@ -59,6 +61,14 @@ class Place:
         inner = list(pairwise(steps))
         return tuple(dim for dim, (high, low) in enumerate(inner) if start <= low and high <= stop)
 
+    def mesh_over(self, axis: str) -> DeviceMesh:
+        """An axis as a mesh of one dim, cut out of the mesh of all ranks; every rank calls it."""
+        dims = self.dims[axis]
+        if not dims:  # every rank is alone on it
+            ranks = self.whole.mesh.reshape(-1, 1)
+            return DeviceMesh(self.whole.device_type, ranks, mesh_dim_names=("all", axis))[axis]
+        return self.whole[dims[0]] if len(dims) == 1 else self.whole[dims]._flatten(self.axes[axis].name)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Place:
         return self  # process groups cannot be copied, and a copied model runs on the same ranks
 
@@ -78,15 +88,17 @@ def place_in(views: Views, device_type: str, ranks: torch.Tensor | None = None) 
     held = tuple(name for name, (high, _) in zip(names, pairs, strict=True) if high <= views.holders)
     axes: dict[str, Axis] = {}
     made: dict[tuple[int, int], Axis] = {}
+    dims_of: dict[str, tuple[str, ...]] = {}
     for axis in (*views.sizes, *views.spans):  # where names share ranks, what is said there goes by the one of plans
         start, stop = views.spans[axis]
         dims = [name for name, (high, low) in zip(names, pairs, strict=True) if start <= low and high <= stop]
         key = (start, stop) if stop > start else (1, 1)
         if key not in made:
             made[key] = _axis(axis, whole, dims)
-        axes[axis] = made[key]
+        axes[axis], dims_of[axis] = made[key], tuple(dims)
     all_axes = tuple(_axis(name, whole, [name]) for name in names)
-    return Place(views=views, mesh=whole[held] if held else whole, whole=whole, axes=axes, all_axes=all_axes)
+    mesh = whole[held] if held else whole
+    return Place(views=views, mesh=mesh, whole=whole, axes=axes, dims=dims_of, all_axes=all_axes)
 
 
 def _dim_name(views: Views, high: int, low: int) -> str:
@@ -158,13 +170,19 @@ def _place_on_own(mesh: DeviceMesh, views: Views) -> Place:
         name: Axis(name=name, group=mesh.get_group(index), size=mesh.size(index), rank=mesh.get_local_rank(index))
         for index, name in enumerate(names)
     }
+    others = [name for name in names if name != TENSOR_AXIS]
+    joined = DATA_AXIS if DATA_AXIS not in names else "_".join(others)  # no two of a mesh's dims have one name
     tp, alone = own[TENSOR_AXIS], Axis(name=EXPERT_AXIS, group=None, size=1, rank=0)
-    axes = {axis: tp if span == (1, views.tp) else alone for axis, span in views.spans.items()}
+    by_span: dict[tuple[int, int], tuple[Axis, tuple[str, ...]]] = {(1, views.tp): (tp, (TENSOR_AXIS,))}
+    if views.world > views.tp:
+        by_span[views.tp, views.world] = (_axis(joined, mesh, others), tuple(others))
+    found = {axis: by_span.get(span, (alone, ())) for axis, span in views.spans.items()}
     return Place(
         views=views,
         mesh=mesh if mesh.ndim == 1 else mesh[TENSOR_AXIS],
         whole=mesh,
-        axes=axes,
+        axes={axis: one for axis, (one, _) in found.items()},
+        dims={axis: dims for axis, (_, dims) in found.items()},
         all_axes=tuple(own.values()),
     )
 

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parallel_plans.partial_tensor import Kept, Partial, Rule, Step, delayed, whole
+from parallel_plans.delayed import Kept, Step
+from parallel_plans.partial_tensor import Partial, Rule, delayed, whole
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]

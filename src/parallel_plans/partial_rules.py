@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from parallel_plans import partial_moves as moves
+from parallel_plans.delayed import Kept
 from parallel_plans.forks import replicate_once
 from parallel_plans.partial_moves import Args, Kwargs, copied, is_live, live_or_whole, new_sum, share_axis
-from parallel_plans.partial_tensor import Kept, Partial, Rule, delayed, whole
+from parallel_plans.partial_tensor import Partial, Rule, delayed, whole
 
 
 def _fits(part: Tensor, other: Any) -> bool:

@@ -23,6 +23,7 @@ from parallel_plans.layouts import Layout, Split, nested
 from parallel_plans.matching import Assignment, assign
 from parallel_plans.model_spec import ModelSpec, ModuleInfo, ParameterInfo
 from parallel_plans.plan import Plan, Rule
+from parallel_plans.sequence_rules import report_sequence
 from parallel_plans.standing import can_stand, report_unserved
 from parallel_plans.staying import StayingTokens
 from parallel_plans.styles import Style, get_style
@@ -86,6 +87,9 @@ class _Resolver:
                 if rules[0] is not None and (entry := self._parameter(info, rules)) is not None:
                     parameters[name] = entry
             report_tied(self.report, self.spec, parameters)
+            if self.plan.splits_sequence:
+                used = parameters if self.views.tp > 1 else {}  # one rank has all of the sequence
+                report_sequence(self.report, self.spec, dense, self.around, used)
             for name, module in self.spec.modules.items():
                 rules = (dense.modules[name], experts.modules[name])
                 if acting := self._module(module, rules, parameters):

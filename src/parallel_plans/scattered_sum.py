@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from parallel_plans.collectives import Axis
+from parallel_plans.delayed import Delayed, Kept, Tally, recording
 from parallel_plans.layouts import Split
 from parallel_plans.partial_moves import Args, Kwargs, live_or_whole
-from parallel_plans.partial_tensor import Delayed, Kept, Partial, Rule, Tally, recording
+from parallel_plans.partial_tensor import Partial, Rule
 from parallel_plans.transitions import scatter_sum, scatter_sum_beside
 
 

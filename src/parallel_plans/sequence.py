@@ -30,12 +30,13 @@ from torch import Tensor
 
 from parallel_plans.boundary import Arguments, Boundary, Forward, Keywords, Site, change_first, change_output
 from parallel_plans.collectives import Axis
+from parallel_plans.delayed import Kept
 from parallel_plans.forks import remember_gathered
 from parallel_plans.layouts import Split, deal
-from parallel_plans.partial_tensor import Kept, Partial, whole, whole_tree
+from parallel_plans.partial_tensor import Partial, whole, whole_tree
 from parallel_plans.scattered_sum import DelayedScatter, ScatteredSum
 from parallel_plans.sums import SCOPE, leaving, sum_scope, sums_may_wait
-from parallel_plans.transitions import forget_part, gather, take_own
+from parallel_plans.transitions import forget_part, gather, gather_to_share, take_own
 
 if TYPE_CHECKING:
     from parallel_plans.styles.base import Style
@@ -108,19 +109,22 @@ class Sequence:
 
         return run
 
-    def gathered(self, part: Tensor, name: str) -> Tensor:
-        """S(1) -> I: the whole sequence; what every rank has whole, as it is."""
+    def gathered(self, part: Tensor, name: str, *, is_shared: bool = False) -> Tensor:
+        """S(1) -> I: the whole sequence; what every rank has whole, as it is.
+
+        `is_shared`: modules that make it an R will take it.
+        """
         if self.split is None:
             return part
-        own = self.split.local_sizes[self.axis.rank]
+        own, gathering = self.split.local_sizes[self.axis.rank], gather_to_share if is_shared else gather
         if self._is_flat(part, own):
-            return self.gathered(part.unflatten(0, (self.rows, own)), name).flatten(0, 1)
+            return self.gathered(part.unflatten(0, (self.rows, own)), name, is_shared=is_shared).flatten(0, 1)
         if part.dim() <= DIM or part.shape[DIM] != own:
             raise RuntimeError(
                 f"{name} was given {list(part.shape)}; expected this rank's {own} of {self.split.size} tokens along "
                 f"dim {DIM}: a model whose sequence is split runs as a whole, or all of its layers from the first on"
             )
-        whole = gather(part, self.axis, self.split, DIM)
+        whole = gathering(part, self.axis, self.split, DIM)
         remember_gathered(whole, part, (self.axis, self.split, DIM))
         return whole
 
@@ -138,7 +142,7 @@ class Sequence:
             return last.whole
         if last is not None and last.taker.is_followed is None:
             last.taker.is_followed = False
-        whole = self.gathered(part, taker.site.name)
+        whole = self.gathered(part, taker.site.name, is_shared=True)
         is_last = taker.is_followed is False or part.is_inference()
         self.last = None if is_last else Gathered(part, whole, taker)
         return whole
@@ -253,7 +257,8 @@ class JoinBoundary(SequenceBoundary):
         sequence, name = self.sequence, self.site.name
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            return change_output(lambda part: sequence.gathered(part, name), forward(*args, **kwargs))
+            sequence.last = None  # behind the layers nobody asks for it
+            return change_output(lambda part: sequence.gathered(part, name, is_shared=True), forward(*args, **kwargs))
 
         return run
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from parallel_plans.checkpoint.load import Loaded
 from parallel_plans.collectives import all_gather
+from parallel_plans.data_parallel.chunks import rank_part
+from parallel_plans.data_parallel.copies import name_owner
 from parallel_plans.layouts import Layout
 from parallel_plans.mesh import Place
 from parallel_plans.quantized.tensors import is_quantized, like
+from parallel_plans.scopes import forking_modules, summing_modules
 from parallel_plans.storage import Storage
 from parallel_plans.table import Table
 from parallel_plans.watch.stack import name_modules_of
@@ -51,6 +55,7 @@ class Parallel:
 def remember(model: nn.Module, parallel: Parallel) -> None:
     """Keeps `parallel` with the model, and has errors speak of its modules by their names."""
     name_modules_of(model)
+    name_owner(model, parallel, forking_modules(model, parallel.table) | summing_modules(model, parallel.table).keys())
     setattr(model, _ATTRIBUTE, parallel)
 
 
@@ -66,8 +71,14 @@ def parallel_of(model: nn.Module) -> Parallel | None:
     return None
 
 
+def class_name(model: nn.Module) -> str:
+    """The name of a model's class, as it was before `fully_shard` put one of its own in its place."""
+    kind = type(model)
+    return (kind.__mro__[kind._orig_cls_mro_index] if issubclass(kind, FSDPModule) else kind).__name__
+
+
 def local_part(value: Tensor) -> Tensor:
-    """This rank's part of a parameter or gradient, without gradients, whatever the storage."""
+    """What this rank keeps of a parameter or gradient, without gradients, whatever the storage."""
     value = value.detach()
     return value._local_tensor if isinstance(value, DTensor) else value
 
@@ -82,18 +93,22 @@ def gathered(local: Tensor, layout: Layout | None, place: Place) -> Tensor:
     return local
 
 
-def whole_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Name and whole tensor of every entry of the state dict, gathered one by one; every rank iterates to the end."""
-    for name, value in model.state_dict(keep_vars=True).items():
-        yield name, _whole(model, name, value)
+def whole_tensors(model: nn.Module, names: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Name and whole tensor of every entry of the state dict, or of those named, gathered one by one.
+
+    Every rank iterates to the end.
+    """
+    parallel, state = parallel_of(model), model.state_dict(keep_vars=True)
+    for name in state if names is None else names:
+        yield name, _whole(parallel, name, state[name])
 
 
-def _whole(model: nn.Module, name: str, value: Tensor) -> Tensor:
-    """The whole of a parameter, buffer or gradient of `model`; of one that is not parallelized, the value itself."""
-    parallel = parallel_of(model)
+def _whole(parallel: Parallel | None, name: str, value: Tensor) -> Tensor:
+    """The whole of a parameter, buffer or gradient; of a model that is not parallelized, the value itself."""
     if parallel is None:
         return value.detach()
-    return gathered(local_part(value), parallel.layout(name), parallel.place)
+    layout = parallel.layout(name)
+    return gathered(rank_part(value, layout, parallel.place), layout, parallel.place)
 
 
 def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -113,9 +128,10 @@ def full_gradients(model: nn.Module) -> dict[str, Tensor]:
     Tied parameters are listed once, under the name `named_parameters` gives. A model that is not parallelized gives the
     same.
     """
+    parallel = parallel_of(model)
     with torch.no_grad():
         return {
-            name: _whole(model, name, parameter.grad).clone()
+            name: _whole(parallel, name, parameter.grad).clone()
             for name, parameter in model.named_parameters()
             if parameter.grad is not None
         }

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from parallel_plans.collectives import Axis
+from parallel_plans.delayed import Tally
 from parallel_plans.partial import partial
-from parallel_plans.partial_tensor import Partial, Tally, live_in, whole_tree
+from parallel_plans.partial_tensor import Partial, live_in, whole_tree
 from parallel_plans.transitions import reduce
 
 

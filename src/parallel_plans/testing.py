@@ -124,6 +124,7 @@ def assert_plan_sound(
     ep: int = 1,
     etp: int | None = None,
     ep_plan: PlanSource = "auto",
+    sp: bool = False,
     level: str = LEVELS[-1],
     strict: bool = False,
     inputs: Any = None,
@@ -131,7 +132,7 @@ def assert_plan_sound(
     """The report of `verify_plan`, of a plan that is sound.
 
     Args:
-        model_or_config, plan, tp, ep, etp, ep_plan, level, inputs: as `verify_plan` takes them.
+        model_or_config, plan, tp, ep, etp, ep_plan, sp, level, inputs: as `verify_plan` takes them.
         strict: whether a warning makes the plan unsound.
 
     Raises:
@@ -143,7 +144,7 @@ def assert_plan_sound(
     if level not in WITHOUT_RANKS:
         _refuse_process_group(f"level {level!r} simulates ranks")
     report = verify_plan(
-        model_or_config, plan, tp=tp, ep=ep, etp=etp, ep_plan=ep_plan, level=level, strict=strict, inputs=inputs
+        model_or_config, plan, tp=tp, ep=ep, etp=etp, ep_plan=ep_plan, sp=sp, level=level, strict=strict, inputs=inputs
     )
     if not report.ok:
         raise PlanUnsound(_unsound(report), report)

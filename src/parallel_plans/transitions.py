@@ -49,7 +49,7 @@ def _needs_gradient(value: Tensor) -> bool:
 
 class _Vouched(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, value: Tensor, axis: Axis, letter: str, gradient: str) -> Tensor:
+    def forward(ctx: Any, value: Tensor, axis: Axis, letter: str | Tensor, gradient: str | Tensor) -> Tensor:
         ctx.axis, ctx.letter = axis, gradient
         return declare(value.clone(), axis, letter)
 
@@ -58,7 +58,7 @@ class _Vouched(torch.autograd.Function):
         return declare(gradient.clone(), ctx.axis, ctx.letter), None, None, None
 
 
-def vouch(value: Tensor, axis: Axis, letter: str, gradient: str) -> Tensor:
+def vouch(value: Tensor, axis: Axis, letter: str | Tensor, gradient: str | Tensor) -> Tensor:
     """`value`, and in backward its gradient, as `declare` says of each; nothing where nobody listens."""
     if not listeners:
         return value
@@ -113,7 +113,7 @@ class _Replicate(torch.autograd.Function):
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, local: Tensor, *where: Any) -> Tensor:
-        ctx.where, ctx.part = where, local
+        ctx.where, ctx.part = where, None
         return all_gather(local, *where)
 
     @staticmethod
@@ -339,6 +339,18 @@ def reduce_for_use(value: Tensor, axis: Axis) -> Tensor:
 def gather(local: Tensor, axis: Axis, split: Split, dim: int) -> Tensor:
     """S(dim) -> I: the whole value; each rank's gradient is its own slice."""
     return _gathered(local, axis, split, dim) if _needs_gradient(local) else all_gather(local, axis, split, dim)
+
+
+def gather_to_share(local: Tensor, axis: Axis, split: Split, dim: int) -> Tensor:
+    """As `gather`; until `forget_part`, what becomes an R of it goes back by a reduce-scatter.
+
+    The part stays in memory until then, which nobody else may need: so not every gather remembers its part.
+    """
+    gathered = gather(local, axis, split, dim)
+    node: Any = None if torch.compiler.is_dynamo_compiling() else gathered.grad_fn
+    if type(node) is _GATHERED:
+        node.part = local
+    return gathered
 
 
 def take_own(value: Tensor, axis: Axis, split: Split, dim: int) -> Tensor:

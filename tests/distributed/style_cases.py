@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
-from toys import FFN, HIDDEN, Gated, Heads, Latent, Mixture, Only, Pair, Rms, Summed, Words, Wrapped
+from toys import FFN, HIDDEN, Gated, Heads, Latent, Mixture, Only, Pair, Rms, Stack, Summed, Words, Wrapped
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,15 @@ class Case:
     tokens: bool = False
     sequence: bool = False
 
+    @property
+    def rules(self) -> Iterator[Any]:
+        """The rules of all its sections."""
+        is_whole = "tp_plan" in self.plan
+        for section in self.plan.values() if is_whole else (self.plan,):
+            yield from section.values()
 
-SUM, GATHER = "all_reduce", "all_gather"
+
+SUM, GATHER, SCATTER = "all_reduce", "all_gather", "reduce_scatter"
 ROWS_10, COLUMNS_10 = Cut(0, (5, 5), (4, 4, 2)), Cut(1, (5, 5), (4, 4, 2))
 # five units of two: 3 and 2 of them on two ranks, which is not torch's chunk
 ROWS_5_BY_2, COLUMNS_5_BY_2 = Cut(0, (6, 4), (4, 4, 2)), Cut(1, (6, 4), (4, 4, 2))
@@ -193,6 +200,27 @@ SEQUENCE = Case(
     make=lambda: Only(nn.LayerNorm(HIDDEN)), plan={"layer": "sequence_parallel"}, backward=(SUM, SUM), sequence=True
 )
 
+SPLIT_SEQUENCE = Case(
+    make=Stack,
+    plan={
+        "tp_plan": {"layers.*.block.up": "colwise", "layers.*.block.down": "rowwise", "**": "replicate"},
+        "sp_plan": {
+            "layers.0": "split_sequence",
+            "layers.*.norm": "sequence_parallel",
+            "layers.*.block": "whole_sequence",
+            "norm": "sequence_parallel_gather_output",
+        },
+    },
+    cuts={
+        f"layers.{layer}.block.{name}": cut
+        for layer in (0, 1)
+        for name, cut in (("up.weight", ROWS_10), ("up.bias", ROWS_10), ("down.weight", COLUMNS_10))
+    },
+    forward=(GATHER, SCATTER, GATHER, SCATTER, GATHER),
+    # the gradients of the norms; of the last one's output, every rank has the whole; of the input, too
+    backward=(SUM, GATHER, SCATTER, SUM, GATHER, SCATTER, SUM, GATHER),
+)
+
 CASES: dict[str, Case] = {
     "colwise into rowwise": pair("colwise", "rowwise", ROWS_10, COLUMNS_10),
     "colwise into rowwise by units": pair(
@@ -229,6 +257,7 @@ CASES: dict[str, Case] = {
     "mla_kv_a_proj": LATENT,
     "all_reduce": ALL_REDUCE,
     "sequence_parallel": SEQUENCE,
+    "sequence split between blocks": SPLIT_SEQUENCE,
     "sharded_norm, written out": normed(lambda: Rms(FFN), 1, "norm.weight"),
     "sharded_norm, nn.RMSNorm": normed(lambda: nn.RMSNorm(FFN), 1, "norm.weight"),
     "sharded_norm, nn.RMSNorm with eps": normed(lambda: nn.RMSNorm(FFN, eps=1e-2), 1, "norm.weight"),

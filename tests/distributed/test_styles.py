@@ -135,7 +135,8 @@ def local_shape(parameter: Tensor) -> tuple[int, ...]:
 def outcome(case: Case, storage: Any, ranks: int) -> Outcome:
     mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("tp",))
     whole = randomized(case.make().double())
-    split = parallelize(deepcopy(whole), case.plan, mesh, storage=storage)
+    sequence = "auto" if "sp_plan" in case.plan else None
+    split = parallelize(deepcopy(whole), case.plan, mesh, sp_plan=sequence, storage=storage)
     parameters = dict(split.named_parameters())
     state = full_state_dict(split)
     runner = Runner(case, split, whole, dist.get_rank(), ranks)
@@ -198,7 +199,7 @@ def each_case(test: Callable[..., None]) -> Callable[..., None]:
 
 
 def test_every_style_that_acts_has_a_case() -> None:
-    rules = [rule for case in CASES.values() for rule in case.plan.values()]
+    rules = [rule for case in CASES.values() for rule in case.rules]
     rules += [rule for case in MIXTURES.values() for section in case.plan.values() for rule in section.values()]
     used = {get_style(rule if isinstance(rule, str) else rule["style"]).name for rule in rules}
     assert used == {style.name for style, _ in styles()}

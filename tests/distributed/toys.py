@@ -96,6 +96,30 @@ class Rms(nn.Module):
         return self.weight * hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + 1e-6)
 
 
+class Layer(nn.Module):
+    """A norm and a block, beside a residual."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.block = Rms(HIDDEN), Pair()
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden + self.block(self.norm(hidden))
+
+
+class Stack(nn.Module):
+    """Two layers and a last norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.norm = nn.ModuleList([Layer(), Layer()]), Rms(HIDDEN)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        for layer in self.layers:
+            hidden = layer(hidden)
+        return self.norm(hidden)
+
+
 class Heads(nn.Module):
     """Three heads of four features, each normed by the same weights; how many there are is kept twice."""
 

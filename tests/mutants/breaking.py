@@ -45,7 +45,7 @@ def misspelt_names(subject: Subject, section: str) -> Iterator[Mutant]:
 
 def _misspelt_name(pattern: str) -> str:
     segments = pattern.split(".")
-    last = max(i for i, segment in enumerate(segments) if segment != "*")
+    last = max(i for i, segment in enumerate(segments) if not (segment == "*" or segment.isdigit()))
     segments[last] = _misspelt(segments[last])
     return ".".join(segments)
 
@@ -65,6 +65,8 @@ def misspelt_styles(subject: Subject, section: str) -> Iterator[Mutant]:
 
 def reductions(subject: Subject, section: str) -> Iterator[Mutant]:
     """A sum or a gathering over the ranks that should not be there, or that is missing."""
+    if section == "sp_plan":
+        return  # what gathers sequences has mistakes of its own
     ruled = {rule.pattern for rule in subject.plan.of(section)}
     for rule in _used(subject, section):
         style = get_style(rule.style)

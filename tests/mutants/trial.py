@@ -81,7 +81,7 @@ class Bench:
 
     def mutants(self, row: Row) -> Iterator[Mutant]:
         """Every mutant of the section that says how things lie on a row; none where the plan lacks it."""
-        if f"\n{row.section}:" in self.text:
+        if all(f"\n{section}:" in self.text for section in (row.section, row.experts) if section is not None):
             yield from mutants_of(self.text, self.spec, row.section)
 
     def trials(self, mutants: list[Mutant], row: Row, pool: Pool, known: Mapping[str, Outcome]) -> Iterator[Trial]:

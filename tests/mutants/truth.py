@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -38,13 +39,17 @@ SMALL = 1e-3  # of the largest gradient: what is smaller is compared as if it we
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """How ranks are dealt out; `dispatch` sends tokens to experts though their ranks share a batch."""
+    """How ranks are dealt out; `dispatch` sends tokens to experts though their ranks share a batch.
+
+    `sp` splits sequences over the ranks of a batch.
+    """
 
     world: int
     tp: int
     ep: int = 1
     etp: int | None = None
     dispatch: bool = False
+    sp: bool = False
 
     @property
     def batches(self) -> int:
@@ -53,9 +58,14 @@ class Row:
 
     @property
     def section(self) -> str:
-        """The section of a plan that says how experts lie here."""
+        """The section of a plan that is changed here: that of sequences, else the one that says how experts lie."""
+        return "sp_plan" if self.sp else self.experts or "tp_plan"
+
+    @property
+    def experts(self) -> str | None:
+        """The section that deals experts here; None where none does."""
         if self.ep == 1:
-            return "tp_plan"
+            return None
         return "dispatch_plan" if self.dispatch or self.batches > 1 else "ep_plan"
 
 
@@ -65,6 +75,10 @@ ROWS = {
     "tp2-ep2-dispatch": Row(world=2, tp=2, ep=2, dispatch=True),
     "tp1-ep2": Row(world=2, tp=1, ep=2),
     "tp2-ep4": Row(world=4, tp=2, ep=4),
+    "tp2-sp": Row(world=2, tp=2, sp=True),
+    "tp2-ep2-sp": Row(world=2, tp=2, ep=2, sp=True),
+    "tp2-ep2-dispatch-sp": Row(world=2, tp=2, ep=2, dispatch=True, sp=True),
+    "tp4-sp": Row(world=4, tp=4, sp=True),
 }
 
 
@@ -103,13 +117,13 @@ class Model:
         """Removes what lies on disk."""
         self._folder.cleanup()
 
-    def outcome(self, pool: Pool, row: Row, text: str) -> Outcome:
-        """What the ranks of `pool` make of the plan `text`."""
+    def outcome(self, pool: Pool, row: Row, text: str, *, unchecked: bool = False) -> Outcome:
+        """What the ranks of `pool` make of the plan `text`; `unchecked` also where names tell that it is wrong."""
         target = Path(self._folder.name) / str(next(self._count))
         target.mkdir()
         try:
             (target / "plan.yaml").write_text(text)
-            return _joined(pool.run(on_rank, str(self.folder), str(target), row))
+            return _joined(pool.run(on_rank_unchecked if unchecked else on_rank, str(self.folder), str(target), row))
         finally:
             shutil.rmtree(target, ignore_errors=True)
 
@@ -158,8 +172,15 @@ def on_rank(folder: str, target: str, row: Row) -> dict[str, float]:
         return _seen(folder, target, row)
 
 
+def on_rank_unchecked(folder: str, target: str, row: Row) -> dict[str, float]:
+    """The same, where nobody looks at how the sequence is split before it is."""
+    with mock.patch("parallel_plans.resolve.report_sequence"):
+        return on_rank(folder, target, row)
+
+
 def _seen(folder: str, target: str, row: Row) -> dict[str, float]:
     arguments = {"ep_plan": "dispatch"} if row.dispatch else {}
+    arguments |= {"sp_plan": "auto"} if row.sp else {}
     sizes = {"tp_size": row.tp, "ep_size": row.ep, "etp_size": row.etp}
     model = AutoModelForCausalLM.from_pretrained(folder, tp_plan=f"{target}/plan.yaml", **sizes, **arguments, **PLAIN)
     index = dist.get_rank() // row.tp

@@ -18,6 +18,7 @@ from mutants.truth import Row
 from parallel_plans import verify_plan
 from parallel_plans.errors import Finding, ParallelPlansError
 from parallel_plans.loader import load_plan
+from parallel_plans.lookup import with_sequence
 from parallel_plans.matching import Pattern
 from parallel_plans.mesh import views_for
 from parallel_plans.model_spec import ModelSpec, describe
@@ -57,7 +58,7 @@ def verdict_on(mutant: Mutant, config: Any, row: Row, path: str) -> Verdict:
     """What `verify_plan` says of a mutant, which lies at `path`."""
     told = "dispatch" if row.dispatch else "auto"
     try:
-        report = verify_plan(config, path, tp=row.tp, ep=row.ep, etp=row.etp, ep_plan=told)
+        report = verify_plan(config, path, tp=row.tp, ep=row.ep, etp=row.etp, ep_plan=told, sp=row.sp)
     except ParallelPlansError as error:
         findings, refused = list(error.findings), True
     else:
@@ -120,7 +121,8 @@ def _prefixes(name: str | None) -> Iterator[str]:
 def is_loadable(path: str, spec: ModelSpec, row: Row) -> bool:
     """Whether ranks would load a plan at all: what raises here is refused before any weight is read."""
     try:
-        resolve(load_plan(path), spec, views_for(row.tp, row.ep, row.etp).sizes, dispatch=row.dispatch)
+        plan = with_sequence(load_plan(path), "auto" if row.sp else None)
+        resolve(plan, spec, views_for(row.tp, row.ep, row.etp).sizes, dispatch=row.dispatch)
     except ParallelPlansError:
         return False
     return True
@@ -139,9 +141,12 @@ class Theirs:
         self.usual = self._warnings(self.right)
 
     def refuses(self, mutant: Mutant) -> bool | None:
-        """Whether it warns of a mutant; None where a plan of theirs, names and styles alone, cannot say the change."""
+        """Whether it warns of a mutant; None where a plan of theirs, names and styles alone, cannot say the change.
+
+        A sequence is no part of theirs.
+        """
         plan = self._plan(mutant.text)
-        return None if plan == self.right else self._warnings(plan) != self.usual
+        return None if plan == self.right or self.row.sp else self._warnings(plan) != self.usual
 
     def _plan(self, text: str) -> dict[str, str]:
         """What a plan of theirs can say of ours: what it does not name stays whole."""

@@ -21,7 +21,7 @@ from parallel_plans.errors import CheckpointError, Finding
 from parallel_plans.layouts import Layout
 from parallel_plans.mesh import device_of
 from parallel_plans.shard import own_part
-from parallel_plans.state import Parallel, gathered, local_part, parallel_of
+from parallel_plans.state import Parallel, parallel_of, whole_tensors
 from parallel_plans.storage import stored
 
 CARD = "README.md"
@@ -87,9 +87,8 @@ def _names(model: Any, adapters: list[str], save_embedding_layers: Any) -> list[
 @torch.no_grad()
 def _gathered(model: nn.Module, parallel: Parallel, names: list[str]) -> dict[str, Tensor]:
     """Name -> whole tensor on rank 0, one after the other; empty on the others."""
-    state, whole = model.state_dict(keep_vars=True), {}
-    for name in names:
-        tensor = gathered(local_part(state[name]), parallel.layout(name), parallel.place)
+    whole = {}
+    for name, tensor in whole_tensors(model, names):
         if parallel.place.is_first:
             whole[name] = tensor.clone()
     return whole

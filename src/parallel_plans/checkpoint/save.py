@@ -25,11 +25,12 @@ from parallel_plans.checkpoint.lazy import LazyTensor, Leaf
 from parallel_plans.checkpoint.replace import replaced_folder
 from parallel_plans.checkpoint.spread import Spread
 from parallel_plans.checkpoint.writer import Entry, Shards, shard_entries, write_safetensors
+from parallel_plans.data_parallel.chunks import LastPart, chunked
 from parallel_plans.errors import Finding, LaunchError
 from parallel_plans.layouts import Layout
 from parallel_plans.messages import bytes_bar, print_once
 from parallel_plans.quantized.tensors import flat_name, is_quantized, metadata_of, pieces_of
-from parallel_plans.state import Parallel, local_part, parallel_of
+from parallel_plans.state import Parallel, class_name, local_part, parallel_of
 
 PIECE_BYTES = 2**23  # of a tensor, gathered and written at once
 # arguments of transformers' method that say nothing about what is written here
@@ -160,10 +161,15 @@ class _WholeShapes:
 
 def _spread(state: Mapping[str, Tensor], names: set[str], parallel: Parallel) -> Iterator[tuple[str, LazyTensor]]:
     """The tensors of these names as files hold them; a quantized weight is several."""
+    last = LastPart(parallel.place)
     for name in state:
         if name in names:
             local = local_part(state[name])
-            layout = parallel.layout(name) or Layout(tuple(local.shape))
+            layout = parallel.layout(name) or Layout(tuple(state[name].shape))
+            if chunked(state[name], layout, parallel.place) is not None:
+                part = partial(last.of, state[name], layout)
+                yield name, Leaf(Spread(local, layout, parallel.place, part))
+                continue
             pieces = pieces_of(local, layout) if is_quantized(local) else {"": (local, layout)}
             for piece, (own, lies) in pieces.items():
                 yield flat_name(name, piece) if piece else name, Leaf(Spread(own, lies, parallel.place))
@@ -249,7 +255,7 @@ def _count(model: nn.Module) -> int:
 def write_config(model: Any, folder: Path) -> None:
     """What transformers writes beside the weights."""
     model.config.dtype = str(model.dtype).removeprefix("torch.")
-    model.config.architectures = [type(model).__name__]
+    model.config.architectures = [class_name(model)]
     if model.is_remote_code():
         from transformers.dynamic_module_utils import custom_object_save
 

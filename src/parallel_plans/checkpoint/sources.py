@@ -57,7 +57,37 @@ class Source(Protocol):
         ...
 
 
-class TensorSource:
+class Unlent:
+    """What a source says that has no memory to lend, and of which nothing lies in a file in one run."""
+
+    def lent(self, index: Sequence[Index], dtype: torch.dtype) -> None:
+        """None: elements are copied."""
+
+    def first_run(self, index: Sequence[Index]) -> None:
+        """None: there is no file, or where in one they lie says nothing about the next."""
+
+    def has_read(self, dest: Tensor, index: Sequence[Index]) -> bool:
+        return False
+
+    def count(self, size: int) -> None:
+        """Nothing: these bytes are in memory already."""
+
+
+class ReadByIndex(Unlent):
+    """A source of which any elements are read by `has_read`, also all of them."""
+
+    is_read_in_parts = True
+    shape: torch.Size
+    dtype: torch.dtype
+
+    def view(self) -> Tensor:
+        """The whole tensor, as a copy."""
+        whole = torch.empty(self.shape, dtype=self.dtype)
+        self.has_read(whole, [range(size) for size in self.shape])
+        return whole
+
+
+class TensorSource(Unlent):
     """A source whose tensor `produce` delivers, each time it is read."""
 
     is_read_in_parts = False
@@ -74,15 +104,3 @@ class TensorSource:
             )
             raise ValueError(f"a source was announced as {expected} and delivers {found}")
         return tensor.detach()
-
-    def lent(self, index: Sequence[Index], dtype: torch.dtype) -> None:
-        """None: this memory is its owner's."""
-
-    def first_run(self, index: Sequence[Index]) -> None:
-        """None: there is no file."""
-
-    def has_read(self, dest: Tensor, index: Sequence[Index]) -> bool:
-        return False
-
-    def count(self, size: int) -> None:
-        """Nothing: these bytes are in memory already."""

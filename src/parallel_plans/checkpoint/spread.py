@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -11,47 +11,32 @@ from torch import Tensor
 
 from parallel_plans.checkpoint.indices import Array, Index, as_array, compact, within
 from parallel_plans.checkpoint.lazy import put_along, taken_along
+from parallel_plans.checkpoint.sources import ReadByIndex
 from parallel_plans.layouts import Layout, Split
 from parallel_plans.mesh import Place
 
 
-class Spread:
+class Spread(ReadByIndex):
     """The whole of which every rank holds the part `local`.
 
     Each read is a stretch of collectives: all ranks read the same in the same order, and all get it. Beside what is
     asked for, a rank holds it once more, and one rank's share of it.
     """
 
-    is_read_in_parts = True
-
-    def __init__(self, local: Tensor, layout: Layout, place: Place) -> None:
+    def __init__(self, local: Tensor, layout: Layout, place: Place, part: Callable[[], Tensor] | None = None) -> None:
+        """`part` makes the rank's part for each read, where `local` is only what the rank keeps of it."""
         self.shape, self.dtype = torch.Size(layout.shape), local.dtype
-        self._local, self._layout, self._place = local, layout, place
-
-    def view(self) -> Tensor:
-        """The whole tensor, as a copy."""
-        whole = torch.empty(self.shape, dtype=self.dtype)
-        self.has_read(whole, [range(size) for size in self.shape])
-        return whole
-
-    def lent(self, index: Sequence[Index], dtype: torch.dtype) -> None:
-        """None: no rank has the whole."""
-
-    def first_run(self, index: Sequence[Index]) -> None:
-        """None: there is no file."""
+        self._local, self._layout, self._place, self._part = local, layout, place, part
 
     def has_read(self, dest: Tensor, index: Sequence[Index]) -> bool:
         """Always true: the elements at `index` are in `dest` then, on every rank."""
         dest.copy_(self._collected(index))
         return True
 
-    def count(self, size: int) -> None:
-        """Nothing: these bytes are in memory already."""
-
     def _collected(self, index: Sequence[Index]) -> Tensor:
         """The elements at `index`, along one axis after the other those that its ranks hold."""
         splits, ranks = self._layout.splits, self._place.ranks
-        mine, value = {split.dim: split for split in splits}, self._local
+        mine, value = {split.dim: split for split in splits}, self._local if self._part is None else self._part()
         for dim, part in enumerate(index):
             split = mine.get(dim)
             value = taken_along(value, dim, part if split is None else held(split, ranks[split.axis], part)[1])

@@ -14,13 +14,13 @@ from rich.table import Table as Rows
 
 from parallel_plans.cli.consolidate import consolidate
 from parallel_plans.cli.refusal import asking
-from parallel_plans.cli.sizes import Ep, Etp, Tp
+from parallel_plans.cli.sizes import Ep, Etp, Sp, Tp
 from parallel_plans.cli.target import Target, read_target
 from parallel_plans.loader import load_plan
-from parallel_plans.lookup import bundled_folder, bundled_types, find_plan
+from parallel_plans.lookup import Sources, bundled_folder, bundled_types
 from parallel_plans.mesh import views_for
 from parallel_plans.resolve import resolve
-from parallel_plans.table import Table
+from parallel_plans.table import Table, wildcarded
 from parallel_plans.views import Views
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
@@ -46,12 +46,14 @@ def show(
     tp: Tp = 2,
     ep: Ep = 1,
     etp: Etp = None,
+    sp: Sp = False,
 ) -> None:
     """What a plan makes of a model: every rule, what it splits and how, and the bytes of each rank."""
     with asking(target):
         subject = read_target(target)
         views = views_for(tp, ep, etp)
-        found = find_plan(plan, subject.spec, subject.carried, subject.plan_beside)
+        sources = Sources(dense=plan, sequence="auto" if sp else None)
+        found = sources.plan(subject.spec, subject.carried, subject.plan_beside)
         table = resolve(found, subject.spec, views.sizes)
     _print_table(table, subject, views)
 
@@ -60,7 +62,10 @@ def _print_table(table: Table, subject: Target, views: Views) -> None:
     console.print(f"model  {subject.name}, {subject.spec.model_type}", markup=False)
     console.print(f"plan   {table.plan.source}", markup=False)
     told = (f"{axis} = {size}" for axis, size in (("tp", views.tp), ("ep", views.ep), ("etp", views.etp)))
-    console.print(f"ranks  {views.holders} hold it once: {', '.join(told)}\n", markup=False)
+    console.print(f"ranks  {views.holders} hold it once: {', '.join(told)}", markup=False)
+    if table.plan.splits_sequence:
+        console.print(f"tokens {_told_sequence(table)}", markup=False)
+    console.print()
     places = [views.coordinates(rank) for rank in range(views.holders)]
     rows = Rows(box=None)
     for title in ("parameter", "times", "shape", "style", "bytes on a rank", "rule"):
@@ -78,6 +83,18 @@ def _print_table(table: Table, subject: Target, views: Views) -> None:
     whole = table.spec.bytes
     console.print(f"\nwhole model {whole:,} bytes, {table.sharded_bytes / whole:.1%} of them split", markup=False)
     console.print(f"a rank holds {max(ranks):,} bytes at most, {max(ranks) / whole:.1%} of the whole", markup=False)
+
+
+_IN_SEQUENCE = {"split": "split before", "whole": "whole within", "join": "whole after"}  # in the order of a forward
+
+
+def _told_sequence(table: Table) -> str:
+    """Where the sequence is split, and where it is whole."""
+    at: dict[str | None, list[str]] = {}
+    for name, entry in table.acting():
+        at.setdefault(entry.style.sequence, []).append(wildcarded(name) if entry.style.sequence == "whole" else name)
+    told = (f"{words} {', '.join(dict.fromkeys(at[part]))}" for part, words in _IN_SEQUENCE.items() if part in at)
+    return "; ".join(told)
 
 
 def main() -> None:

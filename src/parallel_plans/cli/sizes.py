@@ -13,3 +13,4 @@ Ep = Annotated[int, typer.Option("--ep", min=1, max=MAX_RANKS, help="ranks over 
 Etp = Annotated[
     int | None, typer.Option("--etp", min=1, max=MAX_RANKS, help="ranks that split each expert [tp, or 1 with ep]")
 ]
+Sp = Annotated[bool, typer.Option("--sp", help="split the sequence over tp between blocks, as the plan's sp_plan says")]

@@ -27,7 +27,7 @@ from parallel_plans.cli.costs import (
     Purpose,
     Sequence,
 )
-from parallel_plans.cli.refusal import asking, refuse, refuse_unaskable
+from parallel_plans.cli.refusal import asking, refuse_unaskable
 from parallel_plans.cli.screen import Screen, console_for
 from parallel_plans.cli.sizes import Ep, Etp, Tp
 from parallel_plans.cli.target import TargetError, read_target
@@ -49,7 +49,9 @@ def verify(
     tp: Tp = 2,
     ep: Ep = 1,
     etp: Etp = None,
-    sp: Annotated[bool, typer.Option("--sp", help="sequence parallelism; not built yet")] = False,
+    sp: Annotated[
+        bool, typer.Option("--sp", help="with sequences split over ranks, as the plan's sp_plan says")
+    ] = False,
     settings: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="a config field")] = None,
     level: Annotated[Level, typer.Option(help="the last level to run")] = LAST,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")] = False,
@@ -71,8 +73,6 @@ def verify(
     no_cost: NoCost = False,
 ) -> None:
     """Whether a plan is right for a model on so many ranks."""
-    if sp:
-        refuse("--sp: sequence parallelism is not built yet")
     link = Link(
         latency=latency,
         bandwidth=bandwidth,
@@ -92,6 +92,7 @@ def verify(
             tp=tp,
             ep=ep,
             etp=etp,
+            sp=sp,
             level=str(level),
             name=target,
             strict=strict,

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from parallel_plans.boundary import Arguments, Boundary, Forward, Keywords, Site
-from parallel_plans.collectives import declare
+from parallel_plans.collectives import declare, listeners
 from parallel_plans.compiling import untraced
 from parallel_plans.experts.alignment import allow_any_width
 from parallel_plans.experts.call import ExpertsCall
@@ -55,16 +55,18 @@ class DispatchBoundary(Boundary):
         if torch.compiler.is_dynamo_compiling():  # how many rows travel is known when they do
             return untraced(self, forward, args, kwargs)
         call = ExpertsCall(args, kwargs)
-        call = call.mapped(lambda value: self._vouched(value, "V", "I"))
+        is_part = self._are_split
+        given: Any = call.hidden if is_part else "I"  # of a part of a sequence, what comes back lies as what set out
+        call = call.mapped(lambda value: self._vouched(value, "V", value if is_part else "I"))
         if call.sizes is not None:
             output = self._of_sizes(forward, call, call.sizes)
         elif call.ids is None:
             output = self._of_stacked(forward, call)
         else:
             output = self._of_routes(forward, call).view(call.hidden.shape)
-        return self._vouched(output, "I", "V")
+        return self._vouched(output, given, "V")
 
-    def _vouched(self, value: Any, letter: str, gradient: str) -> Any:
+    def _vouched(self, value: Any, letter: str | Tensor, gradient: str | Tensor) -> Any:
         """The value, of which only this class knows how it lies on the ranks until the tokens are back."""
         axes = {axis.name: axis for axis in (self.site.axis, self.site.slices) if axis.size > 1}
         for axis in axes.values() if is_weights(value) else ():
@@ -197,7 +199,9 @@ class DispatchBoundary(Boundary):
         return is_split and bool(self.site.options.get("sets_out_split"))
 
     def _sliced(self, value: Tensor, slices: Split | None) -> Tensor:
-        return value if slices is None else declare(take_own(value, self.site.slices, slices, 0), self.site.slices, "V")
+        if slices is not None:
+            return declare(take_own(value, self.site.slices, slices, 0), self.site.slices, "V")
+        return declare(value.clone(), self.site.slices, "V") if self._are_split and listeners else value
 
     def _gathered(self, value: Tensor, slices: Split | None) -> Tensor:
         return value if slices is None else gather(value, self.site.slices, slices, 0)

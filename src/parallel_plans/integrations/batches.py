@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Container, Iterator
 from functools import partial
 from typing import Any
 
@@ -14,8 +14,12 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.utils._pytree import tree_flatten
 
+from parallel_plans.data_parallel.copies import copies_of
+from parallel_plans.data_parallel.fully_sharded import averaged_by_torch
+from parallel_plans.data_parallel.wrapped import averaged_by_wrapper
 from parallel_plans.errors import Finding, LaunchError
-from parallel_plans.gradients import average_gradients, copies_of
+from parallel_plans.gradients import average
+from parallel_plans.integrations.refusals import AVERAGED_TWICE, refusal
 from parallel_plans.mesh import Place
 from parallel_plans.state import local_part, parallel_of
 from parallel_plans.views import DATA_AXIS, TENSOR_AXIS
@@ -28,11 +32,14 @@ class AveragedInBackward:
     that have been averaged once may be added to by a further backward.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(
+        self, model: nn.Module, names: Container[str] | None = None, is_on: Callable[[], bool] | None = None
+    ) -> None:
+        """`names` are those to average, all where it is None; `is_on` is asked beside `no_sync`."""
         parallel = parallel_of(model)
         assert parallel is not None
-        self.model, self.place = model, parallel.place
-        self.is_on, self.is_queued = True, False
+        self.model, self.place, self.names = model, parallel.place, names
+        self.is_on, self.is_queued, self.is_asked_too = True, False, is_on
         self.averaged: set[nn.Parameter] = set()
         self.share = {
             p: self._share(copies_of(parallel.layout(n), self.place).size) for n, p in model.named_parameters()
@@ -51,7 +58,7 @@ class AveragedInBackward:
     def before_gradient(self, parameter: nn.Parameter, gradient: Tensor) -> None:
         """Runs in backward, before the gradient is added to what is there."""
         self._reopen(parameter)
-        if self.is_on and not self.is_queued:
+        if self.is_on and not self.is_queued and (self.is_asked_too is None or self.is_asked_too()):
             self.is_queued = True
             Variable._execution_engine.queue_callback(self.after_backward)
 
@@ -66,8 +73,9 @@ class AveragedInBackward:
         self.is_queued = False
         for parameter in list(self.averaged):
             self._reopen(parameter)
-        average_gradients(self.model)
-        self.averaged = {parameter for parameter in self.model.parameters() if parameter.grad is not None}
+        own = [(name, p) for name, p in self.model.named_parameters() if self.names is None or name in self.names]
+        average(self.model, own)
+        self.averaged = {parameter for _, parameter in own if parameter.grad is not None}
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -80,7 +88,13 @@ class AveragedInBackward:
 
 
 def average_in_backward(model: nn.Module) -> None:
-    """Averages `model`'s gradients over batches as each backward ends; gives it the `no_sync` that tools look for."""
+    """Averages `model`'s gradients over batches as each backward ends; gives it the `no_sync` that tools look for.
+
+    Raises:
+        LaunchError: PP746 where torch averages them already.
+    """
+    if averaged_by_wrapper(model) or averaged_by_torch(model):
+        raise refusal(AVERAGED_TWICE)
     if not hasattr(model, "no_sync"):
         model.no_sync = AveragedInBackward(model).no_sync  # type: ignore[assignment]
 

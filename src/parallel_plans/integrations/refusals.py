@@ -11,6 +11,12 @@ PREPARED_TOO_EARLY = Finding(
     expected="to know which ranks share a batch before data loaders are dealt out to ranks",
     fix="prepare the model first, or both in one call: `accelerator.prepare(model, optimizer, data_loader)`",
 )
+AVERAGED_TWICE = Finding(
+    code="PP746",
+    message="an Accelerator cannot take a model whose gradients torch averages over batches already",
+    expected="a model that is neither in DistributedDataParallel nor sharded by fully_shard",
+    fix="prepare the model as it is loaded, or write the loop without accelerate (docs/data_parallel.md)",
+)
 SCALER = Finding(
     code="PP733",
     message="mixed precision with a gradient scaler cannot be combined with a plan",

@@ -18,6 +18,7 @@ from parallel_plans.checkpoint.conversion import Converted, convert_for_load
 from parallel_plans.checkpoint.files import open_checkpoint
 from parallel_plans.checkpoint.lazy import LazyTensor
 from parallel_plans.checkpoint.load import compare, misfit
+from parallel_plans.data_parallel.chunks import rank_part
 from parallel_plans.errors import Finding, LaunchError
 from parallel_plans.layouts import Layout
 from parallel_plans.state import Parallel, gathered, local_part, parallel_of
@@ -57,7 +58,7 @@ def whole_weights(model: nn.Module, *, keep: bool) -> OrderedDict[str, Tensor]:
     seen: dict[int, Tensor | None] = {}
     for name, value in model.state_dict(keep_vars=True).items():
         if id(value) not in seen:
-            tensor = gathered(local_part(value), layouts[name], parallel.place)
+            tensor = gathered(rank_part(value, layouts[name], parallel.place), layouts[name], parallel.place)
             seen[id(value)] = tensor.clone().to("cpu") if keep else None
         kept = seen[id(value)]
         if kept is not None:

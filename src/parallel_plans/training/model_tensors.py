@@ -13,7 +13,7 @@ from parallel_plans.errors import CheckpointError, Finding
 from parallel_plans.layouts import Layout
 from parallel_plans.mesh import Place
 from parallel_plans.placements import placements
-from parallel_plans.state import local_part, parallel_of
+from parallel_plans.state import class_name, local_part, parallel_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,4 +91,4 @@ def model_tensors(model: nn.Module) -> ModelTensors:
         place = None if parallel is None else parallel.place
         values[name] = value
         lies[name] = Lies(layout=layout or Layout(tuple(value.shape)), place=place)
-    return ModelTensors(kind=type(model).__name__, values=values, lies=lies, tied=tied)
+    return ModelTensors(kind=class_name(model), values=values, lies=lies, tied=tied)

@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 
 from parallel_plans.checkpoint.indices import Index, within
 from parallel_plans.checkpoint.lazy import taken_along
+from parallel_plans.checkpoint.sources import ReadByIndex
 from parallel_plans.errors import CheckpointError, Finding
 from parallel_plans.training.written import read_metadata
 
@@ -66,26 +67,12 @@ class StoredState:
             raise CheckpointError(Finding(code="PP725", message=message, file=str(path), name=index.fqn)) from error
 
 
-class StoredTensor:
+class StoredTensor(ReadByIndex):
     """One tensor of an open state."""
-
-    is_read_in_parts = True
 
     def __init__(self, state: StoredState, name: str, found: TensorStorageMetadata) -> None:
         self._state, self._name, self._chunks = state, name, found.chunks
         self.shape, self.dtype = found.size, found.properties.dtype
-
-    def view(self) -> Tensor:
-        """The whole tensor, as a copy."""
-        whole = torch.empty(self.shape, dtype=self.dtype)
-        self.has_read(whole, [range(size) for size in self.shape])
-        return whole
-
-    def lent(self, index: Sequence[Index], dtype: torch.dtype) -> None:
-        """None: the pieces lie in files of torch's own."""
-
-    def first_run(self, index: Sequence[Index]) -> None:
-        """None: where in a file they lie says nothing about the next."""
 
     def has_read(self, dest: Tensor, index: Sequence[Index]) -> bool:
         """Always true: the elements at `index` are in `dest` then."""
@@ -101,9 +88,6 @@ class StoredTensor:
                 piece = taken_along(piece, dim, offsets)
             _put(dest, [places for places, _ in found], piece)
         return True
-
-    def count(self, size: int) -> None:
-        """Nothing: these bytes are in memory already."""
 
 
 def _put(dest: Tensor, places: Sequence[Index], values: Tensor) -> None:

@@ -110,10 +110,15 @@ class _Warnings:
         return "write `replicate`" if has_parameters else "remove the rule"
 
     def _summing(self) -> Iterator[tuple[str, Rule, str]]:
-        """The names whose style counts on something split around them, each with rule and axis."""
+        """The names whose style counts on something split around them, each with rule and axis.
+
+        Not what an `sp_plan` says: there the sequence is split, whatever the parameters are.
+        """
         for name, entry in self._uses():
-            if entry.uses[0].style.wants_split == "around" and not entry.uses[0].style.acts_on_forward:
-                yield name, entry.uses[0].rule, entry.uses[0].axis
+            use = entry.uses[0]
+            is_summing = use.style.wants_split == "around" and use.letter == use.style.whole_as
+            if is_summing and not use.style.acts_on_forward and use.rule.section == SECTION:
+                yield name, use.rule, use.axis
         for name, acting in self.table.acting():
             if acting.style.wants_split == "around" and acting.rule.section == SECTION:
                 yield name, acting.rule, acting.axis

@@ -33,7 +33,7 @@ def followed(plan: Plan, subject: Any, views: Views, dispatch: bool) -> Layouts:
 
     def run(config: Any, ranks: Views, *, computes: bool) -> Subject:
         make = (lambda: random_model(config)) if computes else (lambda: causal_lm(config))  # the same every time
-        inputs = {**example_batch(config), "use_cache": False} if computes else tokens_of(*TOKENS)
+        inputs = {**example_batch(config), "use_cache": False} if computes else tokens_of(*_tokens(plan, ranks))
         return Subject(plan=plan, views=ranks, make=make, inputs=inputs, dispatch=dispatch, computes=computes)
 
     subject_at_size = run(few.config, views, computes=False)
@@ -54,7 +54,13 @@ def followed(plan: Plan, subject: Any, views: Views, dispatch: bool) -> Layouts:
 
 def _splits_tokens(plan: Plan) -> bool:
     """Whether ranks have parts of a sequence, which then must be long enough for all of them."""
-    return any(get_style(rule.style).arrives == "S(1)" for rule in plan.rules("tp_plan"))
+    return plan.splits_sequence or any(get_style(rule.style).arrives == "S(1)" for rule in plan.rules("tp_plan"))
+
+
+def _tokens(plan: Plan, views: Views) -> tuple[int, int]:
+    """Batch and sequence: of a sequence that is split every rank has a part, as long as those of the others."""
+    batch, sequence = TOKENS
+    return batch, -(-sequence // views.tp) * views.tp if _splits_tokens(plan) else sequence
 
 
 def _times(few: FewLayers) -> dict[str, int]:

@@ -70,14 +70,29 @@ def check_layouts(subject: Subject, times: dict[str, int], shorter: Subject | No
 def _followed(subject: Subject, rank: int, views: Seen | None) -> Followed:
     """A step of one rank in which every sum is made at once, so that what is wrong with it is told where it is.
 
-    What is right in a step in which sums wait, as they do outside of the verifier, is right.
+    What is right in a step in which sums wait, as they do outside of the verifier, is right. Where a sequence is split
+    that step comes first: its sums wait to be scattered.
     """
-    with no_sum_scope():
-        at_once = follow(subject, rank, views)
-    if not any(finding.severity == "error" for finding in _of_rank(at_once)):
-        return at_once
-    waiting = follow(subject, rank, views)
-    return at_once if any(finding.severity == "error" for finding in _of_rank(waiting)) else waiting
+
+    def at_once() -> Followed:
+        with no_sum_scope():
+            return follow(subject, rank, views)
+
+    def waiting() -> Followed:
+        return follow(subject, rank, views)
+
+    first, second = (waiting, at_once) if subject.plan.splits_sequence else (at_once, waiting)
+    seen = first()
+    if not _has_errors(seen):
+        return seen
+    again = second()
+    if not _has_errors(again):
+        return again
+    return again if second is at_once else seen
+
+
+def _has_errors(seen: Followed) -> bool:
+    return any(finding.severity == "error" for finding in _of_rank(seen))
 
 
 def _short_enough(subject: Subject, shorter: Subject | None) -> tuple[Subject, Seen]:
@@ -201,7 +216,8 @@ def _is_uneven(table: Table) -> bool:
 def _vouches(table: Table, module: str) -> bool:
     """Whether a style around a module knows which rank it is on."""
     while module:
-        if any(entry.style.boundary is not None for entry in table.modules.get(module, ())):
+        entries = table.modules.get(module, ())
+        if any(entry.style.boundary is not None and entry.style.sequence is None for entry in entries):
             return True
         module = module.rpartition(".")[0]
     return False

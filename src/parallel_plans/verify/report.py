@@ -63,6 +63,7 @@ class Report:
             is None.
         cost: what the plan costs a rank.
         no_cost: why `cost` is None, where it was asked for.
+        splits_sequence: whether ranks have parts of a sequence, as the plan's `sp_plan` says.
         strict: whether a warning makes the plan unsound too.
         spec: the model's names and shapes; None where nobody gave them.
         table: the resolved plan, at the model's own size; None where it does not fit.
@@ -80,6 +81,7 @@ class Report:
     backward: Sequence[Traffic] = ()
     cost: Cost | None = None
     no_cost: str | None = None
+    splits_sequence: bool = False
     strict: bool = False
     spec: ModelSpec | None = None
     table: Table | None = None

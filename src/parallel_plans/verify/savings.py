@@ -15,7 +15,7 @@ from parallel_plans.verify.real_size import FewLayers
 from parallel_plans.verify.watch import Said
 
 Price = Callable[[Said, int], float]  # the seconds of a collective like this one that hands over so many bytes
-REDUCTION = "all_reduce"
+REDUCTION, SCATTERING = "all_reduce", "reduce_scatter"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,12 +32,16 @@ class Found:
 def merged(apart: Mapping[str, Sequence[Said]], said: Mapping[str, Sequence[Said]], few: FewLayers) -> Iterator[Found]:
     """What is merged already: for every layer in which fewer reductions are made than with nothing merged."""
     for direction, on_their_own in apart.items():
-        now = _by_place(said[direction], few)
-        for place, before in _by_place(on_their_own, few).items():
-            left = now.get(place, [])
-            if len(left) < len(before):
-                groups = tuple((each,) for each in left)
-                yield Found(layer=place[0], direction=direction, before=tuple(before), after=groups, is_done=True)
+        for op in (REDUCTION, SCATTERING):
+            now, scattered = (_by_place(said[direction], few, kind) for kind in (op, SCATTERING))
+            scattered_alone = _by_place(on_their_own, few, SCATTERING)
+            for place, before in _by_place(on_their_own, few, op).items():
+                left = now.get(place, [])
+                # a sum of which each rank wants a part is made all the same, by a reduce-scatter
+                turned = len(scattered.get(place, [])) - len(scattered_alone.get(place, [])) if op == REDUCTION else 0
+                if len(left) + max(turned, 0) < len(before):
+                    groups, alone = tuple((each,) for each in left), tuple(before[max(turned, 0) :])
+                    yield Found(layer=place[0], direction=direction, before=alone, after=groups, is_done=True)
 
 
 def mergeable(said: Mapping[str, Sequence[Said]], few: FewLayers) -> Iterator[Found]:
@@ -50,11 +54,11 @@ def mergeable(said: Mapping[str, Sequence[Said]], few: FewLayers) -> Iterator[Fo
                 yield Found(layer=layer, direction=direction, before=before, after=together, is_done=False)
 
 
-def _by_place(said: Sequence[Said], few: FewLayers) -> dict[tuple[int | None, str], list[Said]]:
+def _by_place(said: Sequence[Said], few: FewLayers, op: str = REDUCTION) -> dict[tuple[int | None, str], list[Said]]:
     """(layer, axis) -> the reductions there, in order."""
     found: dict[tuple[int | None, str], list[Said]] = {}
     for each in said:
-        if each.op == REDUCTION:
+        if each.op == op:
             found.setdefault((few.layer_of(each.module), each.axis), []).append(each)
     return found
 

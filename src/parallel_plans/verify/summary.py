@@ -10,7 +10,7 @@ from parallel_plans.errors import Finding
 from parallel_plans.table import ParameterEntry, Table
 from parallel_plans.verify.flow import Value
 from parallel_plans.verify.report import FAILED, LEVELS, NOT_RUN, Report
-from parallel_plans.views import views_of
+from parallel_plans.views import TENSOR_AXIS, views_of
 
 UNKNOWN = "?"  # the letter of a value whose layout nothing vouches for
 SEVERITIES = ("error", "warning")
@@ -80,8 +80,9 @@ def in_order(findings: Sequence[Finding]) -> list[Finding]:
 
 
 def ranks_told(report: Report) -> str:
-    """How many ranks there are, by axis."""
-    return ", ".join(f"{axis} = {size}" for axis, size in report.mesh.items())
+    """How many ranks there are, by axis, and whether they split sequences."""
+    ranks = ", ".join(f"{axis} = {size}" for axis, size in report.mesh.items())
+    return f"{ranks}; sequences split over {TENSOR_AXIS}, by sp_plan" if report.splits_sequence else ranks
 
 
 def verdict(report: Report) -> str:

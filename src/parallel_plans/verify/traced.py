@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ from parallel_plans.verify.cost import PURPOSES
 from parallel_plans.verify.real_size import FewLayers, Running, Subject, causal_lm, fake_rank, tokens_of
 from parallel_plans.verify.watch import Said, Watch, gradients_dropped
 from parallel_plans.views import Views
+
+SPLIT_BACKWARD = "all_gather"  # what I -> S(1) and P -> S(1) are in backward
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +85,9 @@ class _Tracer:
     """A running model, and what has been seen of it."""
 
     def __init__(self, running: Running) -> None:
+        assert running.table is not None
         self.running, self.model = running, running.model
+        self.begins = [name for name, entry in running.table.acting() if entry.style.sequence == "split"]
         self.own = [*self.model.parameters(), *self.model.buffers()]
         self.own += [value for value in running.inputs.values() if isinstance(value, Tensor)]
         self.watch = Watch(running.where, self.own)
@@ -117,10 +121,19 @@ class _Tracer:
         with gradients_dropped(self.model):
             self.running.step()
         said = self.watch.said
-        return {
-            "forward": tuple(each for each in said if not each.backward),
-            "backward": tuple(each for each in said if each.backward),
-        }
+        back = self._outside(each for each in reversed(said) if each.backward)
+        return {"forward": self._outside(each for each in said if not each.backward), "backward": back[::-1]}
+
+    def _outside(self, said: Iterable[Said]) -> tuple[Said, ...]:
+        """What is said, where what splits a sequence is said around the layers: not each of them does it."""
+        heard = list(said)
+        for begin in self.begins:
+            for at, each in enumerate(heard):
+                if each.module.startswith(f"{begin}."):
+                    break
+                if each.module == begin and (not each.backward or each.op == SPLIT_BACKWARD):
+                    heard[at] = replace(each, module=begin.rpartition(".")[0])
+        return tuple(heard)
 
     def _train(self) -> dict[str, int]:
         before = self.watch.live
@@ -158,7 +171,7 @@ class _Tracer:
         except Exception as error:  # the code of a model raises any kind
             self.notes.append(f"{name} could not be traced: {type(error).__name__}: {str(error).splitlines()[0]}")
             return None
-        self.said[name] = tuple(self.watch.said)
+        self.said[name] = self._outside(self.watch.said)
         return output
 
     def _parameters(self) -> tuple[dict[str, int], dict[str, int]]:

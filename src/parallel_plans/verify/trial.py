@@ -1,8 +1,8 @@
 """The trials of a model: one as it is meant to run, and one with all that is seldom and goes wrong.
 
-The first has ordinary sizes, batches and prompts. In the second no width of a feed-forward layer divides evenly, so few
-tokens come that experts, and a rank's experts all together, get none, the prompt is one token, and the weights are
-saved and loaded again.
+The first has ordinary sizes, batches and prompts; where sequences are split, its own does not divide by the ranks. In
+the second no width of a feed-forward layer divides evenly, so few tokens come that experts, and a rank's experts all
+together, get none, the prompt is one token, and the weights are saved and loaded again.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from parallel_plans.views import EXPERT_AXIS, Views
 
 TWO = Views(world=2, tp=2, etp=2)
 ODD_ROLES = ("width", "expert width")
-SEEDS, FEW = 12, 2  # short batches to choose from, and their tokens
+SEEDS, FEW = 12, 2  # short batches to choose from, and their tokens, where no more ranks split a sequence
 
 
 class CannotTry(Exception):
@@ -204,7 +204,8 @@ def _few_tokens(trial: Trial) -> Inputs | None:
     }
     best: tuple[int, Inputs] | None = None
     for seed in range(SEEDS if experts else 1):
-        batch = {name: tokens[:1, :FEW] for name, tokens in example_batch(trial.model.config, seed=seed).items()}
+        few = max(FEW, trial.views.tp) if trial.plan.splits_sequence else FEW
+        batch = {name: tokens[:1, :few] for name, tokens in example_batch(trial.model.config, seed=seed).items()}
         inputs = _text(batch, prompt=1)
         try:
             truth = truths_of(replace(trial, batches=[replace(inputs, prompt=None)]))[0]

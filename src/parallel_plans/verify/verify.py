@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from parallel_plans.errors import Finding, PlanError
-from parallel_plans.lookup import PlanSource, carried_by, find_plan, with_experts
+from parallel_plans.lookup import PlanSource, carried_by, find_plan, with_experts, with_sequence
 from parallel_plans.mesh import views_for
 from parallel_plans.model_spec import ModelSpec, config_fields, describe
 from parallel_plans.plan import Plan
@@ -37,6 +37,7 @@ def verify_plan(
     ep: int = 1,
     etp: int | None = None,
     ep_plan: PlanSource = "auto",
+    sp: bool = False,
     level: str = LEVELS[-1],
     name: str | None = None,
     strict: bool = False,
@@ -50,6 +51,7 @@ def verify_plan(
         plan: as `tp_plan` of `from_pretrained`; a file beside a checkpoint is not looked for.
         tp, ep, etp: ranks by axis, as in `from_pretrained`.
         ep_plan: as in `from_pretrained`.
+        sp: whether the plan's `sp_plan` is in use.
         level: the last level to run, one of `LEVELS`.
         name: what to call the target in the report.
         strict: whether warnings make the plan unsound.
@@ -67,9 +69,10 @@ def verify_plan(
     model, subject = _model_and_subject(target, inputs)
     spec = describe(model)
     called = name or spec.model_type or type(model).__name__
-    report = Report(target=called, plan=str(plan), mesh=mesh_of(views), strict=strict, spec=spec)
+    report = Report(target=called, plan=str(plan), mesh=mesh_of(views), splits_sequence=sp, strict=strict, spec=spec)
     try:
-        found = with_experts(find_plan(plan, spec, carried_by(model), lambda: None), ep_plan)
+        whole = with_experts(find_plan(plan, spec, carried_by(model), lambda: None), ep_plan)
+        found = with_sequence(whole, "auto" if sp else None)
     except PlanError as error:
         report.settle("accounting", error.findings)
         return report

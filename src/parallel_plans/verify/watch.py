@@ -139,7 +139,7 @@ class Watch(TorchDispatchMode):
         if op != OWN:
             self._add(result, frozenset([len(self.said) - 1]) | self._causes([value]))
 
-    def declared(self, value: Tensor, axis: Axis, letter: str) -> None:
+    def declared(self, value: Tensor, axis: Axis, letter: str | Tensor) -> None:
         """As `collectives.Listener`."""
 
 

@@ -58,11 +58,12 @@ def _gathered(lay: Lay, over: frozenset[str], axis: Axis, result: Tensor, where:
 
 
 def _scattered(lay: Lay, over: frozenset[str], axis: Axis, result: Tensor, where: Any) -> Lay:
-    if lay.varies & over:
-        return lay
-    if not over <= lay.partial:
+    if lay.over & over:
+        raise Mismatch("PP303", f"reduce_scatter over {axis.name} adds up different parts of a value")
+    if not over <= lay.partial | lay.varies and not lay.is_zero:
         raise Mismatch("PP301", f"reduce_scatter over {axis.name} of a value that is whole")
-    return replace(lay, partial=lay.partial - over).with_dim(where[1], shard_of(where[0], over, axis.rank))
+    summed = replace(lay, partial=lay.partial - over, varies=lay.varies - over)
+    return summed.with_dim(where[1], shard_of(where[0], over, axis.rank))
 
 
 def _taken(lay: Lay, over: frozenset[str], axis: Axis, result: Tensor, where: Any) -> Lay:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -39,6 +40,11 @@ def pointwise(op: Operation) -> Lay:
         is_zero=_is_zero(op, lays),
         is_uniform=all(lay.is_uniform for lay in lays),
     )
+
+
+def drawn(op: Operation) -> Lay:
+    """Random numbers in the shape, or in the place, of a value: each rank draws those of its part."""
+    return replace(pointwise(op), is_zero=False, is_uniform=False)
 
 
 def _is_zero(op: Operation, lays: Sequence[Lay]) -> bool:

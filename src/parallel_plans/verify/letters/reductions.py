@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from parallel_plans.verify.letters.lay import NOTHING, Lay, Mismatch
+from parallel_plans.verify.letters.lay import NOTHING, Lay, Mismatch, NoRule
 from parallel_plans.verify.letters.operation import Operation
 from parallel_plans.verify.letters.pointwise import pointwise
 
@@ -65,6 +65,8 @@ def along(op: Operation) -> list[Lay]:
     at = 2 if op.name == "topk" else 1
     dim = op.get(at, "dim", -1)
     is_linear = op.name == "cumsum"
+    if op.name in ("sort", "argsort") and not value.is_floating_point() and op.lay(value).part(dim) is not None:
+        raise NoRule  # each rank's own tokens by their experts: whether all that follows is its own, nobody knows here
     lay = _of_whole_dims(op, [dim % max(1, value.dim())], True, is_linear)
     return [lay] * _results(op)
 
@@ -90,12 +92,11 @@ def norm(op: Operation) -> list[Lay]:
 
 def norm_gradient(op: Operation) -> list[Lay | None]:
     """`native_layer_norm_backward`: gradients of the value, and of weight and bias, summed over all other dims."""
-    gradient, value = op.args[0], op.args[1]
-    lay = pointwise(replace(op, name="mul", args=(gradient, value)))
-    shape = op.args[2]
+    gradient, value, shape, wanted = op.args[0], op.args[1], op.args[2], op.get(7, "output_mask")
+    lay = pointwise(replace(op, name="mul", args=(gradient, value), output=value))  # which may want no gradient itself
     last = value.dim() - len(shape)
     if any(lay.part(dim) for dim in range(last, value.dim())):
         raise Mismatch("PP303", f"{op.name} over a dim of which each rank has a part")
     over = NOTHING.union(*(shard.over for shard in lay.shards[:last] if shard is not None))
     of_weight = Lay(shards=(None,) * len(shape), partial=lay.partial | over)
-    return [lay, of_weight, of_weight]
+    return [each if is_wanted else None for each, is_wanted in zip((lay, of_weight, of_weight), wanted, strict=True)]

@@ -11,7 +11,7 @@ from typing import Any
 
 from parallel_plans.verify.letters import contractions, picking, reductions, reshaping, stretches, views
 from parallel_plans.verify.letters.operation import Operation
-from parallel_plans.verify.letters.pointwise import pointwise
+from parallel_plans.verify.letters.pointwise import drawn, pointwise
 
 Rule = Callable[[Operation], Any]  # a lay, or one for every result
 
@@ -68,6 +68,8 @@ RULES: dict[str, Rule] = {
     "linalg_solve_triangular": contractions.solved,
     "cat": picking.joined,
     "stack": picking.stacked,
+    **dict.fromkeys(("rand_like", "randn_like", "bernoulli", "bernoulli_", "exponential_", "normal_"), drawn),
+    "uniform_": drawn,
 }
 
 # Operations that give the same number at every place, and those that give numbers nobody sees.

@@ -176,6 +176,8 @@ class Tracker(TorchDispatchMode):
         return [unknown(result.dim()) for result in results]
 
     def _by_rule(self, func: Any, op: Operation, lays: list[Lay], results: list[Tensor]) -> list[Lay]:
+        if op.name == "empty_like" and lays[0].over and not lays[0].partial:
+            return [replace(lays[0], is_zero=False)]  # for numbers in the place of a part
         if op.name in ZERO | UNIFORM:
             return [_made(op, result) for result in results]
         if any(lay.pieces for lay in lays) and op.name not in ("slice", "split", "split_with_sizes", "detach", "alias"):
@@ -260,10 +262,12 @@ class Tracker(TorchDispatchMode):
             self.report(problem.code, str(problem))
             self.put(result, unknown(result.dim()))
 
-    def declared(self, value: Tensor, axis: Axis, letter: str) -> None:
+    def declared(self, value: Tensor, axis: Axis, letter: str | Tensor) -> None:
         """A style vouches for a value."""
         over, lay = self.dims[axis.name], self.lay(value)
-        if letter == "V":
+        if isinstance(letter, Tensor):
+            self.put(value, self.lay(letter))
+        elif letter == "V":
             made = varying(value.dim(), over | lay.varies | lay.partial | lay.over)
             self.put(value, replace(made, is_zero=lay.is_zero))
         elif letter == "P":
