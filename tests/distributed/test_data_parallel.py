@@ -127,6 +127,7 @@ class Case:
         tied: whether the head is the embeddings.
         storage: how parameters are kept.
         by_torch: whether torch's own clips gradients, not the package's.
+        sp: whether the sequence is split too.
     """
 
     kind: str
@@ -135,10 +136,11 @@ class Case:
     tied: bool = False
     storage: Storage = "dtensor"
     by_torch: bool = False
+    sp: bool = False
 
     def __str__(self) -> str:
         way = getattr(self.way, "__name__", None) or "-".join([self.way.func.__name__, *map(str, self.way.keywords)])
-        parts = (self.kind, "tied" * self.tied, way, str(self.row), "torch_clips" * self.by_torch)
+        parts = (self.kind, "tied" * self.tied, way, str(self.row), "torch_clips" * self.by_torch, "sp" * self.sp)
         return "-".join(part for part in parts if part)
 
 
@@ -157,8 +159,10 @@ CASES = (
     Case(kind="llama", way=by_torchs_fsdp, by_torch=True),
     Case(kind="llama", way=by_hybrid_fsdp, row=Row(world=4, tp=1)),
     Case(kind="phi3", way=by_fsdp, by_torch=True),
+    Case(kind="llama", way=by_ddp, sp=True, **LOCAL),
+    Case(kind="llama", way=by_torchs_fsdp, sp=True),
+    Case(kind="qwen3_moe", way=by_fsdp, row=EP4_TP2, sp=True),
     Case(kind="qwen3_moe", way=by_fsdp, row=EP2_OF_4),
-    Case(kind="qwen3_moe", way=by_fsdp, row=EP4_TP2),
     Case(kind="mixtral", way=by_torchs_fsdp, row=EP2_TP2_OF_4),
 )
 
@@ -187,7 +191,8 @@ def split(case: Case, dtype: torch.dtype = torch.float64) -> Any:
     mesh = init_device_mesh("cpu", (row.world // row.tp, row.tp), mesh_dim_names=("dp", "tp"))
     plan = bundled_folder() / f"{case.kind}.yaml"
     model = made(case.kind, case.tied, dtype)
-    return parallelize(model, plan, mesh, ep_size=row.ep, etp_size=row.etp, storage=case.storage)
+    sp_plan = "auto" if case.sp else None
+    return parallelize(model, plan, mesh, sp_plan=sp_plan, ep_size=row.ep, etp_size=row.etp, storage=case.storage)
 
 
 def clipped(model: Any, by_torch: bool) -> Tensor:
