@@ -110,7 +110,7 @@ def _sum_of(a: Any, b: Any) -> Any:
     if not isinstance(a, ScatteredSum) or not isinstance(b, Tensor) or b.shape != a.shape or b.dtype != a.dtype:
         return NotImplemented
     one, tally = a.state, a.state.tally
-    if type(b) is Tensor:
+    if not isinstance(b, Partial):
         own = _both(one.own, Kept(b))
         return ScatteredSum(DelayedScatter(one.tensor, *_where(one), beside=one.beside, own=own, tally=tally))
     if not isinstance(b, ScatteredSum) or _where(b.state) != _where(one):
