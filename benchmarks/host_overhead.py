@@ -11,6 +11,9 @@ median over the turns of a side's time over the floor's beside it.
     training  forward and backward of 8 tokens
     limit     of the floor, for this project; exit status 1 where one is not kept
 
+A second table has this project with the sequence split as well, in times of the same storage without. One token is
+fewer than ranks, so a decode step splits nothing.
+
 CPU time of the process is what counts, so that other work on the machine disturbs little.
 """
 
@@ -67,6 +70,7 @@ SPLIT = ("intermediate_size", "num_attention_heads", "num_key_value_heads", "moe
 
 FLOOR = "no parallelism"
 SIDES = (FLOOR, "dtensor", "local", "transformers")
+SEQUENCES = {"dtensor sp": "dtensor", "local sp": "local"}  # the sequence split as well -> what it is held against
 # step, side -> at most so many times the floor
 LIMITS = {
     ("decode", "dtensor"): 1.15,
@@ -80,7 +84,10 @@ Step = Callable[[], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Ratio:
-    """The CPU time of one side's step: seconds, and in times of the floor's; `limit` is None where there is none."""
+    """The CPU time of one side's step: seconds, and in times of the floor's, or of that without a split sequence.
+
+    `limit` is None where there is none.
+    """
 
     model: str
     step: str
@@ -105,11 +112,17 @@ def sides_of(name: str, folder: Path) -> dict[str, Any]:
         storage: AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto", tp_size=RANKS, storage=storage)
         for storage in ("dtensor", "local")
     }
+    split = {
+        side: AutoModelForCausalLM.from_pretrained(
+            folder, tp_plan="auto", sp_plan="auto", tp_size=RANKS, storage=storage
+        )
+        for side, storage in SEQUENCES.items()
+    }
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         folder, distributed_config=DistributedConfig(tp_size=RANKS, tp_plan="auto")
     )
     floor = transformers.AutoModelForCausalLM.from_config(config(**local))
-    return {FLOOR: floor, **ours, "transformers": theirs}
+    return {FLOOR: floor, **ours, **split, "transformers": theirs}
 
 
 def decode(model: Any, tokens: Tensor) -> Step:
@@ -160,7 +173,7 @@ def seconds(steps: dict[str, Step], repeats: int) -> dict[str, list[float]]:
 
 
 def ratios(name: str, repeats: int) -> list[Ratio]:
-    """What each side's steps take in times of the floor's: the median over the turns, each beside the floor's own."""
+    """What each side's steps take in times of what it is held against: the median over the turns, each beside its."""
     tokens = torch.randint(1, VOCAB, (1, LENGTH), generator=torch.Generator().manual_seed(0))
     found = []
     with tempfile.TemporaryDirectory() as folder:
@@ -169,22 +182,35 @@ def ratios(name: str, repeats: int) -> list[Ratio]:
             took = seconds({side: make(model, tokens) for side, model in models.items()}, repeats)
             for side, turns in took.items():
                 limit = LIMITS.get((kind, side))
-                ratio = median(one / floor for one, floor in zip(turns, took[FLOOR], strict=True))
+                against = took[SEQUENCES.get(side, FLOOR)]
+                ratio = median(one / other for one, other in zip(turns, against, strict=True))
                 found.append(Ratio(model=name, step=kind, side=side, seconds=median(turns), ratio=ratio, limit=limit))
     return found
 
 
 def table_of(found: list[Ratio]) -> Table:
-    """A line for each model and step, a column for each side."""
+    """A line for each model and step, a column for each side that is held against the floor."""
     table = Table("model", "step", *(side for side in SIDES if side != FLOOR), "limits", box=MARKDOWN)
+    for (model, step), by_side in _lines(found).items():
+        own = [each for side, each in by_side.items() if side in SIDES and side != FLOOR]
+        limits = ", ".join(f"{each.limit:.2f}" for each in own if each.limit)
+        table.add_row(model, step, *(f"{each.ratio:.2f}{'' if each.is_met else ' !'}" for each in own), limits)
+    return table
+
+
+def sequence_table_of(found: list[Ratio]) -> Table:
+    """A line for each model and step, a column for each storage: with the sequence split, in times of without."""
+    table = Table("sequence split", "step", *SEQUENCES.values(), box=MARKDOWN)
+    for (model, step), by_side in _lines(found).items():
+        table.add_row(model, step, *(f"{by_side[side].ratio:.2f}" for side in SEQUENCES))
+    return table
+
+
+def _lines(found: list[Ratio]) -> dict[tuple[str, str], dict[str, Ratio]]:
     lines: dict[tuple[str, str], dict[str, Ratio]] = {}
     for each in found:
         lines.setdefault((each.model, each.step), {})[each.side] = each
-    for (model, step), by_side in lines.items():
-        cells = [f"{each.ratio:.2f}{'' if each.is_met else ' !'}" for side, each in by_side.items() if side != FLOOR]
-        limits = ", ".join(f"{each.limit:.2f}" for each in by_side.values() if each.limit)
-        table.add_row(model, step, *cells, limits)
-    return table
+    return lines
 
 
 def main() -> None:
@@ -200,7 +226,7 @@ def main() -> None:
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(RANKS), LOCAL_WORLD_SIZE=str(RANKS))
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=RANKS)
     found = [each for name in arguments.models for each in ratios(name, arguments.repeats)]
-    Console().print(table_of(found))
+    Console().print(table_of(found), sequence_table_of(found), sep="")
     if arguments.json:
         Path(arguments.json).write_text(json.dumps([asdict(each) for each in found], indent=1) + "\n")
     dist.destroy_process_group()

@@ -368,7 +368,7 @@ def _boundary(entry: ModuleEntry, module: nn.Module, place: Place, sequence: Seq
         name=entry.info.name,
         style=entry.style,
         axis=place.axes[entry.over],
-        split=entry.split,
+        split=None if entry.split is None else entry.split.in_full(),
         options=entry.options,
         own=place.axes[entry.axis],
         slices=place.axes[SLICE_AXIS],

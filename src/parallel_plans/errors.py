@@ -124,6 +124,7 @@ CODES: dict[str, str] = {
     "PP744": "fully_shard is asked to shard over ranks that do not hold the same",
     "PP745": "an option or a parameter of fully_shard cannot be combined with a plan",
     "PP746": "gradients would be averaged over batches twice",
+    "PP747": "FullyShardedDataParallel is asked to take a model under a plan",
 }
 
 

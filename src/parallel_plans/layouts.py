@@ -126,6 +126,13 @@ class Split:
                 return None
         return parts
 
+    def in_full(self) -> Split:
+        """Itself, with all worked out that is asked when values move: torch.compile could not trace that."""
+        assert self.local_sizes
+        assert self.is_disjoint in (True, False)
+        assert self.is_in_order in (True, False)
+        return self
+
     def at(self, dim: int) -> Split:
         """The same split of another dim, for instance of the output that a split weight gives."""
         return replace(self, dim=dim)

@@ -65,8 +65,8 @@ def _is_dealt(tokens: int, axis: str, ranks: int) -> bool:
     stops = list(accumulate(deal(tokens, ranks)))
     ranges = zip([0, *stops[:-1]], stops, strict=True)
     pieces = tuple(((start, stop),) if stop > start else () for start, stop in ranges)
-    _splits[tokens, axis, ranks] = split = Split(dim=DIM, size=tokens, axis=axis, ranges=pieces)
-    return split.is_disjoint and split.is_in_order  # asked now, and remembered
+    _splits[tokens, axis, ranks] = Split(dim=DIM, size=tokens, axis=axis, ranges=pieces).in_full()
+    return True
 
 
 class Sequence:

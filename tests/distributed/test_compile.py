@@ -55,11 +55,14 @@ class Reductions:
 
     def __init__(self) -> None:
         self.counts: Counter[bool] = Counter()
+        self.ops: Counter[str] = Counter()  # of all kinds, in backward
         self.backend = aot_autograd(fw_compiler=self._counting(False), bw_compiler=self._counting(True))
 
     def _counting(self, backward: bool) -> Callable[..., Any]:
         def compile(graph: torch.fx.GraphModule, inputs: Any) -> Any:
-            ops = (node.target for node in graph.graph.nodes)
+            ops = [node.target for node in graph.graph.nodes]
+            if backward:
+                self.ops.update(str(op).split(".")[1] for op in ops if str(op).startswith("_c10d_functional."))
             self.counts[backward] += sum(op is torch.ops._c10d_functional.all_reduce.default for op in ops)
             return make_boxed_func(graph.forward)
 

@@ -77,8 +77,8 @@ def test_steps_of_training_are_those_of_one_process() -> None:
     norms = {name: trained(truth, torch_clip) for name, truth in truths.items()}
     for results in run_on_ranks(training, 2, models):
         for name, found, state in results:
-            assert found == pytest.approx(norms[name], rel=1e-9)
-            check_values(state, truths[name].state_dict(), 1e-8)
+            assert found == pytest.approx(norms[name], rel=1e-6)  # ours is in float32
+            check_values(state, truths[name].state_dict(), 1e-6)
 
 
 def again(cases: list[tuple[Any, Row]]) -> list[list[Values]]:

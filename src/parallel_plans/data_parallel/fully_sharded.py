@@ -32,12 +32,16 @@ from parallel_plans.data_parallel.copies import (
 )
 from parallel_plans.errors import Finding, LaunchError
 from parallel_plans.mesh import Place
+from parallel_plans.partial import whole_tree
 from parallel_plans.quantized.tensors import is_quantized
 from parallel_plans.state import local_part, parallel_of
+from parallel_plans.sums import SCOPE
+from parallel_plans.training.optimizers import PART
 from parallel_plans.views import DATA_AXIS
 
 MESH_DIMS = 2  # over which a parameter may be split before torch shards it
 _COPIES = "_parallel_copies"  # on a parameter that is not sharded over all batches: the axis of its copies
+_GIVES_WHOLE = "_parallel_gives_whole"  # on a module that torch gathers
 _PLAIN = Finding(
     code="PP743",
     message="fully_shard would take the parts of a model with plain tensors for wholes",
@@ -79,9 +83,30 @@ def init(
     params = [cast(nn.Parameter, instead.get(id(parameter), parameter)) for parameter in params]
     _init(self, params, modules, mesh_info, post_forward_mesh_info, *others, **options)
     assert all(each.mesh_info is mesh_info for each in self.fsdp_params), "shard_placement_fn has changed its mind"
+    _give_whole(modules)
+    for parameter, sharded in zip(params, self.fsdp_params, strict=True):
+        if hasattr(parameter, PART):
+            setattr(sharded.sharded_param, PART, True)
     copies, batches = copies_of(owned[0].layout, place).size, place.axes[DATA_AXIS].size
     if copies != batches:  # experts have seen several batches each: a sum over copies, not a mean
         self._all_reduce_hook = functools.partial(_scale, by=copies / batches)
+
+
+def _give_whole(modules: Sequence[nn.Module]) -> None:
+    """Makes sums that wait whole before torch's hooks see them, which want tensors that autograd knows."""
+    for module in modules:
+        if _GIVES_WHOLE not in vars(module):
+            vars(module)[_GIVES_WHOLE] = True
+            module.register_forward_pre_hook(_before_forward, prepend=True, with_kwargs=True)
+            module.register_forward_hook(_after_forward, prepend=True)
+
+
+def _before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return None if SCOPE.tally is None else whole_tree((args, kwargs))
+
+
+def _after_forward(module: nn.Module, args: Any, output: Any) -> Any:
+    return None if SCOPE.tally is None else whole_tree(output)
 
 
 def _check_units(modules: Sequence[nn.Module]) -> None:

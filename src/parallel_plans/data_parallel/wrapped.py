@@ -14,11 +14,13 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
-from parallel_plans.data_parallel.copies import copies_axis, ranks_of
+from parallel_plans.data_parallel.copies import copies_axis, owned_parameters_of, ranks_of
 from parallel_plans.errors import Finding, LaunchError
 from parallel_plans.state import Parallel, parallel_of
+from parallel_plans.training.optimizers import PART
 from parallel_plans.views import DATA_AXIS
 
 _WRAPPER = "_parallel_wrapper"
@@ -40,7 +42,21 @@ _DTENSORS = Finding(
     fix="load the model with storage='local', or take `parallel_plans.fully_shard(model)`",
 )
 
+_A_PART = Finding(
+    code="PP730",
+    message="a part of a model under a plan cannot be wrapped in DistributedDataParallel by itself",
+    expected="the model, which knows over which ranks its parameters are split",
+    fix="wrap the whole model, or leave it unwrapped and call `parallel_plans.average_gradients(model)` after backward",
+)
+_FLAT = Finding(
+    code="PP747",
+    message="FullyShardedDataParallel would take the parts of a model under a plan for wholes",
+    expected="parameters that stay what they are; it puts them together in flat ones",
+    fix="take `parallel_plans.fully_shard(model)`, of which every parameter is sharded by itself",
+)
+
 _init = DistributedDataParallel.__init__
+_init_flat = FullyShardedDataParallel.__init__
 
 
 @functools.wraps(_init)
@@ -52,6 +68,8 @@ def init(self: DistributedDataParallel, module: nn.Module, *args: Any, **options
     """
     parallel = parallel_of(module) if isinstance(module, nn.Module) else None
     if parallel is None:
+        if _holds_parts(module):
+            raise LaunchError(_A_PART)
         _init(self, module, *args, **options)
         return
     _check(_group_of(inspect.signature(_init).bind(self, module, *args, **options).arguments), parallel)
@@ -67,6 +85,26 @@ def init(self: DistributedDataParallel, module: nn.Module, *args: Any, **options
     setattr(_split_model(module), _WRAPPER, weakref.ref(self))
     if others:
         _average_others(self, module, others)
+
+
+@functools.wraps(_init_flat)
+def init_flat(self: FullyShardedDataParallel, module: nn.Module, *args: Any, **options: Any) -> None:
+    """`FullyShardedDataParallel.__init__`, of other models.
+
+    Raises:
+        LaunchError: PP747 for a model under a plan, or a part of one.
+    """
+    if _holds_parts(module):
+        raise LaunchError(_FLAT)
+    _init_flat(self, module, *args, **options)
+
+
+def _holds_parts(module: Any) -> bool:
+    """Whether a parameter in it belongs to a model under a plan."""
+    if not isinstance(module, nn.Module):
+        return False
+    owned = next(owned_parameters_of([module]), None)
+    return owned is not None or any(hasattr(each, PART) for each in module.parameters())
 
 
 def _group_of(arguments: dict[str, Any]) -> dist.ProcessGroup | None:
@@ -111,5 +149,6 @@ def averaged_by_wrapper(model: nn.Module) -> bool:
 
 
 def take_over() -> None:
-    """Puts `init` in the place of torch's; once is enough."""
+    """Puts the functions above in the place of torch's; once is enough."""
     DistributedDataParallel.__init__ = init  # type: ignore[method-assign]
+    FullyShardedDataParallel.__init__ = init_flat  # type: ignore[method-assign]
