@@ -225,7 +225,8 @@ def test_a_fix_that_is_named_does_mend_the_plan(tmp_path: Path) -> None:
 
 def test_a_rule_that_is_missing_is_told_by_name_with_the_style_of_its_like(tmp_path: Path) -> None:
     path = mutated(tmp_path, "llama", r"  model.layers.\*.self_attn.k_proj: .*\n", "")
-    path.write_text(path.read_text(encoding="utf-8") + '  "**": replicate\n', encoding="utf-8")
+    text = path.read_text(encoding="utf-8").replace("sp_plan:", '  "**": replicate\nsp_plan:')
+    path.write_text(text, encoding="utf-8")
     (finding,) = check_numerics(trial_of("llama", TP2, path)).findings
     assert (finding.rule, finding.name) == ("**", "model.layers.0.self_attn.k_proj")
     assert "model.layers.*.self_attn.k_proj has no rule of its own" in finding.message
