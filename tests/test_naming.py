@@ -143,7 +143,8 @@ def without(*names: str) -> list[tuple[str, str]]:
 def test_several_that_a_catch_all_takes_beside_one_that_is_split_are_named(tmp_path: Path) -> None:
     edits = without("mlp.up_proj", "mlp.down_proj")
     path = changed(tmp_path, "llama", *edits)
-    path.write_text(path.read_text(encoding="utf-8") + CATCH_ALL, encoding="utf-8")
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text.replace("sp_plan:\n", f"{CATCH_ALL}sp_plan:\n"), encoding="utf-8")
     finding = first_of_numerics(path, "llama")
     assert (finding.rule, wildcarded(finding.name or "")) == ("**", "model.layers.*.mlp.up_proj.weight")
     assert "up_proj.weight has no rule of its own and stays whole beside" in finding.message
