@@ -112,9 +112,9 @@ class _Replicate(torch.autograd.Function):
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, local: Tensor, *where: Any) -> Tensor:
+    def forward(ctx: Any, value: Tensor, *where: Any) -> Tensor:
         ctx.where, ctx.part = where, None
-        return all_gather(local, *where)
+        return all_gather(value, *where)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:

@@ -319,7 +319,6 @@ def test_a_model_with_code_of_its_own_loads_with_the_plan_beside_it(llama: Path)
     [
         ({"device_map": "auto"}, "device_map='auto' cannot be combined with a plan"),
         ({"use_safetensors": False}, "use_safetensors=False cannot be combined with a plan"),
-        ({"sp_plan": "auto"}, "sp_plan asks for a kind of parallelism that this version does not have yet"),
         ({"ep_size": 2}, "ep_size=2 asks for 2 ranks, 1 was started"),
         ({"ep_plan": "auto", "etp_size": 2}, "etp_size=2 asks for 2 ranks, 1 was started"),
         ({"tp_size": 2}, "tp_size=2 asks for 2 ranks, 1 was started"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import sys
+import threading
 from importlib.abc import MetaPathFinder
 from typing import Any
 
@@ -18,18 +19,27 @@ from parallel_plans.errors import Finding, LaunchError
 from parallel_plans.messages import print_once
 from parallel_plans.state import parallel_of
 
+_seams = threading.RLock()
+
 
 def watch_for_peft() -> None:
     """From now on, peft works on parallelized models: at once where it is imported, else as soon as it is."""
     _refuse_transformers_own()
     if "peft" in sys.modules:
         _install()
-    elif not any(isinstance(finder, _Peft) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Peft())
+        return
+    with _seams:
+        if not any(isinstance(finder, _Peft) for finder in sys.meta_path):
+            sys.meta_path.insert(0, _Peft())
+
+
+def _refuse_transformers_own() -> None:
+    with _seams:
+        _refuse_once()
 
 
 @functools.cache
-def _refuse_transformers_own() -> None:
+def _refuse_once() -> None:
     """What transformers does with adapters by itself goes past peft's functions, and knows nothing of ranks."""
     for name in ("add_adapter", "load_adapter"):
         original = getattr(PeftAdapterMixin, name)
@@ -64,7 +74,12 @@ class _Peft(MetaPathFinder):
 
 
 @functools.cache
-def _install() -> None:
+def _install_once() -> None:
     from parallel_plans.adapters import wrapped
 
     wrapped.wrap_peft()
+
+
+def _install() -> None:
+    with _seams:  # of threads that split models side by side, a cache alone would let several in
+        _install_once()

@@ -69,7 +69,8 @@ def _failed(ranks: Ranks) -> Verdict | None:
 def _ended(ranks: Ranks) -> Verdict | None:
     is_cut = any(seen.beat.is_cut for seen in ranks)
     gone = [seen for seen in ranks if seen.is_gone or (is_cut and seen.state == "unknown" and seen.age >= SILENT)]
-    for lost in sorted(gone, key=lambda seen: (seen.beat.has_left, -seen.age)):
+    # one that told of a lost connection before it ended was not the first
+    for lost in sorted(gone, key=lambda seen: (seen.beat.has_left, seen.beat.is_cut, -seen.age)):
         left = [seen for seen in ranks if seen not in gone]
         waiting = [seen for seen in left if seen.is_in_collective(WAITING) and seen.leads(lost)]
         if waiting or any(seen.beat.is_cut for seen in left):
