@@ -38,7 +38,7 @@ KINDS = {
     "PP0": ("The plan file", "`PlanError`. The plan is wrong by itself; no model is needed to see it."),
     "PP1": (
         "The plan against a model",
-        "`PlanError`, except PP109: `LaunchError`. PP115 to PP119 are warnings, which `verify_plan` reports.",
+        "`PlanError`. PP115 to PP119 are warnings, which `verify_plan` reports.",
     ),
     "PP2": (
         "Shapes",

@@ -88,6 +88,16 @@ def test_no_alarm_where(ranks: list[Seen]) -> None:
     assert verdict_on(*ranks) is None
 
 
+def test_a_stopped_process_is_at_fault_though_it_never_told_of_the_group() -> None:
+    waiting = [seen(1, 7, 61, "all_reduce"), seen(2, 7, 61, "all_reduce")]
+    stopped = seen(0, 0, 1, state="stopped", age=61, groups={})
+    told = verdict_on(stopped, *waiting)
+    assert told is not None
+    assert told.ranks == (0,)
+    assert verdict_on(seen(0, 0, 1, state="stopped", age=30, groups={}), *waiting) is None
+    assert verdict_on(stopped, seen(1, 7, 61), seen(2, 7, 61)) is None  # nobody waits
+
+
 def test_a_rank_that_moves_may_be_waited_for_ten_times_as_long() -> None:
     verdict = verdict_on(seen(0, 7, 601, "all_reduce"), seen(1, 6, 2))
     assert verdict is not None

@@ -37,7 +37,6 @@ CODES: dict[str, str] = {
     "PP106": "the plan is for another model type",
     "PP107": "a size expression names something the model's config does not have",
     "PP108": "the plan has no section for an axis that is asked for",
-    "PP109": "a section of the plan is not built yet",
     "PP110": "experts are dealt over ranks in part only",
     "PP111": "two sections bring tokens to the same experts in different ways",
     "PP112": "a rule reaches buffers only",

@@ -39,7 +39,7 @@ class End:
 
 def harm(how: str, folder: Path) -> None:
     """What the rank that calls it comes to."""
-    if how == "dies":
+    if how in ("dies", "stops"):
         time.sleep(2)  # so that the others have heard where it is
     (folder / "moment").write_text(str(time.monotonic()))
     if how == "raises":

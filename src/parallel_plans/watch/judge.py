@@ -69,8 +69,7 @@ def _failed(ranks: Ranks) -> Verdict | None:
 def _ended(ranks: Ranks) -> Verdict | None:
     is_cut = any(seen.beat.is_cut for seen in ranks)
     gone = [seen for seen in ranks if seen.is_gone or (is_cut and seen.state == "unknown" and seen.age >= SILENT)]
-    # one that told of a lost connection before it ended was not the first
-    for lost in sorted(gone, key=lambda seen: (seen.beat.has_left, seen.beat.is_cut, -seen.age)):
+    for lost in sorted(gone, key=lambda seen: (seen.beat.has_left, -seen.age)):
         left = [seen for seen in ranks if seen not in gone]
         waiting = [seen for seen in left if seen.is_in_collective(WAITING) and seen.leads(lost)]
         if waiting or any(seen.beat.is_cut for seen in left):
@@ -105,6 +104,9 @@ def _hang(ranks: Ranks) -> Verdict | None:
             return _late(slow, ranks, limit)
         if late and not idle and all(seen.still >= limit for seen in late):
             return _crossed("the ranks wait for each other", ranks, waiting)
+        stopped = [seen for seen in ranks if seen.state == "stopped" and seen.still >= limit and _is_judged(seen)]
+        if stopped and not late and waiting.is_in_collective(limit):  # before it could tell of its collectives
+            return _late(stopped, ranks, limit)
         same = [seen for seen in ranks if _is_beside(waiting, seen)]
         if not late and any(seen.beat.standing.op != waiting.beat.standing.op for seen in same):
             return _crossed("the ranks are in different collectives", ranks, waiting)
