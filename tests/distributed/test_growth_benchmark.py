@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import math
@@ -37,11 +38,14 @@ def calls_in(run: Callable[[], object]) -> int:
         nonlocal count
         count += event in ("call", "c_call")
 
+    gc.collect()
+    gc.disable()  # what other tests left would be finalized at a time that nobody knows
     sys.setprofile(called)
     try:
         run()
     finally:
         sys.setprofile(None)
+        gc.enable()
     return count
 
 
