@@ -73,6 +73,8 @@ def _ended(ranks: Ranks) -> Verdict | None:
         left = [seen for seen in ranks if seen not in gone]
         waiting = [seen for seen in left if seen.is_in_collective(WAITING) and seen.leads(lost)]
         if waiting or any(seen.beat.is_cut for seen in left):
+            if lost.beat.failing:  # it ended before it could meet the others, and left word of why
+                return Verdict.from_text(lost.beat.failing)
             telling = [seen for seen in left if seen.beat.is_cut or seen.is_in_collective(WAITING)]
             return Verdict(
                 code="PP709",
