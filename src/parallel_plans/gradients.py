@@ -123,12 +123,13 @@ def average(model: nn.Module, parameters: Named) -> None:
 
 def _buckets(gradients: Iterable[Tensor]) -> Iterator[list[Tensor]]:
     """The gradients in order, as many at a time as make a bucket."""
-    bucket: list[Tensor] = []
+    bucket, size = list[Tensor](), 0
     for gradient in gradients:
         bucket.append(gradient)
-        if sum(each.nbytes for each in bucket) >= BUCKET_BYTES:
+        size += gradient.nbytes
+        if size >= BUCKET_BYTES:
             yield bucket
-            bucket = []
+            bucket, size = [], 0
     if bucket:
         yield bucket
 

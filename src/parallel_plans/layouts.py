@@ -17,6 +17,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -191,6 +192,18 @@ def split_dim(
             start += count * unit
         offset += part
     return Split(dim=dim, size=size, axis=axis, ranges=tuple(merged(rank) for rank in pieces))
+
+
+def dealt_tokens(dim: int, size: int, axis: str, ranks: int) -> Split:
+    """The split of a dim of tokens: of fewer than there are ranks some get none, which `split_dim` refuses of weights.
+
+    >>> dealt_tokens(1, 7, "tp", 2).ranges, dealt_tokens(1, 1, "tp", 2).ranges
+    ((((0, 4),), ((4, 7),)), (((0, 1),), ()))
+    """
+    stops = list(accumulate(deal(size, ranks)))
+    ranges = zip([0, *stops[:-1]], stops, strict=True)
+    pieces = tuple(((start, stop),) if stop > start else () for start, stop in ranges)
+    return Split(dim=dim, size=size, axis=axis, ranges=pieces)
 
 
 def nested(outer: Split, inner: Split, axis: str) -> Split:

@@ -22,7 +22,6 @@ are the same.
 from __future__ import annotations
 
 import operator
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,7 +31,7 @@ from parallel_plans.boundary import Arguments, Boundary, Forward, Keywords, Site
 from parallel_plans.collectives import Axis
 from parallel_plans.delayed import Kept
 from parallel_plans.forks import remember_gathered
-from parallel_plans.layouts import Split, deal
+from parallel_plans.layouts import Split, dealt_tokens
 from parallel_plans.partial_tensor import Partial, whole, whole_tree
 from parallel_plans.scattered_sum import DelayedScatter, ScatteredSum
 from parallel_plans.sums import SCOPE, leaving, sum_scope, sums_may_wait
@@ -62,10 +61,7 @@ def _is_dealt(tokens: int, axis: str, ranks: int) -> bool:
     """Yes, from now on: a tracer finds what lies in the dict, and cannot make it."""
     if (tokens, axis, ranks) in _splits:
         return True
-    stops = list(accumulate(deal(tokens, ranks)))
-    ranges = zip([0, *stops[:-1]], stops, strict=True)
-    pieces = tuple(((start, stop),) if stop > start else () for start, stop in ranges)
-    _splits[tokens, axis, ranks] = Split(dim=DIM, size=tokens, axis=axis, ranges=pieces).in_full()
+    _splits[tokens, axis, ranks] = dealt_tokens(DIM, tokens, axis, ranks).in_full()
     return True
 
 

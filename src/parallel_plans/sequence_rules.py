@@ -16,6 +16,7 @@ from parallel_plans.matching import Assignment
 from parallel_plans.model_spec import ModelSpec
 from parallel_plans.plan import Rule
 from parallel_plans.styles import get_style
+from parallel_plans.sum_rules import layer_of
 from parallel_plans.table import ParameterEntry, wildcarded
 from parallel_plans.views import TENSOR_AXIS
 
@@ -154,9 +155,8 @@ def _report_within(report: Report, by_part: Mapping[str, Mapping[str, Rule]]) ->
 
 def _first_layer(name: str) -> str | None:
     """The first layer of the stack in which a name lies; None where it lies in none."""
-    segments = name.split(".")
-    at = next((index for index, segment in enumerate(segments) if segment.isdigit()), None)
-    return None if at is None else ".".join([*segments[:at], "0"])
+    layer = layer_of(name)
+    return f"{layer.rpartition('.')[0]}.0".lstrip(".") if layer else None
 
 
 def _report_early(report: Report, body: _Body, begin: Rule, own: Sequence[tuple[str, Rule]]) -> bool:

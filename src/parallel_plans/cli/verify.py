@@ -29,7 +29,7 @@ from parallel_plans.cli.costs import (
 )
 from parallel_plans.cli.refusal import asking, refuse_unaskable
 from parallel_plans.cli.screen import Screen, console_for
-from parallel_plans.cli.sizes import Ep, Etp, Tp
+from parallel_plans.cli.sizes import Ep, Etp, Sp, Tp
 from parallel_plans.cli.target import TargetError, read_target
 from parallel_plans.verify.cost import CostQuestion
 from parallel_plans.verify.link import Link
@@ -49,9 +49,7 @@ def verify(
     tp: Tp = 2,
     ep: Ep = 1,
     etp: Etp = None,
-    sp: Annotated[
-        bool, typer.Option("--sp", help="with sequences split over ranks, as the plan's sp_plan says")
-    ] = False,
+    sp: Sp = False,
     settings: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="a config field")] = None,
     level: Annotated[Level, typer.Option(help="the last level to run")] = LAST,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")] = False,

@@ -32,7 +32,7 @@ from parallel_plans.experts.exchange import Exchange, exchange_of
 from parallel_plans.experts.permutation import Permutation, combine, permutation_of, permute, unpermute
 from parallel_plans.experts.routing import Ownership, is_weights, with_identity_slot
 from parallel_plans.experts.taking_part import taking_part, weights_below
-from parallel_plans.layouts import Split, deal
+from parallel_plans.layouts import Split, dealt_tokens
 from parallel_plans.transitions import gather, take_own, vouch
 
 Rows = Callable[[Tensor, Exchange], Tensor]  # what becomes of the rows that arrived
@@ -186,10 +186,7 @@ class DispatchBoundary(Boundary):
         axis = self.site.slices
         if axis.size == 1 or tokens == 0 or self._are_split:
             return None
-        stops = list(accumulate(deal(tokens, axis.size)))
-        starts = [0, *stops[:-1]]
-        ranges = tuple(((start, stop),) if stop > start else () for start, stop in zip(starts, stops, strict=True))
-        return Split(dim=0, size=tokens, axis=axis.name, ranges=ranges)
+        return dealt_tokens(0, tokens, axis.name, axis.size)
 
     @property
     def _are_split(self) -> bool:
