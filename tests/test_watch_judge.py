@@ -33,8 +33,8 @@ def seen(rank: int, begun: int, still: float = 0.0, op: str | None = None, **mor
     return Seen(beat=beat, age=age, state=state)
 
 
-def verdict_on(*ranks: Seen) -> Verdict | None:
-    return judged({each.beat.rank: each for each in ranks})
+def verdict_on(*ranks: Seen, world: int | None = None) -> Verdict | None:
+    return judged({each.beat.rank: each for each in ranks}, world or len(ranks))
 
 
 WAITING = seen(0, 7, 61, "all_reduce")
@@ -69,6 +69,18 @@ def test_ranks_in_different_collectives_of_a_group_are_told_together() -> None:
     assert verdict is not None
     assert verdict.message == "the ranks are in different collectives"
     assert "rank 1: waits in broadcast" in verdict.found
+
+
+def test_who_sees_some_of_the_ranks_blames_only_one_that_is_not_heard_of() -> None:
+    behind = seen(2, 6, 61, "broadcast")  # of which the last rank, unseen, takes no notice
+    assert verdict_on(WAITING, behind, world=3) is None
+    assert verdict_on(WAITING, seen(2, 6, 61), world=3) is None
+    verdict = verdict_on(seen(0, 6, 1, "broadcast", age=61), seen(2, 7, 61, "broadcast"), world=3)
+    assert verdict is not None
+    assert verdict.ranks == (0,)
+    whole = verdict_on(WAITING, seen(1, 5, 61), behind)
+    assert whole is not None
+    assert whole.ranks == (1,)
 
 
 @pytest.mark.parametrize(

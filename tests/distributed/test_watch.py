@@ -21,7 +21,7 @@ from parallel_plans import AutoModelForCausalLM, parallelize, pause_watch, watch
 from parallel_plans.checkpoint import load as loading
 
 RANKS = 3
-LIMIT = 2.0  # seconds for which a rank may keep others waiting here
+LIMIT = 4.0  # seconds for which a rank may keep others waiting here
 STATED = 10.0  # seconds, after that, in which all others have ended (docs/failures.md)
 
 

@@ -7,11 +7,14 @@ collectives a rank has begun on each. Of three ranks on one group,
     rank 0    7 begun, in all_reduce, still for 60 s     waits
     rank 1    7 begun, in all_reduce, still for 60 s     waits
     rank 2    6 begun, in forward, still for 61 s        keeps them waiting
+
+Only the first rank sees all. One that sees the first and itself does not know for whom else these two may wait: it
+blames a rank that is late only if nothing is heard of it any more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from parallel_plans.watch.beat import Beat, Verdict
@@ -41,6 +44,11 @@ class Seen:
         """Whether its process has ended, or left in order a while ago: it may be about to tell of an error."""
         return self.state == "ended" or (self.beat.has_left and self.age >= WAITING)
 
+    @property
+    def is_silent(self) -> bool:
+        """Whether nothing was heard of it for as long as it may be waited for."""
+        return self.age >= self.beat.limit > 0
+
     def leads(self, other: Seen) -> bool:
         """Whether it has begun a collective that `other`, of the same group, has not."""
         return any(number > other.beat.groups.get(group, number) for group, number in self.beat.groups.items())
@@ -53,10 +61,10 @@ class Seen:
 Ranks = Sequence[Seen]
 
 
-def judged(ranks: Mapping[int, Seen]) -> Verdict | None:
-    """What is wrong; None where nothing is, or nothing can be told yet."""
+def judged(ranks: Mapping[int, Seen], world: int) -> Verdict | None:
+    """What is wrong with those of `world` ranks that are seen; None where nothing is, or nothing can be told yet."""
     ordered = [ranks[rank] for rank in sorted(ranks)]
-    return next(filter(None, (rule(ordered) for rule in _RULES)), None)
+    return _failed(ordered) or _ended(ordered) or _hang(ordered, sees_all=len(ordered) == world)
 
 
 def _failed(ranks: Ranks) -> Verdict | None:
@@ -92,7 +100,7 @@ def _how_ended(lost: Seen) -> str:
     return f"{how}; it was last seen {lost.beat.standing}"
 
 
-def _hang(ranks: Ranks) -> Verdict | None:
+def _hang(ranks: Ranks, *, sees_all: bool) -> Verdict | None:
     for waiting in ranks:
         limit = waiting.beat.limit
         if limit <= 0 or waiting.still < limit or not _is_judged(waiting):
@@ -102,9 +110,11 @@ def _hang(ranks: Ranks) -> Verdict | None:
             continue
         idle = [seen for seen in late if not any(seen.leads(other) for other in ranks)]
         slow = [seen for seen in idle if seen.still >= limit or waiting.still >= MOVING * limit]
+        if not sees_all:
+            slow = [seen for seen in slow if seen.is_silent]
         if slow:
             return _late(slow, ranks, limit)
-        if late and not idle and all(seen.still >= limit for seen in late):
+        if sees_all and late and not idle and all(seen.still >= limit for seen in late):
             return _crossed("the ranks wait for each other", ranks, waiting)
         stopped = [seen for seen in ranks if seen.state == "stopped" and seen.still >= limit and _is_judged(seen)]
         if stopped and not late and waiting.is_in_collective(limit):  # before it could tell of its collectives
@@ -160,7 +170,7 @@ def _how_late(seen: Seen) -> str:
     beat = seen.beat
     if seen.state == "stopped":
         state = "its process is stopped, by a signal or a debugger; it was"
-    elif seen.age >= seen.beat.limit > 0:
+    elif seen.is_silent:
         state = "not even its watching thread runs, so something holds Python's lock; it was"
     else:
         state = f"it has stood still for {seen.still:.0f} s," if seen.still >= beat.limit else "it goes on, but is"
@@ -197,6 +207,3 @@ def _does(seen: Seen) -> str:
 
 def _listed(numbers: Sequence[int]) -> str:
     return ", ".join(map(str, numbers))
-
-
-_RULES: tuple[Callable[[Ranks], Verdict | None], ...] = (_failed, _ended, _hang)

@@ -150,7 +150,7 @@ class Watch:
         if self._cut_at is not None:
             self._beat = replace(self._beat, is_cut=True, standing=self._cut_at)
         if self.verdict is None and self._proposal is None:
-            self._proposal, self._proposed = judged(self._ranks()), time.monotonic()
+            self._proposal, self._proposed = judged(self._ranks(), self.world), time.monotonic()
             if self._proposal is not None:
                 self._wake.set()
         elif self.verdict is None and time.monotonic() - self._proposed > GRACE:  # the store does not answer
