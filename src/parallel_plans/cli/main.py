@@ -14,11 +14,12 @@ from rich.table import Table as Rows
 
 from parallel_plans.cli.consolidate import consolidate
 from parallel_plans.cli.refusal import asking
-from parallel_plans.cli.sizes import Ep, Etp, Sp, Tp
+from parallel_plans.cli.sizes import Ep, Etp, Proportions, Sp, Tp
 from parallel_plans.cli.target import Target, read_target
 from parallel_plans.loader import load_plan
 from parallel_plans.lookup import Sources, bundled_folder, bundled_types
 from parallel_plans.mesh import views_for
+from parallel_plans.proportions import checked_proportions
 from parallel_plans.resolve import resolve
 from parallel_plans.table import Table, wildcarded
 from parallel_plans.views import Views
@@ -47,12 +48,14 @@ def show(
     ep: Ep = 1,
     etp: Etp = None,
     sp: Sp = False,
+    proportions: Proportions = None,
 ) -> None:
     """What a plan makes of a model: every rule, what it splits and how, and the bytes of each rank."""
     with asking(target):
         subject = read_target(target)
         views = views_for(tp, ep, etp)
-        sources = Sources(dense=plan, sequence="auto" if sp else None)
+        shares = checked_proportions(proportions, views.tp)
+        sources = Sources(dense=plan, sequence="auto" if sp else None, proportions=shares)
         found = sources.plan(subject.spec, subject.carried, subject.plan_beside)
         table = resolve(found, subject.spec, views.sizes)
     _print_table(table, subject, views)
