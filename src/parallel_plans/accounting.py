@@ -129,7 +129,8 @@ def report_uses(report: Report, spec: ModelSpec, assignment: Assignment) -> None
         rule = use.rule
         # a catch-all may find nothing left to catch, but must have had something to look at
         is_spare = "**" in rule.pattern and not use.matches_nothing
-        if reaches(use) or is_spare or (rule.optional and use.matches_nothing):
+        is_absent = rule.optional and not use.is_shadowed  # as a norm without weights is, which is there
+        if reaches(use) or is_spare or is_absent:
             continue
         if (buffers := _buffers_of(rule, spec)) and not use.parameters:
             found = f"{len(buffers)} buffer{'s' * (len(buffers) > 1)}, no parameter"

@@ -8,7 +8,7 @@ from typing import Any
 
 from parallel_plans.expressions import ExpressionError, evaluate_size
 from parallel_plans.layouts import Split, deal, split_dim
-from parallel_plans.model_spec import ModuleInfo
+from parallel_plans.model_spec import ModelSpec, ModuleInfo
 from parallel_plans.plan import Rule
 from parallel_plans.styles import Style
 from parallel_plans.table import ParameterEntry
@@ -75,10 +75,19 @@ def _sizes_for(axis: str, parts: tuple[int, ...], units: tuple[int, ...]) -> str
 
 
 class Geometry:
-    """Shapes under one axis of `ranks` ranks, for a model whose config has these `fields`."""
+    """Shapes under one axis of `ranks` ranks, for a model whose config has these `fields`.
 
-    def __init__(self, fields: Mapping[str, int], axis: str, ranks: int) -> None:
-        self.fields, self.axis, self.ranks = fields, axis, ranks
+    `is_transposed`: the weight is that of a linear layer, and `[in, out]`.
+    """
+
+    def __init__(self, fields: Mapping[str, int], axis: str, ranks: int, is_transposed: bool = False) -> None:
+        self.fields, self.axis, self.ranks, self.is_transposed = fields, axis, ranks, is_transposed
+
+    @classmethod
+    def at(cls, spec: ModelSpec, name: str, axis: str, ranks: int) -> Geometry:
+        """Shapes of what stands at `name`, where a layer may have sizes of its own."""
+        is_transposed = name in spec.parameters and spec.is_transposed(name)
+        return cls(spec.fields_at(name), axis, ranks, is_transposed)
 
     def size(self, value: Any) -> int:
         """A size option as a number."""
@@ -97,6 +106,8 @@ class Geometry:
             return None
         if "dim" in options and len(shape) > 1:  # a bias has but one
             dim = int(options["dim"])  # type: ignore[call-overload]
+        elif self.is_transposed and len(shape) == 2 and dim < 0:
+            dim = -3 - dim
         if not -len(shape) <= dim < len(shape):
             raise CannotSplit("PP201", f"dim {dim}", f"a dim between {-len(shape)} and {len(shape) - 1}")
         return dim % len(shape)
