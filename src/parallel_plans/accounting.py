@@ -120,6 +120,9 @@ def report_misplaced(report: Report) -> None:
             elif get_style(rule.style).only_counts and "counts" not in rule.options:
                 fix = "give `counts: {NAME: SIZE}`, the numbers that the module keeps, or remove the rule"
                 report.add("PP105", f"{rule.style} stands on a module together with its counts", rule, fix=fix)
+            elif "inputs" in get_style(rule.style).options and "inputs" not in rule.options:
+                fix = "give `inputs: {NAME: {dim: DIM, size: SIZE}}`, those that are split, or use `local_counts`"
+                report.add("PP105", f"{rule.style} stands on a module together with inputs", rule, fix=fix)
 
 
 def report_uses(report: Report, spec: ModelSpec, assignment: Assignment) -> None:

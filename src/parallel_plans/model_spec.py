@@ -126,10 +126,15 @@ def _kind(module: nn.Module) -> str:
 
 
 @functools.cache
-def inputs_of(kind: type[nn.Module]) -> tuple[str, ...]:
+def _inputs_of(kind: Any) -> tuple[str, ...]:
     """What the forward of a class of modules takes, by name, in order."""
     taken = list(inspect.signature(kind.forward).parameters.values())[1:]
     return tuple(each.name for each in taken if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY))
+
+
+def _inputs(module: nn.Module) -> tuple[str, ...]:
+    kind: Any = type(module)
+    return _inputs_of(kind)
 
 
 def _whole_numbers(values: Mapping[str, Any]) -> dict[str, int]:
@@ -220,7 +225,7 @@ def describe(model: nn.Module) -> ModelSpec:
             kind=_kind(module),
             parameters=tuple(f"{name}.{own}" if name else own for own, _ in module.named_parameters(recurse=False)),
             counts=_whole_numbers(vars(module)),
-            inputs=inputs_of(type(module)),
+            inputs=_inputs(module),
             is_transposed=isinstance(module, TRANSPOSED),
         )
         for name, module in named.items()

@@ -63,7 +63,7 @@ def base_dims(layer: nn.Module) -> tuple[str, str] | None:
     """What the two dims of the weight that a layer of peft stands on count; None for a kind not known here."""
     dims = next((dims for kind, dims in DIMS.items() if isinstance(layer, kind)), None)
     is_transposed = isinstance(getattr(layer, BASE, None), TRANSPOSED)
-    return dims[::-1] if dims is not None and is_transposed else dims  # type: ignore[return-value]
+    return dims[::-1] if dims is not None and is_transposed else dims
 
 
 def _of_adapters(here: Standing, parameters: Mapping[str, ParameterEntry]) -> Iterator[tuple[str, ParameterEntry]]:
