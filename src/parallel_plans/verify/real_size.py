@@ -31,6 +31,7 @@ from parallel_plans.verify.short_steps import small_chunks
 from parallel_plans.verify.shrinking.kinds import kinds_of, on_meta
 from parallel_plans.verify.shrinking.layers import with_few_layers
 from parallel_plans.verify.shrinking.tree import config_from, fields_of
+from parallel_plans.verify.weights import as_loaded
 from parallel_plans.verify.whereabouts import Whereabouts
 from parallel_plans.views import Views
 
@@ -103,7 +104,7 @@ class Subject:
 def causal_lm(config: Any, dtype: torch.dtype = torch.bfloat16, attention: str = "eager") -> Any:
     """The causal language model of a config, with the attention of this name, and its grouped matmul for experts."""
     with no_init_weights():
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+        return as_loaded(AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention), dtype)
 
 
 def tokens_of(batch: int, length: int) -> dict[str, Any]:

@@ -28,6 +28,7 @@ def random_model(config: Any, seed: int = 0) -> Any:
     plain = {"attn_implementation": "eager", "experts_implementation": "eager"}
     with torch.random.fork_rng(devices=[]), torch.no_grad(), in_float64():
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float64, **plain).eval()
+        as_loaded(model, torch.float64)
         generator = torch.Generator().manual_seed(seed)
         for module in model.modules():
             for name, parameter in module.named_parameters(recurse=False):
@@ -37,6 +38,16 @@ def random_model(config: Any, seed: int = 0) -> Any:
             if name in kept and buffer.is_floating_point():
                 change = 0.1 * noise(buffer, generator)
                 buffer.copy_(torch.where(buffer == 0, change, buffer * (1 + change)))
+    return model
+
+
+def as_loaded(model: Any, dtype: torch.dtype) -> Any:
+    """The model with all parameters in the dtype that loading would give them; some code makes float32 in any case."""
+    kept = set(model._keep_in_fp32_modules_strict or ())
+    for name, parameter in model.named_parameters():
+        is_kept = dtype is not torch.float64 and not kept.isdisjoint(name.split("."))
+        if parameter.dtype is torch.float32 and not is_kept:
+            parameter.data = parameter.data.to(dtype)
     return model
 
 
