@@ -375,7 +375,9 @@ def ran(*command: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("command", [("verify", "gpt2", "--plan", "builtin", "--json"), ("main", "show", "own_models:raises")])
+@pytest.mark.parametrize(
+    "command", [("verify", "gpt2", "--plan", "builtin", "--json"), ("main", "show", "own_models:raises")]
+)
 def test_a_process_of_its_own_says_the_same(command: tuple[str, ...]) -> None:
     """With what transformers, torch and Python themselves put on stderr."""
     done = ran(f"parallel_plans.cli.{command[0]}", *command[1:])
