@@ -70,7 +70,7 @@ class _Resolver:
 
     def geometry(self, name: str, axis: str) -> Geometry:
         """Shapes under an axis at `name`, where a layer may have sizes of its own."""
-        return Geometry(self.spec.fields_at(name), axis, self.views.sizes[axis])
+        return Geometry.at(self.spec, name, axis, self.views.sizes[axis])
 
     def table(self) -> Table:
         report_misplaced(self.report)

@@ -6,6 +6,7 @@ from types import MappingProxyType
 
 from parallel_plans.plan import EXPERT_SECTIONS
 from parallel_plans.styles.base import DELAY, Style, register_style
+from parallel_plans.styles.inputs import InputsBoundary
 from parallel_plans.styles.special import (
     RopePartBoundary,
     VocabularyBoundary,
@@ -181,5 +182,15 @@ register_style(
         options=COUNTS,
         module_only=True,
         sections=ANYWHERE,
+    )
+)
+register_style(
+    Style(
+        name="split_inputs",
+        summary="of inputs that hold something for every head a rank takes what goes with its own; counts as well",
+        options=MappingProxyType({"inputs": "inputs", **COUNTS}),
+        boundary=InputsBoundary,
+        module_only=True,
+        wants_split="around",
     )
 )

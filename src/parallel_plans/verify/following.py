@@ -110,7 +110,7 @@ def _units(table: Table, name: str, count: int) -> list[int]:
     """For each block of a split dim, how many elements stay together."""
     use = next(use for use in table.parameters[name].uses if use.letter == "S")
     given = use.rule.options.get("unit", 1)
-    geometry = Geometry(table.spec.fields_at(name), use.axis, table.sizes[use.axis])
+    geometry = Geometry.at(table.spec, name, use.axis, table.sizes[use.axis])
     units = [geometry.size(unit) for unit in (given if isinstance(given, (list, tuple)) else [given])]
     return units if len(units) == count else [math.gcd(*units)] * count
 
