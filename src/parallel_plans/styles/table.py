@@ -48,7 +48,7 @@ register_style(
 register_style(
     Style(
         name="rowwise_for_use",
-        summary="as rowwise, and each rank uses the sum on what it alone has; the gradient is summed, that of a bias too",
+        summary="as rowwise, and each rank uses the sum on what it alone has; gradients are summed, a bias's too",
         matrix=-1,
         whole_as="R",
         arrives="S(-1)",
