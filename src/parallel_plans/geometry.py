@@ -24,6 +24,7 @@ class CannotSplit(Exception):
 
 
 MOST_RANKS = 256  # as many are tried
+SIZE = "size"  # in the expression of a unit: what is dealt in such units
 
 
 def sizes_that_do(axis: str, does: Callable[[int], bool]) -> str:
@@ -90,10 +91,10 @@ class Geometry:
         is_transposed = name in spec.parameters and spec.is_transposed(name)
         return cls(spec.fields_at(name), axis, ranks, is_transposed)
 
-    def size(self, value: Any) -> int:
-        """A size option as a number."""
+    def size(self, value: Any, of: int | None = None) -> int:
+        """A size option as a number; in one that says how `of` elements are dealt, these are called `size`."""
         try:
-            return evaluate_size(value, self.fields)
+            return evaluate_size(value, self.fields if of is None else {**self.fields, SIZE: of})
         except ExpressionError as error:
             code = "PP107" if error.missing is not None else "PP201"
             near = ", ".join(sorted(self.fields)) or "no whole numbers at all"
@@ -139,6 +140,13 @@ class Geometry:
             return None
         return _split_of(dim, self.axis, self.ranks, parts, units)
 
+    def units(self, shape: Sequence[int], style: Style, options: Mapping[str, object]) -> tuple[int, ...]:
+        """For each part of the dim that the style splits, how many elements stay together."""
+        dim = self.dim(shape, style, options)
+        assert dim is not None
+        options = {**style.defaults, **options}
+        return self._units(self._parts(shape[dim], dim, options.get("parts", 1)), dim, options.get("unit", 1))
+
     def _parts(self, size: int, dim: int, given: Any) -> tuple[int, ...]:
         if isinstance(given, (list, tuple)):
             parts = tuple(self.size(part) for part in given)
@@ -154,12 +162,11 @@ class Geometry:
 
     def _units(self, parts: tuple[int, ...], dim: int, given: Any) -> tuple[int, ...]:
         if not isinstance(given, (list, tuple)):
-            return (self.size(given),) * len(parts)
-        units = tuple(self.size(unit) for unit in given)
-        if len(units) != len(parts):
-            expected = f"one unit, or one for each of the {len(parts)} parts, not {len(units)}"
+            given = (given,) * len(parts)
+        if len(given) != len(parts):
+            expected = f"one unit, or one for each of the {len(parts)} parts, not {len(given)}"
             raise CannotSplit("PP201", f"dim {dim}", expected)
-        return units
+        return tuple(self.size(unit, part) for unit, part in zip(given, parts, strict=True))
 
     def _too_few(self, part: int, unit: int, dim: int, style: Style, sizes: str) -> CannotSplit:
         count = part // unit
@@ -190,7 +197,7 @@ class Geometry:
         if field not in where:
             owner = "its config" if name.startswith("config.") else f"the {info.type}"
             raise CannotSplit("PP203", f"{owner} keeps no whole number called {field}", fix="correct the name")
-        count, size = where[field], self.size(unit)
+        count, size = where[field], self.size(unit, where[field])
         self._check_units(f"{name} = {count} cannot be dealt over {self.ranks} ranks", count, size)
         return tuple(size * share for share in deal(count // size, self.ranks))
 

@@ -48,6 +48,21 @@ register_style(
 )
 register_style(
     Style(
+        name="rowwise_for_use",
+        summary="as rowwise, and each rank uses the sum on what it alone has; gradients are summed, a bias's too",
+        matrix=-1,
+        whole_as="R",
+        arrives="S(-1)",
+        needs="S(-1)",
+        leaves="P",
+        delivers="R",
+        after=("bias",),
+        serves=("linear",),
+        options=SPLIT,
+    )
+)
+register_style(
+    Style(
         name="colwise_gather_output",
         summary="as colwise, and every rank gets the whole output",
         matrix=-2,
