@@ -28,6 +28,7 @@ from parallel_plans.laid_out import LaidOut
 from parallel_plans.lanes import linear_lane
 from parallel_plans.local_parameters import LocalParameters
 from parallel_plans.mesh import Place
+from parallel_plans.model_spec import TRANSPOSED
 from parallel_plans.partial import whole_tree
 from parallel_plans.scopes import body_modules, communicates, forking_modules, joined, summing_modules
 from parallel_plans.sequence import Sequence, SplitBoundary, around_body
@@ -273,6 +274,9 @@ def _make_local(name: str, module: nn.Module, table: Table, place: Place) -> Non
             # with units the dim may count rows of experts, not experts
             if "unit" not in use.rule.options or getattr(module, attribute) == entry.info.shape[0]:
                 localize_counts(module, {attribute: entry.layout.local_shape(place.ranks)[0]})
+    if isinstance(module, TRANSPOSED):  # it reshapes by its number of output features
+        layout = table.parameters[joined(name, "weight")].layout
+        localize_counts(module, {"nf": layout.local_shape(place.ranks)[1]})
     for acting in table.modules.get(name, ()):
         counts: Any = acting.options.get("counts", {})
         rank = place.axes[acting.axis].rank

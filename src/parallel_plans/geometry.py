@@ -8,9 +8,10 @@ from typing import Any
 
 from parallel_plans.expressions import ExpressionError, evaluate_size
 from parallel_plans.layouts import Split, deal, split_dim
-from parallel_plans.model_spec import ModuleInfo
+from parallel_plans.model_spec import ModelSpec, ModuleInfo
 from parallel_plans.plan import Rule
 from parallel_plans.styles import Style
+from parallel_plans.styles.inputs import SplitInput
 from parallel_plans.table import ParameterEntry
 
 
@@ -23,6 +24,7 @@ class CannotSplit(Exception):
 
 
 MOST_RANKS = 256  # as many are tried
+SIZE = "size"  # in the expression of a unit: what is dealt in such units
 
 
 def sizes_that_do(axis: str, does: Callable[[int], bool]) -> str:
@@ -75,15 +77,24 @@ def _sizes_for(axis: str, parts: tuple[int, ...], units: tuple[int, ...]) -> str
 
 
 class Geometry:
-    """Shapes under one axis of `ranks` ranks, for a model whose config has these `fields`."""
+    """Shapes under one axis of `ranks` ranks, for a model whose config has these `fields`.
 
-    def __init__(self, fields: Mapping[str, int], axis: str, ranks: int) -> None:
-        self.fields, self.axis, self.ranks = fields, axis, ranks
+    `is_transposed`: the weight is that of a linear layer, and `[in, out]`.
+    """
 
-    def size(self, value: Any) -> int:
-        """A size option as a number."""
+    def __init__(self, fields: Mapping[str, int], axis: str, ranks: int, is_transposed: bool = False) -> None:
+        self.fields, self.axis, self.ranks, self.is_transposed = fields, axis, ranks, is_transposed
+
+    @classmethod
+    def at(cls, spec: ModelSpec, name: str, axis: str, ranks: int) -> Geometry:
+        """Shapes of what stands at `name`, where a layer may have sizes of its own."""
+        is_transposed = name in spec.parameters and spec.is_transposed(name)
+        return cls(spec.fields_at(name), axis, ranks, is_transposed)
+
+    def size(self, value: Any, of: int | None = None) -> int:
+        """A size option as a number; in one that says how `of` elements are dealt, these are called `size`."""
         try:
-            return evaluate_size(value, self.fields)
+            return evaluate_size(value, self.fields if of is None else {**self.fields, SIZE: of})
         except ExpressionError as error:
             code = "PP107" if error.missing is not None else "PP201"
             near = ", ".join(sorted(self.fields)) or "no whole numbers at all"
@@ -97,6 +108,8 @@ class Geometry:
             return None
         if "dim" in options and len(shape) > 1:  # a bias has but one
             dim = int(options["dim"])  # type: ignore[call-overload]
+        elif self.is_transposed and len(shape) == 2 and dim < 0:
+            dim = -3 - dim
         if not -len(shape) <= dim < len(shape):
             raise CannotSplit("PP201", f"dim {dim}", f"a dim between {-len(shape)} and {len(shape) - 1}")
         return dim % len(shape)
@@ -127,6 +140,13 @@ class Geometry:
             return None
         return _split_of(dim, self.axis, self.ranks, parts, units)
 
+    def units(self, shape: Sequence[int], style: Style, options: Mapping[str, object]) -> tuple[int, ...]:
+        """For each part of the dim that the style splits, how many elements stay together."""
+        dim = self.dim(shape, style, options)
+        assert dim is not None
+        options = {**style.defaults, **options}
+        return self._units(self._parts(shape[dim], dim, options.get("parts", 1)), dim, options.get("unit", 1))
+
     def _parts(self, size: int, dim: int, given: Any) -> tuple[int, ...]:
         if isinstance(given, (list, tuple)):
             parts = tuple(self.size(part) for part in given)
@@ -142,12 +162,11 @@ class Geometry:
 
     def _units(self, parts: tuple[int, ...], dim: int, given: Any) -> tuple[int, ...]:
         if not isinstance(given, (list, tuple)):
-            return (self.size(given),) * len(parts)
-        units = tuple(self.size(unit) for unit in given)
-        if len(units) != len(parts):
-            expected = f"one unit, or one for each of the {len(parts)} parts, not {len(units)}"
+            given = (given,) * len(parts)
+        if len(given) != len(parts):
+            expected = f"one unit, or one for each of the {len(parts)} parts, not {len(given)}"
             raise CannotSplit("PP201", f"dim {dim}", expected)
-        return units
+        return tuple(self.size(unit, part) for unit, part in zip(given, parts, strict=True))
 
     def _too_few(self, part: int, unit: int, dim: int, style: Style, sizes: str) -> CannotSplit:
         count = part // unit
@@ -164,6 +183,9 @@ class Geometry:
         counts = options.get("counts")
         if isinstance(counts, Mapping):
             options["counts"] = {name: self._local_counts(info, name, unit) for name, unit in counts.items()}
+        inputs = options.get("inputs")
+        if isinstance(inputs, Mapping):
+            options["inputs"] = {name: self._input(info, name, given) for name, given in inputs.items()}
         for name in ("rope", "align_size"):
             if name in options:
                 options[name] = self.size(options[name])
@@ -175,17 +197,28 @@ class Geometry:
         if field not in where:
             owner = "its config" if name.startswith("config.") else f"the {info.type}"
             raise CannotSplit("PP203", f"{owner} keeps no whole number called {field}", fix="correct the name")
-        count, size = where[field], self.size(unit)
-        if count % size or count // size < self.ranks:
-            raise CannotSplit(
-                "PP203",
-                f"{name} = {count} cannot be dealt over {self.ranks} ranks",
-                f"at least {self.ranks} whole units of {size}",
-                f"{_sizes_for(self.axis, (count,), (size,))}, or correct the unit"
-                if count % size == 0
-                else "correct the unit",
-            )
+        count, size = where[field], self.size(unit, where[field])
+        self._check_units(f"{name} = {count} cannot be dealt over {self.ranks} ranks", count, size)
         return tuple(size * share for share in deal(count // size, self.ranks))
+
+    def _input(self, info: ModuleInfo, name: str, given: Mapping[str, Any]) -> SplitInput:
+        if name not in info.inputs:
+            fix = f"name one of {', '.join(info.inputs)}" if info.inputs else "remove the rule"
+            raise CannotSplit("PP203", f"the forward of {info.type} takes no input called {name}", fix=fix)
+        size, unit = self.size(given["size"]), self.size(given.get("unit", 1))
+        what = f"{size} elements of the input {name} cannot be dealt over {self.ranks} ranks"
+        self._check_units(what, size, unit)
+        split = _split_of(0, self.axis, self.ranks, (size,), (unit,))
+        return SplitInput(name=name, place=info.inputs.index(name), dim=int(given["dim"]), split=split)
+
+    def _check_units(self, what: str, count: int, unit: int) -> None:
+        """Raises where the count is no whole number of units, or fewer than one for every rank."""
+        if count % unit == 0 and count // unit >= self.ranks:
+            return
+        fix = "correct the unit"
+        if count % unit == 0:
+            fix = f"{_sizes_for(self.axis, (count,), (unit,))}, or {fix}"
+        raise CannotSplit("PP203", what, f"at least {self.ranks} whole units of {unit}", fix)
 
 
 def check_rope(rope: Any, own: Sequence[ParameterEntry]) -> None:

@@ -29,6 +29,7 @@ EXPECTED: dict[str, str] = {
     "units": "a size, or a list of sizes, one per part",
     "flag": "true or false",
     "counts": "a mapping from an attribute of the module to a size",
+    "inputs": "a mapping from an input of the module to `{dim: ..., size: ...}`, and `unit: ...` where it is not 1",
     "name": "a name, as text",
 }
 
@@ -130,6 +131,33 @@ def _counts(node: Node) -> dict[str, int | str]:
     return counts
 
 
+_OF_INPUT: dict[str, Callable[[Node], object]] = {"dim": _dim, "size": _size, "unit": _size}
+
+
+def _inputs(node: Node) -> dict[str, dict[str, object]]:
+    if not isinstance(node, Fields) or not node.entries:
+        raise OptionError(node, EXPECTED["inputs"])
+    inputs: dict[str, dict[str, object]] = {}
+    for key, value in node.entries:
+        if not isinstance(key, Scalar) or key.kind != "str" or not key.text.isidentifier():
+            raise OptionError(key, EXPECTED["inputs"])
+        inputs[key.text] = _input(value)
+    return inputs
+
+
+def _input(node: Node) -> dict[str, object]:
+    if not isinstance(node, Fields):
+        raise OptionError(node, EXPECTED["inputs"])
+    given: dict[str, object] = {}
+    for key, value in node.entries:
+        if not isinstance(key, Scalar) or key.text not in _OF_INPUT:
+            raise OptionError(key, EXPECTED["inputs"])
+        given[key.text] = _OF_INPUT[key.text](value)
+    if not {"dim", "size"} <= given.keys():
+        raise OptionError(node, EXPECTED["inputs"])
+    return given
+
+
 def _name(node: Node) -> str:
     if not isinstance(node, Scalar) or node.kind != "str" or not node.text or not node.text.isprintable():
         raise OptionError(node, EXPECTED["name"])
@@ -143,5 +171,6 @@ CHECKERS: dict[str, Callable[[Node], object]] = {
     "units": _units,
     "flag": _flag,
     "counts": _counts,
+    "inputs": _inputs,
     "name": _name,
 }

@@ -6,6 +6,7 @@ from types import MappingProxyType
 
 from parallel_plans.plan import EXPERT_SECTIONS
 from parallel_plans.styles.base import DELAY, Style, register_style
+from parallel_plans.styles.inputs import InputsBoundary
 from parallel_plans.styles.special import (
     RopePartBoundary,
     VocabularyBoundary,
@@ -43,6 +44,21 @@ register_style(
         after=("bias",),
         serves=("linear",),
         options=MappingProxyType({**SPLIT, **SUM}),
+    )
+)
+register_style(
+    Style(
+        name="rowwise_for_use",
+        summary="as rowwise, and each rank uses the sum on what it alone has; gradients are summed, a bias's too",
+        matrix=-1,
+        whole_as="R",
+        arrives="S(-1)",
+        needs="S(-1)",
+        leaves="P",
+        delivers="R",
+        after=("bias",),
+        serves=("linear",),
+        options=SPLIT,
     )
 )
 register_style(
@@ -181,5 +197,15 @@ register_style(
         options=COUNTS,
         module_only=True,
         sections=ANYWHERE,
+    )
+)
+register_style(
+    Style(
+        name="split_inputs",
+        summary="of inputs that hold something for every head a rank takes what goes with its own; counts as well",
+        options=MappingProxyType({"inputs": "inputs", **COUNTS}),
+        boundary=InputsBoundary,
+        module_only=True,
+        wants_split="around",
     )
 )
