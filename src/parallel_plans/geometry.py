@@ -8,7 +8,7 @@ from typing import Any
 
 from parallel_plans.dealing import WHOLE, Part
 from parallel_plans.expressions import ExpressionError, evaluate_size
-from parallel_plans.layouts import Split, split_dim
+from parallel_plans.layouts import Split, scaled, split_dim
 from parallel_plans.model_spec import ModelSpec, ModuleInfo
 from parallel_plans.plan import Rule
 from parallel_plans.styles import Style
@@ -290,3 +290,18 @@ def check_rope(rope: Any, own: Sequence[ParameterEntry]) -> None:
     if rope is not None and width is not None and rope >= width:
         expected = f"a rope part of less than the {width} features of the output"
         raise CannotSplit("PP201", f"a rope part of {rope} features cannot be cut off here", expected, "correct `rope`")
+
+
+def shared_out(split: Split | None, own: Sequence[ParameterEntry]) -> Split:
+    """How a layer's outputs are dealt where each rank has the share that it has of the inputs, dealt by `split`.
+
+    Raises:
+        CannotSplit: a rank's share of the outputs would be no whole number.
+    """
+    assert split is not None
+    outputs = max(entry.info.shape[0] for entry in own if len(entry.info.shape) > 1)
+    if (dealt := scaled(split, outputs)) is None:
+        what = f"{outputs} outputs cannot be dealt as the {split.size} inputs are, {split.local_sizes}"
+        fix = f"give `unit: {split.size // outputs}`, the inputs for one output" if split.size % outputs == 0 else None
+        raise CannotSplit("PP201", what, "for every rank's share of the inputs a whole number of outputs", fix)
+    return dealt
