@@ -8,7 +8,7 @@ from typing import Any
 
 from parallel_plans.dealing import WHOLE, Part
 from parallel_plans.expressions import ExpressionError, evaluate_size
-from parallel_plans.layouts import Split, split_dim
+from parallel_plans.layouts import Split, scaled, split_dim
 from parallel_plans.model_spec import ModelSpec, ModuleInfo
 from parallel_plans.plan import Rule
 from parallel_plans.styles import Style
@@ -25,6 +25,7 @@ class CannotSplit(Exception):
 
 
 MOST_RANKS = 256  # as many are tried
+SIZE = "size"  # in the expression of a unit: what is dealt in such units
 
 
 def sizes_that_do(axis: str, does: Callable[[int], bool]) -> str:
@@ -115,10 +116,10 @@ class Geometry:
         is_transposed = name in spec.parameters and spec.is_transposed(name)
         return cls(spec.fields_at(name), axis, ranks, proportions, is_transposed=is_transposed)
 
-    def size(self, value: Any, least: int = 1) -> int:
-        """A size option as a number."""
+    def size(self, value: Any, least: int = 1, of: int | None = None) -> int:
+        """A size option as a number; in one that says how `of` elements are dealt, these are called `size`."""
         try:
-            return evaluate_size(value, self.fields, least)
+            return evaluate_size(value, self.fields if of is None else {**self.fields, SIZE: of}, least)
         except ExpressionError as error:
             code = "PP107" if error.missing is not None else "PP201"
             near = ", ".join(sorted(_whole_numbers(self.fields))) or "no whole numbers at all"
@@ -196,12 +197,11 @@ class Geometry:
 
     def _units(self, parts: tuple[int, ...], dim: int, given: Any) -> tuple[int, ...]:
         if not isinstance(given, (list, tuple)):
-            return (self.size(given),) * len(parts)
-        units = tuple(self.size(unit) for unit in given)
-        if len(units) != len(parts):
-            expected = f"one unit, or one for each of the {len(parts)} parts, not {len(units)}"
+            given = (given,) * len(parts)
+        if len(given) != len(parts):
+            expected = f"one unit, or one for each of the {len(parts)} parts, not {len(given)}"
             raise CannotSplit("PP201", f"dim {dim}", expected)
-        return units
+        return tuple(self.size(unit, of=part) if part else 1 for unit, part in zip(given, parts, strict=True))
 
     def _shares(self, units: Sequence[int], dim: int, given: Any) -> tuple[int | None, ...]:
         """For each part, what ranks that share a unit have of it (see `Part`)."""
@@ -244,7 +244,7 @@ class Geometry:
             owner = "its config" if name.startswith("config.") else f"the {info.type}"
             raise CannotSplit("PP203", f"{owner} keeps no whole number called {field}", fix="correct the name")
         more = given if isinstance(given, Mapping) else {"unit": given}
-        count, unit = where[field], self.size(more.get("unit", 1))
+        count, unit = where[field], self.size(more.get("unit", 1), of=where[field])
         if "each" in more:
             part = Part(size=count * self.size(more["each"]), unit=count, share=unit)
         else:
@@ -290,3 +290,18 @@ def check_rope(rope: Any, own: Sequence[ParameterEntry]) -> None:
     if rope is not None and width is not None and rope >= width:
         expected = f"a rope part of less than the {width} features of the output"
         raise CannotSplit("PP201", f"a rope part of {rope} features cannot be cut off here", expected, "correct `rope`")
+
+
+def shared_out(split: Split | None, own: Sequence[ParameterEntry]) -> Split:
+    """How a layer's outputs are dealt where each rank has the share that it has of the inputs, dealt by `split`.
+
+    Raises:
+        CannotSplit: a rank's share of the outputs would be no whole number.
+    """
+    assert split is not None
+    outputs = max(entry.info.shape[0] for entry in own if len(entry.info.shape) > 1)
+    if (dealt := scaled(split, outputs)) is None:
+        what = f"{outputs} outputs cannot be dealt as the {split.size} inputs are, {split.local_sizes}"
+        fix = f"give `unit: {split.size // outputs}`, the inputs for one output" if split.size % outputs == 0 else None
+        raise CannotSplit("PP201", what, "for every rank's share of the inputs a whole number of outputs", fix)
+    return dealt

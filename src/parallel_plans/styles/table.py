@@ -11,7 +11,7 @@ from parallel_plans.styles.special import (
     RopePartBoundary,
     VocabularyBoundary,
 )
-from parallel_plans.styles.statistics import ShardedNormBoundary
+from parallel_plans.styles.statistics import ShardedNormBoundary, ShardedStatisticsBoundary
 
 SPLIT = MappingProxyType({"dim": "dim", "unit": "units"})
 TWO_PARTS = MappingProxyType({"parts": 2})
@@ -51,6 +51,21 @@ register_style(
 )
 register_style(
     Style(
+        name="rowwise_for_use",
+        summary="as rowwise, and each rank uses the sum on what it alone has; gradients are summed, a bias's too",
+        matrix=-1,
+        whole_as="R",
+        arrives="S(-1)",
+        needs="S(-1)",
+        leaves="P",
+        delivers="R",
+        after=("bias",),
+        serves=("linear",),
+        options=SPLIT,
+    )
+)
+register_style(
+    Style(
         name="colwise_gather_output",
         summary="as colwise, and every rank gets the whole output",
         matrix=-2,
@@ -74,6 +89,21 @@ register_style(
         options=MappingProxyType({**PACKED, **SUM}),
     ),
     "rowwise_rep",
+)
+register_style(
+    Style(
+        name="rowwise_scatter_output",
+        summary="as rowwise, and each rank gets its part of the sum, the share that it has of the input",
+        matrix=-1,
+        vector=-1,
+        arrives="S(-1)",
+        needs="S(-1)",
+        leaves="P",
+        delivers="S(-1)",
+        after=("bias",),
+        serves=("linear",),
+        options=SPLIT,
+    )
 )
 register_style(
     Style(
@@ -204,5 +234,15 @@ register_style(
         boundary=InputsBoundary,
         module_only=True,
         wants_split="around",
+    )
+)
+register_style(
+    Style(
+        name="sharded_statistics",
+        summary="within the module, means and deviations over what a layer below it gives in parts are over all ranks",
+        options=MappingProxyType({"of": "name"}),
+        boundary=ShardedStatisticsBoundary,
+        module_only=True,
+        wants_split="below",
     )
 )
