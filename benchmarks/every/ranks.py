@@ -68,8 +68,8 @@ def _word_of(answer: Answer) -> _Word | None:
 
 def _on_rank(rank: int, row: Row, truth: Truth, port: int, name: str) -> _Word | None:
     """The first that is wrong on this rank; None where all is right on all."""
-    store = dist.PrefixStore(name, dist.TCPStore("127.0.0.1", port, timeout=timedelta(seconds=WAIT)))
     limit = timedelta(seconds=SECONDS)
+    store = dist.PrefixStore(name, dist.TCPStore("127.0.0.1", port, timeout=limit))
     dist.init_process_group("gloo", store=store, rank=rank, world_size=row.tp, timeout=limit)
     one, phase = _Split(row, truth, truth.folder / name), LOAD
     try:
