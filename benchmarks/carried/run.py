@@ -6,7 +6,6 @@ The only thing that is taken from here is a config. Weights are random, norms, b
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from causal.children import asked, in_one_line
+from causal.children import asked, free_port, in_one_line
 from causal.compare import RIGHT, compared, compared_gradient, told_of_gradients, written
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
@@ -70,7 +69,7 @@ def run(config: Any, sizes: Mapping[str, int], folder: str) -> dict[str, str]:
 
 
 def _in_way(way: Way, config: Any, sizes: Mapping[str, int], folder: str) -> dict[str, str]:
-    port = _free_port()
+    port = free_port()
     calls = [(rank, port, way, config, sizes, folder) for rank in range(RANKS)]
     first, *others = asked(_rank, calls, RANKS, SECONDS)
     found: dict[str, str] = dict(first.value or {})
@@ -83,12 +82,6 @@ def _in_way(way: Way, config: Any, sizes: Mapping[str, int], folder: str) -> dic
         last = next((phase for phase in PHASES if phase not in found), PHASES[-1])
         found[last] = f"hangs: {problem}"
     return found
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _rank(rank: int, port: int, way: Way, config: Any, sizes: Mapping[str, int], folder: str) -> dict[str, str]:

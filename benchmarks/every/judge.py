@@ -9,7 +9,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from carried.verdict import share_of
 from causal import cases
 from causal.children import in_one_line
@@ -35,13 +34,12 @@ def judged(kind: str, rows: Sequence[Row], first_only: bool = False) -> Judged:
     """
     be_quiet()
     found: list[Case] = []
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     try:
         for case, model in cases.cases_of(kind):
             wanted = [row for row in rows if not case.changes or row == FIRST]
             wanted = [row for row in wanted if row != EXPERTS or has_experts(model)]
             if wanted:
-                found.append(_judged(case, model, wanted, store))
+                found.append(_judged(case, model, wanted))
             if first_only:
                 break
     except Exception as error:  # the code of a model raises any kind
@@ -54,7 +52,7 @@ def has_experts(model: Any) -> bool:
     return any(".experts." in f"{name}." for name, _ in model.named_parameters())
 
 
-def _judged(case: cases.Case, model: Any, rows: Sequence[Row], store: dist.TCPStore) -> Case:
+def _judged(case: cases.Case, model: Any, rows: Sequence[Row]) -> Case:
     started = time.monotonic()
     plan, share = plan_of(case)
     found = dict.fromkeys(map(str, rows), Found(outcome=NO_PLAN))
@@ -62,7 +60,7 @@ def _judged(case: cases.Case, model: Any, rows: Sequence[Row], store: dist.TCPSt
         with tempfile.TemporaryDirectory() as folder:
             truth = truth_of(small(case.config()), Path(folder))
             for row in rows:
-                found[str(row)] = found_on(row, truth, store, f"{case.name} {row}".replace("/", " "))
+                found[str(row)] = found_on(row, truth)
     return Case(
         name=case.name,
         plan=plan,

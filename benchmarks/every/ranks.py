@@ -10,18 +10,18 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from causal.children import Answer, asked, in_one_line
+from causal.children import Answer, asked, free_port, in_one_line
 from causal.compare import RIGHT, compared, compared_gradient, told_of_gradients, written
 from safetensors import safe_open
 from torch import Tensor
 
 from every.rows import ALL_RIGHT, LOAD, PHASES, REFUSED, TOO_FEW, WRONG, Found, Row
 from every.truth import LOADING, Truth
-from parallel_plans import AutoModelForCausalLM, ParallelPlansError, full_gradients, watch_ranks
+from parallel_plans import ParallelPlansError, from_pretrained, full_gradients, watch_ranks
 from parallel_plans.verify.weights import in_float64
 
-SECONDS = 60.0  # for all that a rank does
-WAIT = 20.0  # seconds for which a rank may keep others waiting
+SECONDS = 120.0  # for all that a rank does
+WAIT = 40.0  # seconds for which a rank may keep others waiting
 TOLERANCE = 1e-6  # of a tensor's largest value, in float64
 ZERO = 1e-9  # a gradient below this is zero but for rounding
 _OF_OTHERS = ("PP705", "PP707", "PP708", "PP709")  # what a rank says where another is to blame
@@ -40,15 +40,10 @@ class _Word:
         return bool(self.codes) and self.codes[0] in _OF_OTHERS
 
 
-def found_on(row: Row, truth: Truth, store: dist.TCPStore, name: str) -> Found:
-    """What comes of a row of ranks, each a process forked from this one.
-
-    Args:
-        truth: what they are held against.
-        store: at which they meet.
-        name: of a folder that no other row has, and of their part of the store.
-    """
-    calls = [(rank, row, truth, store.port, name) for rank in range(row.tp)]
+def found_on(row: Row, truth: Truth) -> Found:
+    """What comes of a row of ranks, each a process forked from this one, which must have no other threads."""
+    port = free_port()
+    calls = [(rank, row, truth, port) for rank in range(row.tp)]
     answers = list(asked(_on_rank, calls, row.tp, SECONDS))
     words = [word for answer in answers if (word := _word_of(answer)) is not None]
     if not words:
@@ -66,12 +61,12 @@ def _word_of(answer: Answer) -> _Word | None:
     return _Word(phase=PHASES[-1], told=f"hangs: {answer.problem}" if answer.is_late else answer.problem)
 
 
-def _on_rank(rank: int, row: Row, truth: Truth, port: int, name: str) -> _Word | None:
+def _on_rank(rank: int, row: Row, truth: Truth, port: int) -> _Word | None:
     """The first that is wrong on this rank; None where all is right on all."""
     limit = timedelta(seconds=SECONDS)
-    store = dist.PrefixStore(name, dist.TCPStore("127.0.0.1", port, timeout=limit))
+    store = dist.TCPStore("127.0.0.1", port, row.tp, is_master=rank == 0, timeout=limit)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=row.tp, timeout=limit)
-    one, phase = _Split(row, truth, truth.folder / name), LOAD
+    one, phase = _Split(row, truth, truth.folder / str(row)), LOAD
     try:
         with in_float64(), watch_ranks(WAIT):
             for phase in PHASES:
@@ -92,10 +87,14 @@ def _all_well(is_well: bool) -> bool:
 
 
 def _leave(store: dist.Store, rank: int, ranks: int) -> None:
-    """A rank that is ready early must not cut the connections of the others."""
+    """A rank that is ready early must not cut the connections of the others; the store goes with rank 0."""
+    limit = timedelta(seconds=WAIT)
     with suppress(RuntimeError):
         store.set(f"ready/{rank}", "")
-        store.wait([f"ready/{each}" for each in range(ranks)], timedelta(seconds=WAIT))
+        store.wait([f"ready/{each}" for each in range(ranks)], limit)
+        store.set(f"gone/{rank}", "")
+        if rank == 0:
+            store.wait([f"gone/{each}" for each in range(ranks)], limit)
 
 
 class _Split:
@@ -106,8 +105,10 @@ class _Split:
 
     def load(self) -> str:
         experts = {"ep_plan": "auto", "ep_size": self.row.ep} if self.row.ep > 1 else {}
-        self.model = AutoModelForCausalLM.from_pretrained(
-            self.truth.checkpoint, tp_plan="auto", tp_size=self.row.tp, **experts, **LOADING
+        given = str(self.truth.checkpoint)
+        # some classes save the config of a part, which the Auto class would not take
+        self.model = from_pretrained(
+            given, model_class=self.truth.kind, tp_plan="auto", tp_size=self.row.tp, **experts, **LOADING
         ).eval()
         return RIGHT
 

@@ -27,6 +27,7 @@ class Truth:
     """A checkpoint, and what its model gives.
 
     Args:
+        kind: the model's class.
         folder: in which the checkpoint is, and others may be written.
         batch: what the model is called with.
         logits, loss: that it gives.
@@ -34,6 +35,7 @@ class Truth:
         tokens: a greedy continuation; None where the model does not write in one process either.
     """
 
+    kind: type[Any]
     folder: Path
     batch: dict[str, Any]
     logits: Tensor
@@ -61,7 +63,8 @@ def truth_of(config: Any, folder: Path) -> Truth:
         with suppress(Exception), torch.no_grad():  # the code of a model raises any kind
             tokens = written(model, batch["input_ids"])
     logits, loss = output.logits.detach(), output.loss.detach()
-    return Truth(folder=folder, batch=batch, logits=logits, loss=loss, gradients=gradients, tokens=tokens)
+    given = {"logits": logits, "loss": loss, "gradients": gradients, "tokens": tokens}
+    return Truth(kind=type(made), folder=folder, batch=batch, **given)
 
 
 def _without_cache(model: Any) -> dict[str, bool]:
