@@ -143,7 +143,7 @@ class _Split:
         self.model.save_pretrained(self.folder)
         if dist.get_rank():
             return RIGHT
-        found, wanted = _stored(self.folder), _stored(self.truth.checkpoint)
+        found, wanted = _stored(self.folder), _stored(self.truth.saved)
         wrong = [name for name in {**wanted, **found} if not _are_equal(found.get(name), wanted.get(name))]
         return f"{len(wrong)} of {len(wanted)} weights differ, among them {wrong[0]}" if wrong else RIGHT
 

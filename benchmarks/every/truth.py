@@ -19,7 +19,7 @@ LOADING: dict[str, Any] = {
     "attn_implementation": "eager",
     "experts_implementation": "eager",
 }
-GIVEN = "given"  # the folder of the checkpoint
+GIVEN, SAVED = "given", "saved"  # the folders of the checkpoint, and of what one process saves of it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +48,11 @@ class Truth:
         """The folder of the checkpoint."""
         return self.folder / GIVEN
 
+    @property
+    def saved(self) -> Path:
+        """The folder of what one process saves, once it has loaded that: the same but for dtypes of its own."""
+        return self.folder / SAVED
+
 
 def truth_of(config: Any, folder: Path) -> Truth:
     """The truth of a config whose model runs in milliseconds; writes its checkpoint, loads it and runs it."""
@@ -55,6 +60,7 @@ def truth_of(config: Any, folder: Path) -> Truth:
         made = random_model(config)
         made.save_pretrained(folder / GIVEN)
         model = type(made).from_pretrained(folder / GIVEN, **LOADING).eval()
+        model.save_pretrained(folder / SAVED)
         batch = {**example_batch(config), **_without_cache(model)}
         output = model(**batch)
         output.loss.backward()
