@@ -8,7 +8,21 @@ from carried.why import UNKNOWN, Reason
 
 from every.rows import WRONG, Found, Judged
 
-KNOWN: Mapping[str, Reason] = {}
+_DRAFT = "it drafts for another model, whose keys and values it is given: it does not run by itself"
+_MUSIC = "its config is that of a whole of three models, and the class that `AutoModelForCausalLM` builds wants a part"
+KNOWN: Mapping[str, Reason] = {
+    "gemma3n": Reason(
+        words="requires the PIL library", reason="its vision tower is one of timm, which is not installed"
+    ),
+    "gemma4_assistant": Reason(words="hidden_size_per_layer_input must be 0", reason=_DRAFT),
+    "gemma4_unified_assistant": Reason(words="layer types producing a cache", reason=_DRAFT),
+    "musicgen": Reason(words="has no attribute 'dropout'", reason=_MUSIC),
+    "musicgen_melody": Reason(words="has no attribute 'dropout'", reason=_MUSIC),
+    "reformer": Reason(
+        words="If you want to",
+        reason="by default it is no decoder, and it gives gradients in training mode alone, where it draws at random",
+    ),
+}
 
 
 def why(kind: str, told: str) -> str:

@@ -1,6 +1,7 @@
 """A plan as other frameworks take it: the dict of transformers' `DistributedConfig`, that of `parallelize_module`.
 
-They know fewer styles, and split every dim as `torch.chunk` does. What they cannot express is told, and nothing written.
+They know fewer styles, and split every dim as `torch.chunk` does. What they cannot express is told; then nothing is
+written.
 """
 
 from __future__ import annotations
