@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache, lru_cache
 from typing import Any
 
+from parallel_plans.dealing import WHOLE, Part
 from parallel_plans.expressions import ExpressionError, evaluate_size
-from parallel_plans.layouts import Split, deal, split_dim
+from parallel_plans.layouts import Split, split_dim
 from parallel_plans.model_spec import ModuleInfo
 from parallel_plans.plan import Rule
 from parallel_plans.styles import Style
@@ -56,30 +57,57 @@ def _runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
     ]
 
 
+Parts = tuple[Part, ...]
+Proportions = tuple[int, ...]
+
+
 @lru_cache(maxsize=1024)
-def _split_of(dim: int, axis: str, ranks: int, parts: tuple[int, ...], units: tuple[int, ...]) -> Split:
+def _split_of(dim: int, axis: str, ranks: int, parts: Parts, proportions: Proportions | None = None) -> Split:
     """The split of a dim made of these parts: made once for all layers, since each says what every rank holds."""
-    return split_dim(dim=dim, size=sum(parts), axis=axis, ranks=ranks, parts=parts, units=units)
+    sizes, units, shares = zip(*((part.size, part.unit, part.share) for part in parts), strict=True)
+    return split_dim(
+        dim=dim,
+        size=sum(sizes),
+        axis=axis,
+        ranks=ranks,
+        parts=sizes,
+        units=units,
+        shares=shares,
+        proportions=proportions,
+    )
 
 
 @cache
-def _sizes_for(axis: str, parts: tuple[int, ...], units: tuple[int, ...]) -> str:
+def _sizes_for(axis: str, parts: Parts) -> str:
     """The numbers of ranks over which these parts can be dealt in these units, each tried."""
 
     def does(ranks: int) -> bool:
         try:
-            return bool(split_dim(dim=0, size=sum(parts), axis=axis, ranks=ranks, parts=parts, units=units))
+            return bool(_split_of(0, axis, ranks, parts))
         except ValueError:
             return False
 
     return sizes_that_do(axis, does)
 
 
-class Geometry:
-    """Shapes under one axis of `ranks` ranks, for a model whose config has these `fields`."""
+def _can_be_dealt(part: Part, ranks: int) -> bool:
+    try:
+        return bool(part.ranges(ranks))
+    except ValueError:
+        return False
 
-    def __init__(self, fields: Mapping[str, int], axis: str, ranks: int) -> None:
+
+class Geometry:
+    """Shapes under one axis of `ranks` ranks, for a model whose config has these `fields`.
+
+    `proportions` say how much each rank gets, where it is not alike; they are idle on another number of ranks.
+    """
+
+    def __init__(
+        self, fields: Mapping[str, int], axis: str, ranks: int, proportions: Proportions | None = None
+    ) -> None:
         self.fields, self.axis, self.ranks = fields, axis, ranks
+        self.proportions = proportions if proportions is not None and len(proportions) == ranks else None
 
     def size(self, value: Any, of: int | None = None) -> int:
         """A size option as a number; in one that says how `of` elements are dealt, these are called `size`."""
@@ -112,21 +140,29 @@ class Geometry:
         if dim is None:
             return None
         options = {**style.defaults, **options}
-        parts = self._parts(shape[dim], dim, options.get("parts", 1))
-        units = self._units(parts, dim, options.get("unit", 1))
+        sizes = self._parts(shape[dim], dim, options.get("parts", 1))
+        units = self._units(sizes, dim, options.get("unit", 1))
+        shares = self._shares(units, dim, options.get("shared", False))
         if options.get("interleaved"):  # the parts lie like the teeth of two combs: one part, dealt in whole rounds
-            parts, units = (sum(parts),), (sum(units),)
-        for part, unit in zip(parts, units, strict=True):
-            if part % unit:
-                raise CannotSplit(
-                    "PP201", f"dim {dim}", f"{part} a whole number of units of {unit}", "correct the unit"
-                )
-        for part, unit in zip(parts, units, strict=True):
-            if part // unit < self.ranks:
-                raise self._too_few(part, unit, dim, style, _sizes_for(self.axis, parts, units))
+            sizes, units, shares = (sum(sizes),), (sum(units),), (None,)
+        parts = tuple(
+            Part(size=size, unit=unit, share=share) for size, unit, share in zip(sizes, units, shares, strict=True)
+        )
+        for part in parts:
+            self._check(part, parts, dim, style)
         if self.ranks == 1:
             return None
-        return _split_of(dim, self.axis, self.ranks, parts, units)
+        return _split_of(dim, self.axis, self.ranks, parts, self.proportions)
+
+    def _check(self, part: Part, parts: Parts, dim: int, style: Style) -> None:
+        if part.size % part.unit:
+            expected = f"{part.size} a whole number of units of {part.unit}"
+            raise CannotSplit("PP201", f"dim {dim}", expected, "correct the unit")
+        if part.share and part.unit % part.share:
+            expected = f"a unit of {part.unit} a whole number of shares of {part.share}"
+            raise CannotSplit("PP201", f"dim {dim}", expected, "correct `shared`")
+        if part.most_ranks is not None and part.most_ranks < self.ranks:
+            raise self._too_few(part, dim, style, _sizes_for(self.axis, parts))
 
     def units(self, shape: Sequence[int], style: Style, options: Mapping[str, object]) -> tuple[int, ...]:
         """For each part of the dim that the style splits, how many elements stay together."""
@@ -156,10 +192,20 @@ class Geometry:
             raise CannotSplit("PP201", f"dim {dim}", expected)
         return tuple(self.size(unit, part) for unit, part in zip(given, parts, strict=True))
 
-    def _too_few(self, part: int, unit: int, dim: int, style: Style, sizes: str) -> CannotSplit:
-        count = part // unit
+    def _shares(self, units: Sequence[int], dim: int, given: Any) -> tuple[int | None, ...]:
+        """For each part, what ranks that share a unit have of it (see `Part`)."""
+        each = given if isinstance(given, (list, tuple)) else (given,) * len(units)
+        if len(each) != len(units):
+            expected = f"one value of `shared`, or one for each of the {len(units)} parts, not {len(each)}"
+            raise CannotSplit("PP201", f"dim {dim}", expected)
+        flags = {True: WHOLE, False: None}
+        return tuple(flags[one] if isinstance(one, bool) else self.size(one) for one in each)
+
+    def _too_few(self, part: Part, dim: int, style: Style, sizes: str) -> CannotSplit:
+        unit, count = part.share or part.unit, part.most_ranks
+        assert count is not None
         deals_experts = style.role == "weight"
-        things = f"{part} elements" if unit == 1 else f"{count} unit{'s' * (count > 1)} of {unit}"
+        things = f"{part.size} elements" if unit == 1 else f"{count} unit{'s' * (count > 1)} of {unit}"
         things, thing = (f"{count} experts", "expert") if deals_experts else (things, "unit")
         expected = f"at least one {thing} per rank: {things}, {self.axis} = {self.ranks}"
         fix = sizes + ("" if deals_experts else ", or write the block as `replicate`")
@@ -170,29 +216,55 @@ class Geometry:
         options: dict[str, object] = {**style.defaults, **rule.options}
         counts = options.get("counts")
         if isinstance(counts, Mapping):
-            options["counts"] = {name: self._local_counts(info, name, unit) for name, unit in counts.items()}
+            options["counts"] = {name: self._local_counts(info, name, given) for name, given in counts.items()}
         for name in ("rope", "align_size"):
             if name in options:
                 options[name] = self.size(options[name])
         return options
 
-    def _local_counts(self, info: ModuleInfo, name: str, unit: Any) -> tuple[int, ...]:
+    def _local_counts(self, info: ModuleInfo, name: str, given: Any) -> tuple[int, ...]:
+        """What every rank has of a number that the module keeps, or that each of so many things has of its own."""
         where = self.fields if name.startswith("config.") else info.counts
         field = name.removeprefix("config.")
         if field not in where:
             owner = "its config" if name.startswith("config.") else f"the {info.type}"
             raise CannotSplit("PP203", f"{owner} keeps no whole number called {field}", fix="correct the name")
-        count, size = where[field], self.size(unit, where[field])
-        if count % size or count // size < self.ranks:
-            raise CannotSplit(
-                "PP203",
-                f"{name} = {count} cannot be dealt over {self.ranks} ranks",
-                f"at least {self.ranks} whole units of {size}",
-                f"{_sizes_for(self.axis, (count,), (size,))}, or correct the unit"
-                if count % size == 0
-                else "correct the unit",
-            )
-        return tuple(size * share for share in deal(count // size, self.ranks))
+        more = given if isinstance(given, Mapping) else {"unit": given}
+        count = where[field]
+        if "each" in more:
+            own = self.size(more.get("unit", 1), count)
+            parts: Parts = (Part(size=count * self.size(more["each"]), unit=count, share=own),)
+        else:
+            parts = self._count_parts(name, count, more)
+        try:
+            ranges = [part.ranges(self.ranks, self.proportions) for part in parts]
+        except ValueError:
+            raise self._undealt(name, count, parts) from None
+        if "each" in more and self.ranks <= parts[0].size // parts[0].unit:
+            return (count,) * self.ranks  # whole things on every rank, each with all that it has
+        return tuple(sum(stop - start for start, stop in held) for held in zip(*ranges, strict=True))
+
+    def _count_parts(self, name: str, count: int, given: Mapping[str, Any]) -> Parts:
+        try:
+            sizes = self._parts(count, 0, given.get("parts", 1))
+            units = self._units(sizes, 0, given.get("unit", 1))
+            shares = self._shares(units, 0, given.get("shared", False))
+        except CannotSplit as problem:
+            code = "PP203" if problem.code == "PP201" else problem.code
+            what = f"{name} = {count}" if problem.what == "dim 0" else problem.what
+            raise CannotSplit(code, what, problem.expected, problem.fix) from None
+        return tuple(
+            Part(size=size, unit=unit, share=share) for size, unit, share in zip(sizes, units, shares, strict=True)
+        )
+
+    def _undealt(self, name: str, count: int, parts: Parts) -> CannotSplit:
+        part = next(part for part in parts if not _can_be_dealt(part, self.ranks))
+        unit = part.share or part.unit
+        told = f"{name} = {count}" if count >= part.size else f"{name} = {count} for each of {part.size // count}"
+        divides = part.size % unit == 0 and part.unit % unit == 0
+        fix = f"{_sizes_for(self.axis, parts)}, or correct the unit" if divides else "correct the unit"
+        expected = f"at least {self.ranks} whole units of {unit}"
+        return CannotSplit("PP203", f"{told} cannot be dealt over {self.ranks} ranks", expected, fix)
 
 
 def check_rope(rope: Any, own: Sequence[ParameterEntry]) -> None:

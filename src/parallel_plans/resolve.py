@@ -70,7 +70,8 @@ class _Resolver:
 
     def geometry(self, name: str, axis: str) -> Geometry:
         """Shapes under an axis at `name`, where a layer may have sizes of its own."""
-        return Geometry(self.spec.fields_at(name), axis, self.views.sizes[axis])
+        proportions = self.plan.proportions if axis == TENSOR_AXIS else None
+        return Geometry(self.spec.fields_at(name), axis, self.views.sizes[axis], proportions)
 
     def table(self) -> Table:
         report_misplaced(self.report)

@@ -15,6 +15,9 @@ from parallel_plans.styles.statistics import ShardedNormBoundary
 SPLIT = MappingProxyType({"dim": "dim", "unit": "units"})
 TWO_PARTS = MappingProxyType({"parts": 2})
 PACKED = MappingProxyType({"dim": "dim", "parts": "parts", "unit": "units"})
+# units that several ranks may share: of an output each may have all, of an input only pieces, or they would add twice
+SHARED_OUTPUT = MappingProxyType({"shared": "shares"})
+SHARED_INPUT = MappingProxyType({"shared": "units"})
 SUM = MappingProxyType({DELAY: "flag"})
 COUNTS = MappingProxyType({"counts": "counts"})
 ANYWHERE = ("tp_plan", "sp_plan", *EXPERT_SECTIONS)
@@ -29,7 +32,7 @@ register_style(
         leaves="S(-1)",
         delivers="S(-1)",
         serves=("linear",),
-        options=SPLIT,
+        options=MappingProxyType({**SPLIT, **SHARED_OUTPUT}),
     )
 )
 register_style(
@@ -42,7 +45,7 @@ register_style(
         leaves="P",
         after=("bias",),
         serves=("linear",),
-        options=MappingProxyType({**SPLIT, **SUM}),
+        options=MappingProxyType({**SPLIT, **SHARED_INPUT, **SUM}),
     )
 )
 register_style(
@@ -97,7 +100,7 @@ register_style(
         leaves="S(-1)",
         delivers="S(-1)",
         serves=("linear",),
-        options=PACKED,
+        options=MappingProxyType({**PACKED, **SHARED_OUTPUT}),
     )
 )
 register_style(
@@ -111,7 +114,7 @@ register_style(
         leaves="P",
         after=("bias",),
         serves=("linear",),
-        options=MappingProxyType({**PACKED, **SUM}),
+        options=MappingProxyType({**PACKED, **SHARED_INPUT, **SUM}),
     )
 )
 register_style(
@@ -184,7 +187,7 @@ register_style(
         delivers="S(-1)",
         ndims=(1, 2),
         serves=("other",),
-        options=MappingProxyType({"unit": "units"}),
+        options=MappingProxyType({"unit": "units", **SHARED_OUTPUT}),
         boundary=ShardedNormBoundary,
         module_only=True,
     )

@@ -109,7 +109,7 @@ def lay_of(table: Table, name: str, views: Views, rank: int, tracker: Tracker) -
 def _units(table: Table, name: str, count: int) -> list[int]:
     """For each block of a split dim, how many elements stay together."""
     use = next(use for use in table.parameters[name].uses if use.letter == "S")
-    geometry = Geometry(table.spec.fields_at(name), use.axis, table.sizes[use.axis])
+    geometry = Geometry(table.spec.fields_at(name), use.axis, table.sizes[use.axis], table.plan.proportions)
     units = [*geometry.units(table.parameters[name].info.shape, use.style, use.rule.options)]
     return units if len(units) == count else [math.gcd(*units)] * count
 
