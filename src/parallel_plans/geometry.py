@@ -12,6 +12,7 @@ from parallel_plans.layouts import Split, split_dim
 from parallel_plans.model_spec import ModuleInfo
 from parallel_plans.plan import Rule
 from parallel_plans.styles import Style
+from parallel_plans.styles.statistics import groups_of
 from parallel_plans.table import ParameterEntry
 
 
@@ -217,7 +218,7 @@ class Geometry:
         counts = options.get("counts")
         if isinstance(counts, Mapping):
             options["counts"] = {name: self._local_counts(info, name, given) for name, given in counts.items()}
-        for name in ("rope", "align_size"):
+        for name in ("rope", "align_size", "groups"):
             if name in options:
                 options[name] = self.size(options[name])
         return options
@@ -273,3 +274,18 @@ def check_rope(rope: Any, own: Sequence[ParameterEntry]) -> None:
     if rope is not None and width is not None and rope >= width:
         expected = f"a rope part of less than the {width} features of the output"
         raise CannotSplit("PP201", f"a rope part of {rope} features cannot be cut off here", expected, "correct `rope`")
+
+
+def check_groups(groups: Any, split: Split | None) -> None:
+    """Raises where features are normalized in groups, and a rank has of one more than of another."""
+    if groups is None or split is None:
+        return
+    if split.size % groups:
+        expected = f"{split.size} divisible into {groups} groups"
+        raise CannotSplit("PP201", f"dim {split.dim} in groups", expected, "correct `groups`")
+    for rank in range(split.ranks):
+        widths = set(groups_of(split, rank, groups).values())
+        if len(widths) > 1:
+            expected = f"whole groups of {split.size // groups} on each rank, or parts of one group"
+            fix = f"write `unit: {split.size // groups}`, and `shared` where there are fewer groups than ranks"
+            raise CannotSplit("PP201", f"dim {split.dim} in groups", expected, fix)

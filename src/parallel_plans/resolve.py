@@ -18,7 +18,7 @@ from parallel_plans.accounting import (
 )
 from parallel_plans.errors import PlanError
 from parallel_plans.expert_rules import ExpertRules, report_differing, report_incomplete
-from parallel_plans.geometry import CannotSplit, Geometry, check_rope
+from parallel_plans.geometry import CannotSplit, Geometry, check_groups, check_rope
 from parallel_plans.layouts import Layout, Split, nested
 from parallel_plans.matching import Assignment, Pattern, assign
 from parallel_plans.model_spec import ModelSpec, ModuleInfo, ParameterInfo
@@ -189,6 +189,7 @@ class _Resolver:
             options.update(self.experts.options(info.name, style))
             options.update(self.staying.options(info.name, style))
             split = self._dealt(info.name, style, axis, own)
+            check_groups(options.get("groups"), split)
         except CannotSplit as problem:
             self.report.unfit(problem, problem.what, rule, info.name, None)
             return None
