@@ -140,20 +140,23 @@ class Geometry:
         dim = self.dim(shape, style, options)
         if dim is None:
             return None
-        options = {**style.defaults, **options}
-        sizes = self._parts(shape[dim], dim, options.get("parts", 1))
-        units = self._units(sizes, dim, options.get("unit", 1))
-        shares = self._shares(units, dim, options.get("shared", False))
-        if options.get("interleaved"):  # the parts lie like the teeth of two combs: one part, dealt in whole rounds
-            sizes, units, shares = (sum(sizes),), (sum(units),), (None,)
-        parts = tuple(
-            Part(size=size, unit=unit, share=share) for size, unit, share in zip(sizes, units, shares, strict=True)
-        )
+        parts = self.parts(shape[dim], dim, {**style.defaults, **options})
         for part in parts:
             self._check(part, parts, dim, style)
         if self.ranks == 1:
             return None
         return _split_of(dim, self.axis, self.ranks, parts, self.proportions)
+
+    def parts(self, size: int, dim: int, options: Mapping[str, object]) -> Parts:
+        """The parts of a dim of this size that are dealt on their own; `options` are with the style's defaults."""
+        sizes = self._parts(size, dim, options.get("parts", 1))
+        units = self._units(sizes, dim, options.get("unit", 1))
+        shares = self._shares(units, dim, options.get("shared", False))
+        if options.get("interleaved"):  # the parts lie like the teeth of two combs: one part, dealt in whole rounds
+            sizes, units, shares = (sum(sizes),), (sum(units),), (None,)
+        return tuple(
+            Part(size=size, unit=unit, share=share) for size, unit, share in zip(sizes, units, shares, strict=True)
+        )
 
     def _check(self, part: Part, parts: Parts, dim: int, style: Style) -> None:
         if part.size % part.unit:
@@ -164,13 +167,6 @@ class Geometry:
             raise CannotSplit("PP201", f"dim {dim}", expected, "correct `shared`")
         if part.most_ranks is not None and part.most_ranks < self.ranks:
             raise self._too_few(part, dim, style, _sizes_for(self.axis, parts))
-
-    def units(self, shape: Sequence[int], style: Style, options: Mapping[str, object]) -> tuple[int, ...]:
-        """For each part of the dim that the style splits, how many elements stay together."""
-        dim = self.dim(shape, style, options)
-        assert dim is not None
-        options = {**style.defaults, **options}
-        return self._units(self._parts(shape[dim], dim, options.get("parts", 1)), dim, options.get("unit", 1))
 
     def _parts(self, size: int, dim: int, given: Any) -> tuple[int, ...]:
         if isinstance(given, (list, tuple)):
@@ -217,11 +213,15 @@ class Geometry:
         options: dict[str, object] = {**style.defaults, **rule.options}
         counts = options.get("counts")
         if isinstance(counts, Mapping):
-            options["counts"] = {name: self._local_counts(info, name, given) for name, given in counts.items()}
+            kept = {name: given for name, given in counts.items() if not rule.optional or self._keeps(info, name)}
+            options["counts"] = {name: self._local_counts(info, name, given) for name, given in kept.items()}
         for name in ("rope", "align_size", "groups"):
             if name in options:
                 options[name] = self.size(options[name])
         return options
+
+    def _keeps(self, info: ModuleInfo, name: str) -> bool:
+        return name.startswith("config.") or name in info.counts
 
     def _local_counts(self, info: ModuleInfo, name: str, given: Any) -> tuple[int, ...]:
         """What every rank has of a number that the module keeps, or that each of so many things has of its own."""
@@ -247,16 +247,11 @@ class Geometry:
 
     def _count_parts(self, name: str, count: int, given: Mapping[str, Any]) -> Parts:
         try:
-            sizes = self._parts(count, 0, given.get("parts", 1))
-            units = self._units(sizes, 0, given.get("unit", 1))
-            shares = self._shares(units, 0, given.get("shared", False))
+            return self.parts(count, 0, given)
         except CannotSplit as problem:
             code = "PP203" if problem.code == "PP201" else problem.code
             what = f"{name} = {count}" if problem.what == "dim 0" else problem.what
             raise CannotSplit(code, what, problem.expected, problem.fix) from None
-        return tuple(
-            Part(size=size, unit=unit, share=share) for size, unit, share in zip(sizes, units, shares, strict=True)
-        )
 
     def _undealt(self, name: str, count: int, parts: Parts) -> CannotSplit:
         part = next(part for part in parts if not _can_be_dealt(part, self.ranks))

@@ -178,7 +178,7 @@ register_style(
 register_style(
     Style(
         name="sharded_norm",
-        summary="a norm over a sharded dim, or over groups of it; its statistics are taken over all ranks that share one",
+        summary="a norm over a sharded dim, or groups of it; statistics are taken over all ranks that share it",
         matrix=-1,
         vector=-1,
         arrives="S(-1)",
