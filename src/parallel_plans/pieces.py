@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from parallel_plans.dealing import Range
 from parallel_plans.geometry import CannotSplit, Geometry, sizes_that_do
 from parallel_plans.layouts import Split, merged
 from parallel_plans.model_spec import ModelSpec
@@ -16,7 +17,8 @@ from parallel_plans.table import ParameterEntry, Use
 class Piece:
     """A weight on the axis of its rule in `tp_plan`, and how it would lie on any number of ranks.
 
-    `tried` keeps what was found for weights like it, so that it is worked out once for all layers.
+    `tried` keeps what was found for weights like it, so that it is worked out once for all layers; `proportions` are
+    those of the plan.
     """
 
     name: str
@@ -24,6 +26,7 @@ class Piece:
     spec: ModelSpec
     ranks: int
     tried: dict[tuple[object, ...], str] = field(default_factory=dict)
+    proportions: tuple[int, ...] | None = None
 
     @property
     def use(self) -> Use:
@@ -57,7 +60,7 @@ class Piece:
             CannotSplit: it could not be.
         """
         options = self.use.rule.options if unit is None else {**self.use.rule.options, "unit": unit}
-        geometry = Geometry.at(self.spec, self.name, self.use.axis, ranks)
+        geometry = Geometry.at(self.spec, self.name, self.use.axis, ranks, self.proportions)
         return geometry.split(self.entry.info.shape, self.use.style, options)
 
     def sizes(self, holds: Callable[[int], bool], what: object) -> str:
@@ -84,6 +87,11 @@ def is_in_proportion(one: Split | None, other: Split | None) -> bool:
     if one is None or other is None:
         return one is other
     return one is other or _scaled(one, other.size) == _scaled(other, one.size)
+
+
+def units_on(split: Split, unit: int) -> list[tuple[Range, ...]]:
+    """For every rank, the units of which it has any, as ranges."""
+    return [merged([(start // unit, -(-stop // unit)) for start, stop in rank]) for rank in split.ranges]
 
 
 def pairs_up(one: Split, other: Split) -> bool:
