@@ -2,8 +2,8 @@
 
 olmo2 normalizes its queries over all heads at once. Gathering them costs an all-gather of the whole width; the only
 thing a rank does not know is one number per token, the mean of squares. So the module runs as it is on its own part,
-and every mean over the sharded dim is summed over the ranks. gemma3n does the same within an MLP: it keeps the features of
-the gate that are so many deviations above their mean.
+and every mean over the sharded dim is summed over the ranks. gemma3n does the same within an MLP: it keeps the
+features of the gate that are so many deviations above their mean.
 """
 
 from __future__ import annotations
