@@ -2,8 +2,8 @@
 
 olmo2 normalizes its queries over all heads at once. Gathering them costs an all-gather of the whole width; the only
 thing a rank does not know is one number per token, the mean of squares. So the module runs as it is on its own part,
-and every mean over the sharded dim is summed over the ranks. gemma3n does the same within an MLP: it keeps the
-features of the gate that are so many deviations above their mean.
+and every mean over the sharded dim is summed over the ranks. gemma3n does the same within an MLP: it keeps the features
+of the gate that are so many deviations above their mean.
 """
 
 from __future__ import annotations
@@ -20,6 +20,13 @@ from parallel_plans.boundary import Arguments, Boundary, Forward, Keywords, Site
 from parallel_plans.transitions import reduce_for_use
 
 
+def _holders(site: Site) -> int:
+    """How many ranks have what this one has."""
+    assert site.split is not None
+    (ranks,) = site.split.holders(site.own.rank)
+    return len(ranks)
+
+
 class _MeansOverRanks(TorchFunctionMode):
     """Inside it, a mean over the last dim of a value as wide as this rank's part is the mean over all ranks.
 
@@ -31,10 +38,12 @@ class _MeansOverRanks(TorchFunctionMode):
         self.site, self.width, self.taken = site, site.local_size, 0
         assert site.split is not None
         self.whole = site.split.size
+        self.holders = _holders(site)  # of several ranks that have the same, each adds its share
 
     def mean(self, value: Tensor, keepdim: bool = True) -> Tensor:
         self.taken += 1
-        return reduce_for_use(value.sum(-1, keepdim=keepdim), self.site.axis) / self.whole
+        own = value.sum(-1, keepdim=keepdim)
+        return reduce_for_use(own if self.holders == 1 else own / self.holders, self.site.axis) / self.whole
 
     def _mean(self, value: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Tensor:
         if not self._is_over_part(value, dim):
