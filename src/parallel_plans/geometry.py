@@ -148,22 +148,18 @@ class Geometry:
         dim = self.dim(shape, style, options)
         if dim is None:
             return None
-        options = {**style.defaults, **options}
-        parts = self._dealt(shape[dim], dim, options)
+        parts = self.parts(shape[dim], dim, {**style.defaults, **options})
         for part in parts:
             self._check(part, parts, dim, style)
         if self.ranks == 1:
             return None
         return _split_of(dim, self.axis, self.ranks, parts, self.proportions)
 
-    def units(self, shape: Sequence[int], style: Style, options: Mapping[str, object]) -> tuple[int, ...]:
-        """For each part of the dim that the style splits, how many elements stay together."""
-        dim = self.dim(shape, style, options)
-        assert dim is not None
-        return tuple(part.unit for part in self._dealt(shape[dim], dim, {**style.defaults, **options}))
+    def parts(self, size: int, dim: int, options: Mapping[str, Any]) -> Parts:
+        """The parts of a dim of this size that are dealt on their own; `options` are with the style's defaults.
 
-    def _dealt(self, size: int, dim: int, options: Mapping[str, Any]) -> Parts:
-        """What a dim of this size is made of; without the parts that a config does not have, which are of no size."""
+        Those that a config does not have, which are of no size, are left out.
+        """
         sizes = self._parts(size, dim, options.get("parts", 1))
         units = self._units(sizes, dim, options.get("unit", 1))
         shares = self._shares(units, dim, options.get("shared", False))
@@ -227,7 +223,8 @@ class Geometry:
         options: dict[str, object] = {**style.defaults, **rule.options}
         counts = options.get("counts")
         if isinstance(counts, Mapping):
-            options["counts"] = {name: self._local_counts(info, name, given) for name, given in counts.items()}
+            kept = {name: given for name, given in counts.items() if not rule.optional or self._keeps(info, name)}
+            options["counts"] = {name: self._local_counts(info, name, given) for name, given in kept.items()}
         inputs = options.get("inputs")
         if isinstance(inputs, Mapping):
             options["inputs"] = {name: self._input(info, name, given) for name, given in inputs.items()}
@@ -235,6 +232,9 @@ class Geometry:
             if name in options:
                 options[name] = self.size(options[name])
         return options
+
+    def _keeps(self, info: ModuleInfo, name: str) -> bool:
+        return name.startswith("config.") or name in info.counts
 
     def _local_counts(self, info: ModuleInfo, name: str, given: Any) -> tuple[int, ...]:
         """What every rank has of a number that the module keeps, or that each of so many things has of its own."""

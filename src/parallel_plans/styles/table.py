@@ -157,6 +157,15 @@ register_style(
 register_style(Style(name="replicate", summary="whole on every rank", sections=ANYWHERE))
 register_style(
     Style(
+        name="gathered_in_use",
+        summary="split where it lies, gathered where its module uses it; every rank computes all that is made with it",
+        matrix=0,
+        options=SPLIT,
+        gathers=True,
+    )
+)
+register_style(
+    Style(
         name="replicated_with_grad_allreduce",
         summary="whole on every rank, used on this rank's part of the data; gradients are summed",
         whole_as="R",

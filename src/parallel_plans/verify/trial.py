@@ -222,7 +222,8 @@ def _few_tokens(trial: Trial) -> Inputs | None:
     best: tuple[int, Inputs] | None = None
     for seed in range(SEEDS if experts else 1):
         few = max(FEW, trial.views.tp) if trial.plan.splits_sequence else FEW
-        batch = {name: tokens[:1, :few] for name, tokens in example_batch(trial.model.config, seed=seed).items()}
+        example = example_batch(trial.model.config, seed=seed)
+        batch = {name: each[:1, :few] if each.dim() == 2 else each[:1] for name, each in example.items()}
         inputs = _text(batch, prompt=1)
         try:
             truth = truths_of(replace(trial, batches=[replace(inputs, prompt=None)]))[0]

@@ -255,6 +255,9 @@ class Tracker(TorchDispatchMode):
             size = value.numel() * value.element_size()
             mark = Mark(module=self.where(), op=op, axis=axis.name, bytes=size, backward=self.where.is_backward)
             self.marks.append(mark)
+        if axis.name not in self.dims:  # some ranks of an axis sum what they share, and then say how it lies
+            self.put(result, unknown(result.dim()))
+            return
         over = self.dims[axis.name]
         try:
             self.put(result, lay if lay.is_unknown else CHANGES[name](lay, over, axis, result, where))
@@ -264,10 +267,11 @@ class Tracker(TorchDispatchMode):
 
     def declared(self, value: Tensor, axis: Axis, letter: str | Tensor) -> None:
         """A style vouches for a value."""
-        over, lay = self.dims[axis.name], self.lay(value)
         if isinstance(letter, Tensor):
             self.put(value, self.lay(letter))
-        elif letter == "V":
+            return
+        over, lay = self.dims[axis.name], self.lay(value)
+        if letter == "V":
             made = varying(value.dim(), over | lay.varies | lay.partial | lay.over)
             self.put(value, replace(made, is_zero=lay.is_zero))
         elif letter == "P":
