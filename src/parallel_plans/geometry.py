@@ -8,10 +8,12 @@ from typing import Any
 
 from parallel_plans.dealing import WHOLE, Part
 from parallel_plans.expressions import ExpressionError, evaluate_size
-from parallel_plans.layouts import Split, split_dim
-from parallel_plans.model_spec import ModuleInfo
+from parallel_plans.layouts import Split, scaled, split_dim
+from parallel_plans.model_spec import ModelSpec, ModuleInfo
 from parallel_plans.plan import Rule
 from parallel_plans.styles import Style
+from parallel_plans.styles.inputs import SplitInput
+from parallel_plans.styles.statistics import groups_of
 from parallel_plans.table import ParameterEntry
 
 
@@ -24,6 +26,7 @@ class CannotSplit(Exception):
 
 
 MOST_RANKS = 256  # as many are tried
+SIZE = "size"  # in the expression of a unit: what is dealt in such units
 
 
 def sizes_that_do(axis: str, does: Callable[[int], bool]) -> str:
@@ -89,25 +92,45 @@ def _sizes_for(axis: str, parts: Parts) -> str:
     return sizes_that_do(axis, does)
 
 
+def _can_be_dealt(part: Part, ranks: int) -> bool:
+    try:
+        return bool(part.ranges(ranks))
+    except ValueError:
+        return False
+
+
 class Geometry:
     """Shapes under one axis of `ranks` ranks, for a model whose config has these `fields`.
 
     `proportions` say how much each rank gets, where it is not alike; they are idle on another number of ranks.
+    `is_transposed`: the weight is that of a linear layer, and `[in, out]`.
     """
 
     def __init__(
-        self, fields: Mapping[str, int], axis: str, ranks: int, proportions: Proportions | None = None
+        self,
+        fields: Mapping[str, int],
+        axis: str,
+        ranks: int,
+        proportions: Proportions | None = None,
+        *,
+        is_transposed: bool = False,
     ) -> None:
-        self.fields, self.axis, self.ranks = fields, axis, ranks
+        self.fields, self.axis, self.ranks, self.is_transposed = fields, axis, ranks, is_transposed
         self.proportions = proportions if proportions is not None and len(proportions) == ranks else None
 
-    def size(self, value: Any) -> int:
-        """A size option as a number."""
+    @classmethod
+    def at(cls, spec: ModelSpec, name: str, axis: str, ranks: int, proportions: Proportions | None = None) -> Geometry:
+        """Shapes of what stands at `name`, where a layer may have sizes of its own."""
+        is_transposed = name in spec.parameters and spec.is_transposed(name)
+        return cls(spec.fields_at(name), axis, ranks, proportions, is_transposed=is_transposed)
+
+    def size(self, value: Any, least: int = 1, of: int | None = None) -> int:
+        """A size option as a number; in one that says how `of` elements are dealt, these are called `size`."""
         try:
-            return evaluate_size(value, self.fields)
+            return evaluate_size(value, self.fields if of is None else {**self.fields, SIZE: of}, least)
         except ExpressionError as error:
             code = "PP107" if error.missing is not None else "PP201"
-            near = ", ".join(sorted(self.fields)) or "no whole numbers at all"
+            near = ", ".join(sorted(_whole_numbers(self.fields))) or "no whole numbers at all"
             fix = f"write a number, or one of the config's fields: {near}" if error.missing is not None else None
             raise CannotSplit(code, f"by the size `{value}`: {error}", fix=fix) from None
 
@@ -118,6 +141,8 @@ class Geometry:
             return None
         if "dim" in options and len(shape) > 1:  # a bias has but one
             dim = int(options["dim"])  # type: ignore[call-overload]
+        elif self.is_transposed and len(shape) == 2 and dim < 0:
+            dim = -3 - dim
         if not -len(shape) <= dim < len(shape):
             raise CannotSplit("PP201", f"dim {dim}", f"a dim between {-len(shape)} and {len(shape) - 1}")
         return dim % len(shape)
@@ -138,16 +163,18 @@ class Geometry:
             return None
         return _split_of(dim, self.axis, self.ranks, parts, self.proportions)
 
-    def parts(self, size: int, dim: int, options: Mapping[str, object]) -> Parts:
-        """The parts of a dim of this size that are dealt on their own; `options` are with the style's defaults."""
+    def parts(self, size: int, dim: int, options: Mapping[str, Any]) -> Parts:
+        """The parts of a dim of this size that are dealt on their own; `options` are with the style's defaults.
+
+        Those that a config does not have, which are of no size, are left out.
+        """
         sizes = self._parts(size, dim, options.get("parts", 1))
         units = self._units(sizes, dim, options.get("unit", 1))
         shares = self._shares(units, dim, options.get("shared", False))
         if options.get("interleaved"):  # the parts lie like the teeth of two combs: one part, dealt in whole rounds
             sizes, units, shares = (sum(sizes),), (sum(units),), (None,)
-        return tuple(
-            Part(size=size, unit=unit, share=share) for size, unit, share in zip(sizes, units, shares, strict=True)
-        )
+        made = zip(sizes, units, shares, strict=True)
+        return tuple(Part(size=size, unit=unit, share=share) for size, unit, share in made if size)
 
     def _check(self, part: Part, parts: Parts, dim: int, style: Style) -> None:
         if part.size % part.unit:
@@ -161,7 +188,7 @@ class Geometry:
 
     def _parts(self, size: int, dim: int, given: Any) -> tuple[int, ...]:
         if isinstance(given, (list, tuple)):
-            parts = tuple(self.size(part) for part in given)
+            parts = tuple(self.size(part, least=0) for part in given)
             if sum(parts) != size:
                 added = " + ".join(map(str, parts))
                 raise CannotSplit("PP201", f"dim {dim}", f"parts that add up to {size}, not {added} = {sum(parts)}")
@@ -174,12 +201,11 @@ class Geometry:
 
     def _units(self, parts: tuple[int, ...], dim: int, given: Any) -> tuple[int, ...]:
         if not isinstance(given, (list, tuple)):
-            return (self.size(given),) * len(parts)
-        units = tuple(self.size(unit) for unit in given)
-        if len(units) != len(parts):
-            expected = f"one unit, or one for each of the {len(parts)} parts, not {len(units)}"
+            given = (given,) * len(parts)
+        if len(given) != len(parts):
+            expected = f"one unit, or one for each of the {len(parts)} parts, not {len(given)}"
             raise CannotSplit("PP201", f"dim {dim}", expected)
-        return units
+        return tuple(self.size(unit, of=part) if part else 1 for unit, part in zip(given, parts, strict=True))
 
     def _shares(self, units: Sequence[int], dim: int, given: Any) -> tuple[int | None, ...]:
         """For each part, what ranks that share a unit have of it (see `Part`)."""
@@ -207,7 +233,10 @@ class Geometry:
         if isinstance(counts, Mapping):
             kept = {name: given for name, given in counts.items() if not rule.optional or self._keeps(info, name)}
             options["counts"] = {name: self._local_counts(info, name, given) for name, given in kept.items()}
-        for name in ("rope", "align_size"):
+        inputs = options.get("inputs")
+        if isinstance(inputs, Mapping):
+            options["inputs"] = {name: self._input(info, name, given) for name, given in inputs.items()}
+        for name in ("rope", "align_size", "groups"):
             if name in options:
                 options[name] = self.size(options[name])
         return options
@@ -217,33 +246,59 @@ class Geometry:
 
     def _local_counts(self, info: ModuleInfo, name: str, given: Any) -> tuple[int, ...]:
         """What every rank has of a number that the module keeps, or that each of so many things has of its own."""
-        where = self.fields if name.startswith("config.") else info.counts
+        where = _whole_numbers(self.fields) if name.startswith("config.") else info.counts
         field = name.removeprefix("config.")
         if field not in where:
             owner = "its config" if name.startswith("config.") else f"the {info.type}"
             raise CannotSplit("PP203", f"{owner} keeps no whole number called {field}", fix="correct the name")
         more = given if isinstance(given, Mapping) else {"unit": given}
-        count, unit = where[field], self.size(more.get("unit", 1))
+        count = where[field]
         if "each" in more:
-            part = Part(size=count * self.size(more["each"]), unit=count, share=unit)
+            own = self.size(more.get("unit", 1), of=count)
+            parts: Parts = (Part(size=count * self.size(more["each"]), unit=count, share=own),)
         else:
-            (share,) = self._shares((unit,), 0, more.get("shared", False))
-            part = Part(size=count, unit=unit, share=share)
+            parts = self._count_parts(name, count, more)
         try:
-            ranges = part.ranges(self.ranks, self.proportions)
+            ranges = [part.ranges(self.ranks, self.proportions) for part in parts]
         except ValueError:
-            raise self._undealt(name, count, part) from None
-        if "each" in more and self.ranks <= part.size // part.unit:
+            raise self._undealt(name, count, parts) from None
+        if "each" in more and self.ranks <= parts[0].size // parts[0].unit:
             return (count,) * self.ranks  # whole things on every rank, each with all that it has
-        return tuple(stop - start for start, stop in ranges)
+        return tuple(sum(stop - start for start, stop in held) for held in zip(*ranges, strict=True))
 
-    def _undealt(self, name: str, count: int, part: Part) -> CannotSplit:
+    def _count_parts(self, name: str, count: int, given: Mapping[str, Any]) -> Parts:
+        try:
+            return self.parts(count, 0, given)
+        except CannotSplit as problem:
+            code = "PP203" if problem.code == "PP201" else problem.code
+            what = f"{name} = {count}" if problem.what == "dim 0" else problem.what
+            raise CannotSplit(code, what, problem.expected, problem.fix) from None
+
+    def _undealt(self, name: str, count: int, parts: Parts) -> CannotSplit:
+        part = next(part for part in parts if not _can_be_dealt(part, self.ranks))
         unit = part.share or part.unit
-        told = f"{name} = {count}" if count == part.size else f"{name} = {count} for each of {part.size // count}"
+        told = f"{name} = {count}" if count >= part.size else f"{name} = {count} for each of {part.size // count}"
         divides = part.size % unit == 0 and part.unit % unit == 0
-        fix = f"{_sizes_for(self.axis, (part,))}, or correct the unit" if divides else "correct the unit"
+        fix = f"{_sizes_for(self.axis, parts)}, or correct the unit" if divides else "correct the unit"
         expected = f"at least {self.ranks} whole units of {unit}"
         return CannotSplit("PP203", f"{told} cannot be dealt over {self.ranks} ranks", expected, fix)
+
+    def _input(self, info: ModuleInfo, name: str, given: Mapping[str, Any]) -> SplitInput:
+        if name not in info.inputs:
+            fix = f"name one of {', '.join(info.inputs)}" if info.inputs else "remove the rule"
+            raise CannotSplit("PP203", f"the forward of {info.type} takes no input called {name}", fix=fix)
+        unit, size = self.size(given.get("unit", 1)), self.size(given["size"])
+        (share,) = self._shares((unit,), 0, given.get("shared", False))
+        part = Part(size=size, unit=unit, share=share)
+        try:
+            split = _split_of(0, self.axis, self.ranks, (part,), self.proportions)
+        except ValueError:
+            raise self._undealt(f"the input {name}, {size} elements,", size, (part,)) from None
+        return SplitInput(name=name, place=info.inputs.index(name), dim=int(given["dim"]), split=split)
+
+
+def _whole_numbers(fields: Mapping[str, int]) -> dict[str, int]:
+    return {name: value for name, value in fields.items() if not isinstance(value, bool)}
 
 
 def check_rope(rope: Any, own: Sequence[ParameterEntry]) -> None:
@@ -252,3 +307,33 @@ def check_rope(rope: Any, own: Sequence[ParameterEntry]) -> None:
     if rope is not None and width is not None and rope >= width:
         expected = f"a rope part of less than the {width} features of the output"
         raise CannotSplit("PP201", f"a rope part of {rope} features cannot be cut off here", expected, "correct `rope`")
+
+
+def shared_out(split: Split | None, own: Sequence[ParameterEntry]) -> Split:
+    """How a layer's outputs are dealt where each rank has the share that it has of the inputs, dealt by `split`.
+
+    Raises:
+        CannotSplit: a rank's share of the outputs would be no whole number.
+    """
+    assert split is not None
+    outputs = max(entry.info.shape[0] for entry in own if len(entry.info.shape) > 1)
+    if (dealt := scaled(split, outputs)) is None:
+        what = f"{outputs} outputs cannot be dealt as the {split.size} inputs are, {split.local_sizes}"
+        fix = f"give `unit: {split.size // outputs}`, the inputs for one output" if split.size % outputs == 0 else None
+        raise CannotSplit("PP201", what, "for every rank's share of the inputs a whole number of outputs", fix)
+    return dealt
+
+
+def check_groups(groups: Any, split: Split | None) -> None:
+    """Raises where features are normalized in groups, and a rank has of one more than of another."""
+    if groups is None or split is None:
+        return
+    if split.size % groups:
+        expected = f"{split.size} divisible into {groups} groups"
+        raise CannotSplit("PP201", f"dim {split.dim} in groups", expected, "correct `groups`")
+    for rank in range(split.ranks):
+        widths = set(groups_of(split, rank, groups).values())
+        if len(widths) > 1:
+            expected = f"whole groups of {split.size // groups} on each rank, or parts of one group"
+            fix = f"write `unit: {split.size // groups}`, and `shared` where there are fewer groups than ranks"
+            raise CannotSplit("PP201", f"dim {split.dim} in groups", expected, fix)

@@ -29,7 +29,8 @@ EXPECTED: dict[str, str] = {
     "units": "a size, or a list of sizes, one per part",
     "shares": "true, false, a size, or a list of these, one per part",
     "flag": "true or false",
-    "counts": "a mapping from an attribute of the module to a size, or to a mapping with unit, shared, each",
+    "counts": "a mapping from an attribute of the module to a size, or to a mapping with parts, unit, shared, each",
+    "inputs": "a mapping from an input of the module to `{dim: ..., size: ...}`, with unit and shared where needed",
     "name": "a name, as text",
 }
 
@@ -156,13 +157,40 @@ def _counts(node: Node) -> dict[str, object]:
     return counts
 
 
+_OF_INPUT: dict[str, Callable[[Node], object]] = {"dim": _dim, "size": _size, "unit": _size, "shared": _size}
+
+
+def _inputs(node: Node) -> dict[str, dict[str, object]]:
+    if not isinstance(node, Fields) or not node.entries:
+        raise OptionError(node, EXPECTED["inputs"])
+    inputs: dict[str, dict[str, object]] = {}
+    for key, value in node.entries:
+        if not isinstance(key, Scalar) or key.kind != "str" or not key.text.isidentifier():
+            raise OptionError(key, EXPECTED["inputs"])
+        inputs[key.text] = _input(value)
+    return inputs
+
+
+def _input(node: Node) -> dict[str, object]:
+    if not isinstance(node, Fields):
+        raise OptionError(node, EXPECTED["inputs"])
+    given: dict[str, object] = {}
+    for key, value in node.entries:
+        if not isinstance(key, Scalar) or key.text not in _OF_INPUT:
+            raise OptionError(key, EXPECTED["inputs"])
+        given[key.text] = _OF_INPUT[key.text](value)
+    if not {"dim", "size"} <= given.keys():
+        raise OptionError(node, EXPECTED["inputs"])
+    return given
+
+
 def _name(node: Node) -> str:
     if not isinstance(node, Scalar) or node.kind != "str" or not node.text or not node.text.isprintable():
         raise OptionError(node, EXPECTED["name"])
     return node.text
 
 
-_COUNT: dict[str, Callable[[Node], object]] = {"unit": _size, "shared": _share, "each": _size}
+_COUNT: dict[str, Callable[[Node], object]] = {"parts": _parts, "unit": _units, "shared": _shares, "each": _size}
 CHECKERS: dict[str, Callable[[Node], object]] = {
     "dim": _dim,
     "size": _size,
@@ -171,5 +199,6 @@ CHECKERS: dict[str, Callable[[Node], object]] = {
     "shares": _shares,
     "flag": _flag,
     "counts": _counts,
+    "inputs": _inputs,
     "name": _name,
 }

@@ -6,11 +6,12 @@ from types import MappingProxyType
 
 from parallel_plans.plan import EXPERT_SECTIONS
 from parallel_plans.styles.base import DELAY, Style, register_style
+from parallel_plans.styles.inputs import InputsBoundary
 from parallel_plans.styles.special import (
     RopePartBoundary,
     VocabularyBoundary,
 )
-from parallel_plans.styles.statistics import ShardedNormBoundary
+from parallel_plans.styles.statistics import ShardedNormBoundary, ShardedStatisticsBoundary
 
 SPLIT = MappingProxyType({"dim": "dim", "unit": "units"})
 TWO_PARTS = MappingProxyType({"parts": 2})
@@ -50,6 +51,21 @@ register_style(
 )
 register_style(
     Style(
+        name="rowwise_for_use",
+        summary="as rowwise, and each rank uses the sum on what it alone has; gradients are summed, a bias's too",
+        matrix=-1,
+        whole_as="R",
+        arrives="S(-1)",
+        needs="S(-1)",
+        leaves="P",
+        delivers="R",
+        after=("bias",),
+        serves=("linear",),
+        options=SPLIT,
+    )
+)
+register_style(
+    Style(
         name="colwise_gather_output",
         summary="as colwise, and every rank gets the whole output",
         matrix=-2,
@@ -73,6 +89,21 @@ register_style(
         options=MappingProxyType({**PACKED, **SUM}),
     ),
     "rowwise_rep",
+)
+register_style(
+    Style(
+        name="rowwise_scatter_output",
+        summary="as rowwise, and each rank gets its part of the sum, the share that it has of the input",
+        matrix=-1,
+        vector=-1,
+        arrives="S(-1)",
+        needs="S(-1)",
+        leaves="P",
+        delivers="S(-1)",
+        after=("bias",),
+        serves=("linear",),
+        options=SPLIT,
+    )
 )
 register_style(
     Style(
@@ -126,6 +157,15 @@ register_style(
 register_style(Style(name="replicate", summary="whole on every rank", sections=ANYWHERE))
 register_style(
     Style(
+        name="gathered_in_use",
+        summary="split where it lies, gathered where its module uses it; every rank computes all that is made with it",
+        matrix=0,
+        options=SPLIT,
+        gathers=True,
+    )
+)
+register_style(
+    Style(
         name="replicated_with_grad_allreduce",
         summary="whole on every rank, used on this rank's part of the data; gradients are summed",
         whole_as="R",
@@ -163,7 +203,7 @@ register_style(
 register_style(
     Style(
         name="sharded_norm",
-        summary="a norm over a sharded dim; its statistics are taken over all ranks",
+        summary="a norm over a sharded dim, or groups of it; statistics are taken over all ranks that share it",
         matrix=-1,
         vector=-1,
         arrives="S(-1)",
@@ -172,7 +212,7 @@ register_style(
         delivers="S(-1)",
         ndims=(1, 2),
         serves=("other",),
-        options=MappingProxyType({"unit": "units", **SHARED_OUTPUT}),
+        options=MappingProxyType({"unit": "units", **SHARED_OUTPUT, "groups": "size", **COUNTS}),
         boundary=ShardedNormBoundary,
         module_only=True,
     )
@@ -184,5 +224,25 @@ register_style(
         options=COUNTS,
         module_only=True,
         sections=ANYWHERE,
+    )
+)
+register_style(
+    Style(
+        name="split_inputs",
+        summary="of inputs that hold something for every head a rank takes what goes with its own; counts as well",
+        options=MappingProxyType({"inputs": "inputs", **COUNTS}),
+        boundary=InputsBoundary,
+        module_only=True,
+        wants_split="around",
+    )
+)
+register_style(
+    Style(
+        name="sharded_statistics",
+        summary="within the module, means and deviations over what a layer below it gives in parts are over all ranks",
+        options=MappingProxyType({"of": "name"}),
+        boundary=ShardedStatisticsBoundary,
+        module_only=True,
+        wants_split="below",
     )
 )

@@ -108,7 +108,7 @@ def lay_of(table: Table, name: str, views: Views, rank: int, tracker: Tracker) -
 def _blocks(table: Table, name: str, split: Split, shard: Shard, rank: int) -> Iterator[Block]:
     """The blocks of a split dim, with how many elements stay together in each."""
     use = next(use for use in table.parameters[name].uses if use.letter == "S")
-    geometry = Geometry(table.spec.fields_at(name), use.axis, table.sizes[use.axis])
+    geometry = Geometry.at(table.spec, name, use.axis, table.sizes[use.axis])
     parts = geometry.parts(split.size, split.dim, {**use.style.defaults, **use.rule.options})
     if use.axis != split.axis or len(parts) < len(shard.blocks):
         units = [part.unit for part in parts]
