@@ -80,7 +80,7 @@ class ModelSpec:
         parameters: full name -> parameter, tied names included.
         modules: full name -> module; the root's name is empty.
         tied: name -> the name of the parameter it is tied to.
-        fields: the config's whole numbers, for size expressions.
+        fields: the config's whole numbers, and its switches, for size expressions.
         layer_fields: index of a layer -> the same for a layer to which the config gives numbers of its own.
         buffers: full name -> buffer. A plan splits parameters, so every rank has all of them whole.
         quantization: what the config says of quantized weights; empty where it says nothing.
@@ -141,8 +141,13 @@ def _whole_numbers(values: Mapping[str, Any]) -> dict[str, int]:
     return {key: value for key, value in values.items() if isinstance(value, int) and not isinstance(value, bool)}
 
 
+def _sizes(values: Mapping[str, Any]) -> dict[str, int]:
+    """What size expressions may read: whole numbers, and what is true or false."""
+    return {key: value for key, value in values.items() if isinstance(value, int)}
+
+
 def config_fields(config: Any) -> dict[str, int]:
-    """The whole numbers of a transformers config (its text part), by field name; empty for None.
+    """The whole numbers and switches of a transformers config (its text part), by field name; empty for None.
 
     Those of a config within it go by both names, `ffn_config.moe_num_experts`.
 
@@ -152,11 +157,11 @@ def config_fields(config: Any) -> dict[str, int]:
     if config is None:
         return {}
     text = _text_part(config)
-    fields = _whole_numbers(_as_dict(text))
+    fields = _sizes(_as_dict(text))
     for part in getattr(text, "sub_configs", {}):
         inner = getattr(text, part, None)
         if inner is not None:
-            fields |= {f"{part}.{name}": value for name, value in _whole_numbers(inner.to_dict()).items()}
+            fields |= {f"{part}.{name}": value for name, value in _sizes(inner.to_dict()).items()}
     if "num_attention_heads" in fields:
         fields.setdefault("num_key_value_heads", fields["num_attention_heads"])
         if "hidden_size" in fields:
@@ -180,7 +185,7 @@ def layer_fields(config: Any) -> dict[int, dict[str, int]]:
     own = None if config is None else _as_dict(_text_part(config)).get("per_layer_config")
     shared = config_fields(config)
     layers = own.items() if isinstance(own, Mapping) else ()
-    return {int(index): {**shared, **_whole_numbers(numbers)} for index, numbers in layers}
+    return {int(index): {**shared, **_sizes(numbers)} for index, numbers in layers}
 
 
 def _buffers(modules: Mapping[str, nn.Module]) -> dict[str, BufferInfo]:

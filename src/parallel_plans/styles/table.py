@@ -11,11 +11,14 @@ from parallel_plans.styles.special import (
     RopePartBoundary,
     VocabularyBoundary,
 )
-from parallel_plans.styles.statistics import ShardedNormBoundary
+from parallel_plans.styles.statistics import ShardedNormBoundary, ShardedStatisticsBoundary
 
 SPLIT = MappingProxyType({"dim": "dim", "unit": "units"})
 TWO_PARTS = MappingProxyType({"parts": 2})
 PACKED = MappingProxyType({"dim": "dim", "parts": "parts", "unit": "units"})
+# units that several ranks may share: of an output each may have all, of an input only pieces, or they would add twice
+SHARED_OUTPUT = MappingProxyType({"shared": "shares"})
+SHARED_INPUT = MappingProxyType({"shared": "units"})
 SUM = MappingProxyType({DELAY: "flag"})
 COUNTS = MappingProxyType({"counts": "counts"})
 ANYWHERE = ("tp_plan", "sp_plan", *EXPERT_SECTIONS)
@@ -30,7 +33,7 @@ register_style(
         leaves="S(-1)",
         delivers="S(-1)",
         serves=("linear",),
-        options=SPLIT,
+        options=MappingProxyType({**SPLIT, **SHARED_OUTPUT}),
     )
 )
 register_style(
@@ -43,7 +46,22 @@ register_style(
         leaves="P",
         after=("bias",),
         serves=("linear",),
-        options=MappingProxyType({**SPLIT, **SUM}),
+        options=MappingProxyType({**SPLIT, **SHARED_INPUT, **SUM}),
+    )
+)
+register_style(
+    Style(
+        name="rowwise_for_use",
+        summary="as rowwise, and each rank uses the sum on what it alone has; gradients are summed, a bias's too",
+        matrix=-1,
+        whole_as="R",
+        arrives="S(-1)",
+        needs="S(-1)",
+        leaves="P",
+        delivers="R",
+        after=("bias",),
+        serves=("linear",),
+        options=SPLIT,
     )
 )
 register_style(
@@ -74,6 +92,21 @@ register_style(
 )
 register_style(
     Style(
+        name="rowwise_scatter_output",
+        summary="as rowwise, and each rank gets its part of the sum, the share that it has of the input",
+        matrix=-1,
+        vector=-1,
+        arrives="S(-1)",
+        needs="S(-1)",
+        leaves="P",
+        delivers="S(-1)",
+        after=("bias",),
+        serves=("linear",),
+        options=SPLIT,
+    )
+)
+register_style(
+    Style(
         name="packed_colwise",
         summary="as colwise, for several projections fused into one; each part is split on its own",
         matrix=-2,
@@ -83,7 +116,7 @@ register_style(
         leaves="S(-1)",
         delivers="S(-1)",
         serves=("linear",),
-        options=PACKED,
+        options=MappingProxyType({**PACKED, **SHARED_OUTPUT}),
     )
 )
 register_style(
@@ -97,7 +130,7 @@ register_style(
         leaves="P",
         after=("bias",),
         serves=("linear",),
-        options=MappingProxyType({**PACKED, **SUM}),
+        options=MappingProxyType({**PACKED, **SHARED_INPUT, **SUM}),
     )
 )
 register_style(
@@ -170,7 +203,7 @@ register_style(
         delivers="S(-1)",
         ndims=(1, 2),
         serves=("other",),
-        options=MappingProxyType({"unit": "units"}),
+        options=MappingProxyType({"unit": "units", **SHARED_OUTPUT}),
         boundary=ShardedNormBoundary,
         module_only=True,
     )
@@ -192,5 +225,15 @@ register_style(
         boundary=InputsBoundary,
         module_only=True,
         wants_split="around",
+    )
+)
+register_style(
+    Style(
+        name="sharded_statistics",
+        summary="within the module, means and deviations over what a layer below it gives in parts are over all ranks",
+        options=MappingProxyType({"of": "name"}),
+        boundary=ShardedStatisticsBoundary,
+        module_only=True,
+        wants_split="below",
     )
 )
