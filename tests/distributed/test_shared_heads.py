@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from parallel_plans import (
+    AutoModelForCausalLM,
     average_gradients,
     clip_grad_norm_,
     full_gradients,
@@ -31,7 +32,9 @@ from parallel_plans import (
     save_state,
     sharing,
 )
+from parallel_plans.errors import LaunchError
 from parallel_plans.lookup import bundled_folder
+from parallel_plans.proportions import checked_proportions
 from parallel_plans.state import local_part
 from parallel_plans.verify.threads import run_on_threads
 from parallel_plans.verify.weights import in_float64
@@ -255,3 +258,33 @@ def test_adapters_on_shared_heads_have_the_gradients_of_one_process(tmp_path: Pa
             assert_close(name, found[name], value, relative=EXACT)
     saved = load_file(tmp_path / "saved" / "adapter_model.safetensors")
     assert len(saved) == len(truth)
+
+
+def loaded_in_proportion(folder: str, target: str, truth: Any) -> list[tuple[int, ...]]:
+    model = AutoModelForCausalLM.from_pretrained(folder, proportions=[2, 1], attn_implementation="eager")
+    batch = tokens()
+    output = model(input_ids=batch, labels=batch)
+    output.loss.backward()
+    assert_close("logits", output.logits, truth.logits, relative=1e-4)
+    for name, gradient in full_gradients(model).items():
+        assert_close(name, gradient, truth.gradients[name], relative=1e-3)
+    model.save_pretrained(target)
+    parallel = parallel_of(model)
+    assert parallel is not None
+    layouts = [parallel.layout(f"model.layers.0.{name}.weight") for name in ("self_attn.k_proj", "mlp.up_proj")]
+    return [layout.splits[0].local_sizes for layout in layouts if layout is not None]
+
+
+def test_whole_units_are_dealt_in_the_proportions_given(checkpoints: Callable[..., Any], tmp_path: Path) -> None:
+    folder, truth = checkpoints("llama", True)
+    for found in run_on_ranks(loaded_in_proportion, 2, str(folder), str(tmp_path / "saved"), truth):
+        assert found == [(18, 6), (47, 23)]  # 3 of 4 key/value heads of 6, for 2.67; of 70 features 46.67
+    old, new = (load_file(each / "model.safetensors") for each in (folder, tmp_path / "saved"))
+    assert old.keys() == new.keys()
+    assert all(torch.equal(old[name], new[name]) for name in old)
+
+
+@pytest.mark.parametrize("given", [[2], [2, 1, 1], [1, 0], [1.5, 1]])
+def test_proportions_that_are_not_those_of_the_ranks_are_refused(given: Any) -> None:
+    with pytest.raises(LaunchError, match="PP702"):
+        checked_proportions(given, 2)
