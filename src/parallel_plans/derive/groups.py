@@ -1,0 +1,251 @@
+"""Groups: what is split together, because one cannot be split without the other, and what that costs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from torch import Tensor
+
+from parallel_plans.derive.extents import PRODUCT, SUM, Extent, found, leaves
+from parallel_plans.derive.learning import Bound, Dims, Learned, Normed, Summed
+from parallel_plans.derive.step import Operation
+from parallel_plans.model_spec import ModelSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A stretch of a dim that is split on its own: its elements, and how many of them stay together."""
+
+    size: int
+    unit: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cut:
+    """How a parameter is split: the dim, and its parts."""
+
+    dim: int
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """What is split together.
+
+    Args:
+        extents: what is dealt over the ranks.
+        cuts: parameter -> how it is split.
+        sums: the modules whose products are then partial sums.
+        norms: the modules whose statistics are then taken over the ranks.
+        whole: the parameters that every rank has whole and uses on its part, so that their gradients are summed.
+        bytes: of all parameters that it splits.
+    """
+
+    extents: frozenset[Extent]
+    cuts: dict[str, Cut]
+    sums: frozenset[str]
+    norms: frozenset[str]
+    whole: frozenset[str]
+    bytes: int
+
+    @property
+    def collectives(self) -> int:
+        """How many a forward needs."""
+        return len(self.sums) + len(self.norms)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refusal(Exception):
+    """Why an extent that some parameter has cannot be split."""
+
+    why: str
+    module: str = ""
+
+    def __str__(self) -> str:
+        place = f"in {self.module}, " if self.module else ""
+        return f"{place}{self.why}"
+
+
+@dataclass
+class Groups:
+    """The groups of a model, and parameter -> why it is in none."""
+
+    learned: Learned
+    spec: ModelSpec
+    tp: int
+    refusals: dict[str, list[str]] = field(default_factory=dict)
+
+    @cached_property
+    def found(self) -> list[Group]:
+        """Every group, those first that split the most with the fewest collectives."""
+        tried: set[Extent] = set()
+        result: list[Group] = []
+        for name, dims in self.learned.parameters.items():
+            if name in self.spec.tied:
+                continue
+            for at, dim in enumerate(dims):
+                for leaf in dict.fromkeys(leaves(dim)):
+                    if leaf.size < 2 or leaf in tried:
+                        continue
+                    self._try(name, at, leaf, tried, result)
+        return sorted(result, key=lambda group: (group.collectives == 0, -group.bytes / (1 + group.collectives)))
+
+    def _try(self, name: str, at: int, leaf: Extent, tried: set[Extent], result: list[Group]) -> None:
+        try:
+            group = self.of(leaf)
+        except Refusal as refusal:
+            self.refusals.setdefault(name, []).append(f"dim {at}: {refusal}")
+            tried.add(leaf)
+            return
+        if not tried.issuperset(group.extents):
+            result.append(group)
+        tried |= group.extents
+
+    def of(self, leaf: Extent) -> Group:
+        """The group of an extent; raises `Refusal` where it cannot be split."""
+        extents = self._closed(leaf)
+        cuts: dict[str, Cut] = {}
+        for name, dims in self.learned.parameters.items():
+            made = [Cut(dim=at, parts=tuple(parts)) for at, dim in enumerate(dims) if (parts := parts_of(dim, extents))]
+            if len(made) > 1:
+                raise Refusal(why=f"two dims of {name} would be split at once")
+            if made:
+                cuts[name] = made[0]
+        marks = {mark for extent in extents for mark in extent.marks}
+        sums = frozenset(mark.module for mark in marks if isinstance(mark, Summed))
+        norms = frozenset(mark.module for mark in marks if isinstance(mark, Normed))
+        whole = frozenset(self._whole(extents, cuts, norms))
+        size = sum(self.spec.parameters[name].bytes for name in cuts if name not in self.spec.tied)
+        return Group(extents=extents, cuts=cuts, sums=sums, norms=norms, whole=whole, bytes=size)
+
+    def _closed(self, leaf: Extent) -> frozenset[Extent]:
+        """The extent, with those that stand beside it in fused parameters: they are split on their own, all of them."""
+        extents = {leaf}
+        for _ in range(8):
+            _check_free(extents, self.tp)
+            more: set[Extent] = set()
+            for dims in self.learned.parameters.values():
+                for dim in dims:
+                    more |= _beside(dim, extents)
+            if more <= extents:
+                return frozenset(extents)
+            extents |= more
+        raise Refusal(why="too much would have to be split at once")
+
+    # -- what meets what is split
+
+    def _whole(self, extents: frozenset[Extent], cuts: dict[str, Cut], norms: frozenset[str]) -> Iterator[str]:
+        """The whole parameters that meet something split; raises where another value does whose gradient would be."""
+        for op in self.learned.step.operations:
+            tensors = op.tensors
+            touched = [_holds(self.learned.of(each), extents) for each in tensors]
+            if not any(touched) or op.name in _IN_PLACE:
+                continue
+            summed = self._sums_over(op, extents)
+            is_shared = op.module in norms  # statistics that ranks take together
+            for tensor, is_split in zip(tensors, touched, strict=True):
+                if is_split or is_shared or not tensor.requires_grad:
+                    continue
+                name = self.learned.parameter_of(tensor)
+                if name is not None and not summed:
+                    yield name
+                elif name is None and not self._is_handed_over(op, tensors, cuts):
+                    raise Refusal(why=f"`{op.name}` meets a value that stays whole", module=op.module)
+
+    def _sums_over(self, op: Operation, extents: frozenset[Extent]) -> bool:
+        """Whether an operation is a product that sums over what is split; a bias in it is added afterwards."""
+        return not any(_holds(self.learned.of(each), extents) for each in op.results)
+
+    def _is_handed_over(self, op: Operation, tensors: Sequence[Tensor], cuts: dict[str, Cut]) -> bool:
+        """Whether a whole value meets a split weight where a style takes care of its gradient."""
+        owner = self.spec.modules.get(op.module)
+        if owner is not None and owner.kind in ("linear", "embedding"):
+            return True
+        own = () if owner is None else owner.parameters
+        return any(name in cuts and len(self.learned.parameters[name]) == 3 for name in own)
+
+
+_IN_PLACE = frozenset({"detach", "alias"})
+
+
+def _holds(dims: Dims, extents: Iterable[Extent]) -> bool:
+    among = set(extents)
+    return any(leaf in among for dim in dims for leaf in leaves(dim))
+
+
+def _check_free(extents: Iterable[Extent], tp: int) -> None:
+    for extent in extents:
+        bound = sorted(
+            (mark for mark in extent.marks if isinstance(mark, Bound)), key=lambda mark: (mark.module == "", mark.why)
+        )
+        if bound:
+            raise Refusal(why=f"what would be split {bound[0].why}", module=bound[0].module)
+        if any(isinstance(mark, tuple) for mark in extent.marks):
+            raise Refusal(why="what would be split is viewed in two ways that do not fit")
+        if extent.size < tp:
+            raise Refusal(why=f"there are {extent.size} to deal over {tp} ranks")
+
+
+def parts_of(extent: Extent, among: Iterable[Extent]) -> list[Part]:
+    """The parts of a dim in which these are dealt; none where it has none of them.
+
+    Raises:
+        Refusal: a part has none of them while another has.
+    """
+    extent, wanted = found(extent), set(among)
+    if extent.form is None:
+        return [Part(size=extent.size, unit=1)] if extent in wanted else []
+    pieces = [found(piece) for piece in extent.pieces]
+    inner = [parts_of(piece, wanted) for piece in pieces]
+    if not any(inner):
+        return []
+    if extent.form == SUM:
+        if not all(inner):
+            raise Refusal(why="only some parts of a fused parameter would be split")
+        return [part for parts in inner for part in parts]
+    assert extent.form == PRODUCT
+    at = next(place for place, parts in enumerate(inner) if parts)
+    before = _times(pieces[:at])
+    after = _times(pieces[at + 1 :])
+    return [Part(size=part.size * after, unit=part.unit * after) for part in inner[at]] * before
+
+
+def _times(pieces: Iterable[Extent]) -> int:
+    result = 1
+    for piece in pieces:
+        result *= piece.size
+    return result
+
+
+def _beside(extent: Extent, among: set[Extent]) -> set[Extent]:
+    """For the parts of a sum that have none of these, beside others that have: what of them could be dealt."""
+    extent = found(extent)
+    pieces = [found(piece) for piece in extent.pieces]
+    result = {leaf for piece in pieces for leaf in _beside(piece, among)}
+    if extent.form != SUM:
+        return result
+    has = [any(leaf in among for leaf in leaves(piece)) for piece in pieces]
+    if any(has):
+        result |= {_first_free(piece) for piece, it_has in zip(pieces, has, strict=True) if not it_has}
+    return result
+
+
+def _first_free(extent: Extent) -> Extent:
+    """The outermost thing that an extent is made of and that is not bound; the outermost of all where there is none."""
+    all_of = list(leaves(extent))
+    free = (leaf for leaf in all_of if not any(isinstance(mark, (Bound, tuple)) for mark in leaf.marks))
+    return next(free, all_of[0])
+
+
+def chosen(groups: Groups) -> list[Group]:
+    """The groups that are taken: greedily, none that splits what another splits already."""
+    taken: list[Group] = []
+    ruled: set[str] = set()
+    for group in groups.found:
+        if not group.cuts or group.collectives == 0 or ruled & set(group.cuts):
+            continue
+        taken.append(group)
+        ruled |= set(group.cuts)
+    return taken
