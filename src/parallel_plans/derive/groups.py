@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 from torch import Tensor
@@ -12,6 +12,7 @@ from parallel_plans.derive.extents import PRODUCT, SUM, Extent, found, leaves
 from parallel_plans.derive.learning import Bound, Dims, Learned, Normed, Summed
 from parallel_plans.derive.step import Operation
 from parallel_plans.model_spec import ModelSpec
+from parallel_plans.table import wildcarded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,52 +57,59 @@ class Group:
         return len(self.sums) + len(self.norms)
 
 
-@dataclass(frozen=True, kw_only=True)
 class Refusal(Exception):
-    """Why an extent that some parameter has cannot be split."""
+    """Why an extent that some parameter has cannot be split, and the module that shows it."""
 
-    why: str
-    module: str = ""
+    def __init__(self, why: str, module: str = "") -> None:
+        super().__init__(why)
+        self.why, self.module = why, module
 
     def __str__(self) -> str:
-        place = f"in {self.module}, " if self.module else ""
-        return f"{place}{self.why}"
+        return f"{self.why} (in {wildcarded(self.module)})" if self.module else self.why
 
 
-@dataclass
+ROOT = ("is what an embedding gives, whole", "is what the model gives, whole", "comes from outside, whole")
+COMMON = tuple(f"it {why}" for why in ROOT)  # of the width that all layers share
+
+
 class Groups:
-    """The groups of a model, and parameter -> why it is in none."""
+    """The groups of a model, and why what is in none is in none."""
 
-    learned: Learned
-    spec: ModelSpec
-    tp: int
-    refusals: dict[str, list[str]] = field(default_factory=dict)
+    def __init__(self, learned: Learned, spec: ModelSpec, tp: int) -> None:
+        self.learned, self.spec, self.tp = learned, spec, tp
+        self._known: dict[Extent, Group | Refusal] = {}
+
+    def tried(self, leaf: Extent) -> Group | Refusal:
+        """The group of an extent, or why it cannot be split."""
+        if leaf not in self._known:
+            try:
+                group = self.of(leaf)
+            except Refusal as refusal:
+                self._known[leaf] = refusal
+            else:
+                self._known.update(dict.fromkeys(group.extents, group))
+        return self._known[leaf]
 
     @cached_property
     def found(self) -> list[Group]:
         """Every group, those first that split the most with the fewest collectives."""
-        tried: set[Extent] = set()
-        result: list[Group] = []
-        for name, dims in self.learned.parameters.items():
-            if name in self.spec.tied:
-                continue
-            for at, dim in enumerate(dims):
-                for leaf in dict.fromkeys(leaves(dim)):
-                    if leaf.size < 2 or leaf in tried:
-                        continue
-                    self._try(name, at, leaf, tried, result)
-        return sorted(result, key=lambda group: (group.collectives == 0, -group.bytes / (1 + group.collectives)))
+        result: dict[int, Group] = {}
+        for dims in self.learned.parameters.values():
+            for leaf in (leaf for dim in dims for leaf in leaves(dim) if leaf.size > 1):
+                group = self.tried(leaf)
+                if isinstance(group, Group):
+                    result.setdefault(id(group), group)
+        return sorted(result.values(), key=lambda group: -group.bytes / (1 + group.collectives))
 
-    def _try(self, name: str, at: int, leaf: Extent, tried: set[Extent], result: list[Group]) -> None:
-        try:
-            group = self.of(leaf)
-        except Refusal as refusal:
-            self.refusals.setdefault(name, []).append(f"dim {at}: {refusal}")
-            tried.add(leaf)
-            return
-        if not tried.issuperset(group.extents):
-            result.append(group)
-        tried |= group.extents
+    def why_whole(self, name: str) -> str | None:
+        """Why no dim of a parameter is split; None where the reason is only that it is as wide as what comes in."""
+        told = {}
+        for at, dim in enumerate(self.learned.parameters[name]):
+            refusals = [each for leaf in leaves(dim) if isinstance(each := self.tried(leaf), Refusal)]
+            own = [str(each) for each in refusals if each.why not in COMMON]
+            if own:
+                told[at] = own[0]
+        return "; ".join(f"dim {at}: {why}" for at, why in told.items()) or None
 
     def of(self, leaf: Extent) -> Group:
         """The group of an extent; raises `Refusal` where it cannot be split."""
@@ -110,7 +118,7 @@ class Groups:
         for name, dims in self.learned.parameters.items():
             made = [Cut(dim=at, parts=tuple(parts)) for at, dim in enumerate(dims) if (parts := parts_of(dim, extents))]
             if len(made) > 1:
-                raise Refusal(why=f"two dims of {name} would be split at once")
+                raise Refusal(f"two dims of {name} would be split at once")
             if made:
                 cuts[name] = made[0]
         marks = {mark for extent in extents for mark in extent.marks}
@@ -132,7 +140,7 @@ class Groups:
             if more <= extents:
                 return frozenset(extents)
             extents |= more
-        raise Refusal(why="too much would have to be split at once")
+        raise Refusal("too much would have to be split at once")
 
     # -- what meets what is split
 
@@ -152,7 +160,7 @@ class Groups:
                 if name is not None and not summed:
                     yield name
                 elif name is None and not self._is_handed_over(op, tensors, cuts):
-                    raise Refusal(why=f"`{op.name}` meets a value that stays whole", module=op.module)
+                    raise Refusal(f"`{op.name}` meets a value that stays whole", module=op.module)
 
     def _sums_over(self, op: Operation, extents: frozenset[Extent]) -> bool:
         """Whether an operation is a product that sums over what is split; a bias in it is added afterwards."""
@@ -181,11 +189,11 @@ def _check_free(extents: Iterable[Extent], tp: int) -> None:
             (mark for mark in extent.marks if isinstance(mark, Bound)), key=lambda mark: (mark.module == "", mark.why)
         )
         if bound:
-            raise Refusal(why=f"what would be split {bound[0].why}", module=bound[0].module)
+            raise Refusal(f"it {bound[0].why}", module=bound[0].module)
         if any(isinstance(mark, tuple) for mark in extent.marks):
-            raise Refusal(why="what would be split is viewed in two ways that do not fit")
+            raise Refusal("it is viewed in two ways that do not fit")
         if extent.size < tp:
-            raise Refusal(why=f"there are {extent.size} to deal over {tp} ranks")
+            raise Refusal(f"there are only {extent.size} to deal over {tp} ranks")
 
 
 def parts_of(extent: Extent, among: Iterable[Extent]) -> list[Part]:
@@ -203,7 +211,7 @@ def parts_of(extent: Extent, among: Iterable[Extent]) -> list[Part]:
         return []
     if extent.form == SUM:
         if not all(inner):
-            raise Refusal(why="only some parts of a fused parameter would be split")
+            raise Refusal("only some parts of a fused parameter would be split")
         return [part for parts in inner for part in parts]
     assert extent.form == PRODUCT
     at = next(place for place, parts in enumerate(inner) if parts)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from parallel_plans.derive.groups import Cut, Group, Part
@@ -54,6 +54,7 @@ class Ruling:
         first: the model that is asked about.
         others: small ones of its kind, by which sizes are named.
         counts: module pattern -> attribute -> how much of it makes a unit, by sample.
+        why_whole: parameter -> why it is not split, where more is to be said than that nothing asks for it.
     """
 
     def __init__(
@@ -62,9 +63,10 @@ class Ruling:
         others: Sequence[Sample],
         names: Names,
         counts: Mapping[str, Mapping[str, tuple[int, ...]]],
+        why_whole: Callable[[str], str | None] = lambda name: None,
     ) -> None:
         self.first, self.others, self.names, self.counts = first, others, names, counts
-        self.spec = first.spec
+        self.spec, self.why_whole = first.spec, why_whole
         self.whole = frozenset().union(*(group.whole for group in first.groups))
         self.norms = frozenset().union(*(group.norms for group in first.groups))
 
@@ -111,7 +113,15 @@ class Ruling:
         elif self._is_head(module):
             yield Line(pattern=pattern, style="colwise_gather_output", shape=self._shape(f"{module.name}.weight", 0))
         else:
-            yield Line(pattern=pattern, style="replicate")
+            yield Line(pattern=pattern, style="replicate", **self._about_whole(own))
+
+    def _about_whole(self, own: Sequence[str]) -> dict[str, str]:
+        """What is said of a module whose parameters stay whole: the shape of the largest, and why it is not split."""
+        largest = max(own, key=lambda name: self.spec.parameters[name].bytes)
+        if len(self.spec.parameters[largest].shape) < 2:
+            return {}
+        why = self.why_whole(largest)
+        return {"shape": self._shape(largest), "note": "" if why is None else f"whole: {why}"}
 
     # -- modules around the layers
 
@@ -239,6 +249,12 @@ class Ruling:
                 raise Unwritable(f"no expression in the config's fields is {values} for {pattern}.{attribute}")
             result[attribute] = text
         return result
+
+    def shape_over(self, name: str, at: int, axis: str) -> str:
+        """The shape of a parameter of which a dim is split over an axis, and nothing else."""
+        count = len(self.spec.parameters[name].shape)
+        words = [self.names.short(self._dim(name, dim)) + f"@{axis}" * (dim == at) for dim in range(count)]
+        return f"[{', '.join(words)}]"
 
     def _shape(self, name: str, split: int | None = None) -> str:
         """The shape of a parameter as comments write it; `split` is a dim that its style splits by itself."""

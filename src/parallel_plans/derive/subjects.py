@@ -21,12 +21,11 @@ from parallel_plans.verify.weights import example_batch, random_model
 _NOTHING = Plan(source="nothing", sections={"tp_plan": ()})
 
 
-def samples(subject: Any, tp: int) -> list[Sample]:
+def samples(subject: Any) -> list[Sample]:
     """What a step says of the model that is asked about, and of a small one of its kind, where there is one.
 
     Args:
         subject: the config of a causal language model of transformers, or an `OwnModel`.
-        tp: ranks.
 
     Raises:
         Exception: whatever the model raises.
