@@ -37,33 +37,74 @@ def test_list_names_every_plan_that_ships() -> None:
     assert [line.split()[0] for line in done.stdout.splitlines()[1:]] == list(bundled_types())
 
 
+def rows_of(printed: str) -> list[str]:
+    """The lines of a tree without its branches, with one space between cells."""
+    return [" ".join(line.lstrip("|`- ").split()) for line in printed.splitlines()]
+
+
 def test_show_gives_every_parameter_its_shape_style_and_bytes() -> None:
     config = next(path for path in CONFIGS if path.stem == "llama-3.1-8b")
-    done = CliRunner().invoke(app, ["show", str(config), "--tp", "8"])
+    done = CliRunner().invoke(app, ["show", str(config), "--tp", "8", "--no-cost"])
     assert done.exit_code == 0, done.output
-    rows = [" ".join(line.split()) for line in done.stdout.splitlines()]
-    assert "model.layers.*.mlp.down_proj.weight 32 [4096, 14336@tp] rowwise 939,524,096 line 13" in rows
+    rows = rows_of(done.stdout)
+    assert "down_proj.weight 32 [4096, 14336@tp] S@tp; out P -> I@tp rowwise 939,524,096 line 13" in rows
+    tree = [row.split()[0] for row in rows[rows.index("") + 2 :] if row]
+    assert tree[:6] == ["llama", "model", "embed_tokens.weight", "layers.*", "self_attn", "q_proj.weight"]
     assert "whole model 32,121,044,992 bytes, 100.0% of them split" in rows
     assert "a rank holds 4,016,062,464 bytes at most, 12.5% of the whole" in rows
 
 
 def test_show_says_where_the_sequence_is_split() -> None:
-    done = CliRunner().invoke(app, ["show", "qwen3_moe", "--tp", "2", "--sp"])
+    done = CliRunner().invoke(app, ["show", "qwen3_moe", "--tp", "2", "--sp", "--no-cost"])
     assert done.exit_code == 0, done.output
     whole = "model.layers.*.self_attn, model.layers.*.mlp"
     told = f"tokens split before model.layers.0; whole within {whole}; whole after model.norm\n"
     assert told in done.output
-    assert re.search(r"input_layernorm.weight +\d+ +\[2048\] +sequence_parallel ", done.output)
+    assert re.search(r"input_layernorm.weight +\d+ +\[2048\] .* sequence_parallel ", done.output)
+
+
+def test_show_tells_collectives_where_they_are_and_of_a_layer_and_of_the_model() -> None:
+    """Half a MiB is 128 tokens of 2048 in bfloat16; every layer reduces twice each way, and embeddings once."""
+    done = CliRunner().invoke(app, ["show", "qwen3_moe", "--tokens", "128"])
+    assert done.exit_code == 0, done.output
+    rows = {row.split()[0]: row for row in rows_of(done.stdout) if row}
+    a_layer = "[2 all_reduce@tp 1.0 MiB a layer]"
+    assert rows["layers.*"].endswith(f"{a_layer} {a_layer}")
+    assert rows["embed_tokens.weight"].endswith("all_reduce@tp 512.0 KiB")
+    assert "in I -> R@tp, out P -> I@tp moe_experts_allreduce" in rows["experts"]
+    told = done.stdout.splitlines()[-1]
+    assert told.startswith(
+        "a training step on 1 x 128 tokens in bfloat16: forward 49 all_reduce@tp 24.5 MiB, all_gather"
+    )
+
+
+def test_show_takes_a_plan_for_the_type_that_it_names(tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text((bundled_folder() / "llama.yaml").read_text().replace("q_proj: ", "q_proj:  "))
+    done = CliRunner().invoke(app, ["show", str(path), "--no-cost"])
+    assert done.exit_code == 0, done.output
+    assert done.stdout.splitlines()[:2] == ["model  llama, llama", f"plan   {path}"]
+
+
+def test_show_says_why_there_are_no_collectives_where_a_model_cannot_be_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*given: object) -> None:
+        raise RuntimeError("no shapes")
+
+    monkeypatch.setattr("parallel_plans.cli.show.step_of", fails)
+    done = CliRunner().invoke(app, ["show", "llama"])
+    assert done.exit_code == 0, done.output
+    assert done.stdout.endswith("collectives: the model could not be traced: RuntimeError: no shapes\n")
+    assert "backward" not in done.stdout
 
 
 def test_show_says_how_experts_are_dealt_and_by_which_rules() -> None:
     config = next(path for path in CONFIGS if path.stem == "mixtral-8x7b")
-    done = CliRunner().invoke(app, ["show", str(config), "--tp", "4", "--ep", "2", "--etp", "2"])
+    done = CliRunner().invoke(app, ["show", str(config), "--tp", "4", "--ep", "2", "--etp", "2", "--no-cost"])
     assert done.exit_code == 0, done.output
-    rows = [" ".join(line.split()) for line in done.stdout.splitlines()]
+    rows = rows_of(done.stdout)
     assert "ranks 4 hold it once: tp = 4, ep = 2, etp = 2" in rows
     assert (
-        "model.layers.*.mlp.experts.gate_up_proj 32 [8@ep, 28672@etp, 4096] moe_tp_gate_up_colwise and grouped_gemm"
+        "gate_up_proj 32 [8@ep, 28672@etp, 4096] S@etp S@ep moe_tp_gate_up_colwise and grouped_gemm"
         " 30,064,771,072 line 12 and 21" in rows
     )
     assert "a rank holds 46,706,737,152 bytes at most, 25.0% of the whole" in rows
@@ -73,12 +114,12 @@ def test_show_takes_the_section_that_fits_the_sizes() -> None:
     config = next(path for path in CONFIGS if path.stem == "mixtral-8x7b")
     lines = {}
     for sizes in (("--tp", "8", "--ep", "8"), ("--tp", "1", "--ep", "8")):
-        done = CliRunner().invoke(app, ["show", str(config), *sizes])
+        done = CliRunner().invoke(app, ["show", str(config), *sizes, "--no-cost"])
         assert done.exit_code == 0, done.output
-        (row,) = (" ".join(line.split()) for line in done.stdout.splitlines() if "gate_up_proj" in line)
+        (row,) = (row for row in rows_of(done.stdout) if "gate_up_proj" in row)
         name, times, *_, held, _, lines[sizes] = row.split(" ")
-        assert (name, times, held) == ("model.layers.*.mlp.experts.gate_up_proj", "32", "15,032,385,536")
-        assert "[8@ep, 28672, 4096] grouped_gemm" in row
+        assert (name, times, held) == ("gate_up_proj", "32", "15,032,385,536")
+        assert re.search(r"\[8@ep, 28672, 4096\] .* grouped_gemm", row)
     rules = (bundled_folder() / "mixtral.yaml").read_text().splitlines()
     sections = [next(line for line in rules[: int(line)][::-1] if not line.startswith(" ")) for line in lines.values()]
     assert sections == ["ep_plan:", "dispatch_plan:"]
@@ -114,7 +155,7 @@ def test_show_ends_with_1_where_the_plan_does_not_fit_and_says_why() -> None:
     assert done.stdout == ""
 
 
-@pytest.mark.parametrize("target", ["/nowhere", "no_such_type", "empty.json", "whisper"])
+@pytest.mark.parametrize("target", ["/nowhere", "no_such_type", "empty.json", "vit"])
 def test_show_ends_with_2_and_one_line_where_there_is_nothing_to_ask_about(
     target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from parallel_plans.layouts import Layout, Range, Split, blocks, deal, merged, nested, split_dim
+from parallel_plans.dealing import Range, deal
+from parallel_plans.layouts import Layout, Split, blocks, merged, nested, split_dim
 
 DEALS = [(count, ranks) for count in range(25) for ranks in range(1, 9)]
 SPLITS = 60  # how many random ones every law is tried on

@@ -26,11 +26,13 @@ from parallel_plans.counts import localize_counts
 from parallel_plans.forks import Along, in_fork_scope, opens_fork_scope, traced_fork_scope
 from parallel_plans.laid_out import LaidOut
 from parallel_plans.lanes import linear_lane
-from parallel_plans.local_parameters import LocalParameters
+from parallel_plans.local_parameters import NOTHING_SHARED, LocalParameters
 from parallel_plans.mesh import Place
+from parallel_plans.model_spec import TRANSPOSED
 from parallel_plans.partial import whole_tree
 from parallel_plans.scopes import body_modules, communicates, forking_modules, joined, summing_modules
 from parallel_plans.sequence import Sequence, SplitBoundary, around_body
+from parallel_plans.sharing import Shared, shared_parts
 from parallel_plans.sums import SCOPE
 from parallel_plans.table import ModuleEntry, Table
 from parallel_plans.views import SLICE_AXIS
@@ -273,6 +275,9 @@ def _make_local(name: str, module: nn.Module, table: Table, place: Place) -> Non
             # with units the dim may count rows of experts, not experts
             if "unit" not in use.rule.options or getattr(module, attribute) == entry.info.shape[0]:
                 localize_counts(module, {attribute: entry.layout.local_shape(place.ranks)[0]})
+    if isinstance(module, TRANSPOSED):  # it reshapes by its number of output features
+        layout = table.parameters[joined(name, "weight")].layout
+        localize_counts(module, {"nf": layout.local_shape(place.ranks)[1]})
     for acting in table.modules.get(name, ()):
         counts: Any = acting.options.get("counts", {})
         rank = place.axes[acting.axis].rank
@@ -382,10 +387,14 @@ def _local_parameters(
 ) -> LocalParameters:
     """The module's own parameters, with the axes on which they are used in another letter than they lie in."""
     found: dict[str, dict[str, tuple[Axis, ...]]] = {"R": {}, "P": {}}
+    shared: dict[str, tuple[Shared, ...]] = {}
     for own, parameter in module._parameters.items():
         entry = table.parameters.get(joined(prefix, own))
+        if entry is None or not isinstance(parameter, Tensor):
+            continue
         for letter, by_name in found.items():
-            axes = () if entry is None or not isinstance(parameter, Tensor) else entry.axes(letter)
-            if axes:
+            if axes := entry.axes(letter):
                 by_name[own] = tuple(place.axes[axis] for axis in axes)
-    return LocalParameters(module, found["R"], found["P"], after)
+        if parts := shared_parts(entry.layout, place):
+            shared[own] = parts
+    return LocalParameters(module, found["R"], found["P"], after, shared=shared or NOTHING_SHARED)

@@ -29,6 +29,7 @@ from torch.distributed.tensor import DTensor
 
 from parallel_plans.collectives import Axis
 from parallel_plans.compiling import untraced
+from parallel_plans.sharing import Shared, share_together
 from parallel_plans.storage import local_tensor, local_tensors
 from parallel_plans.traced_forks import TracedForks, Where, shown
 from parallel_plans.transitions import VIEWS, replicate, replicate_together, set_private
@@ -304,6 +305,15 @@ def replicate_parameters(parameters: Sequence[Tensor], axis: Axis) -> None:
     if forks is not None and len(wanted) > 1:
         made = replicate_together([in_use(parameter) for parameter in wanted], axis)
         forks.replicated.update(zip(map(id, wanted), made, strict=True))
+
+
+def share_parameters(parameters: Sequence[tuple[Tensor | None, Shared]]) -> None:
+    """Inside a scope, makes ready what modules below will ask for and the same ranks share: summed in one go."""
+    forks = _scope.forks
+    wanted = [(each, shared) for each, shared in parameters if each is not None and each.requires_grad]
+    if forks is not None and wanted:
+        made = share_together([in_use(each) for each, _ in wanted], [shared for _, shared in wanted])
+        forks.replicated.update(zip((id(each) for each, _ in wanted), made, strict=True))
 
 
 def in_use(parameter: Tensor) -> Tensor:

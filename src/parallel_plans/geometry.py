@@ -6,11 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache, lru_cache
 from typing import Any
 
+from parallel_plans.dealing import WHOLE, Part
 from parallel_plans.expressions import ExpressionError, evaluate_size
-from parallel_plans.layouts import Split, deal, split_dim
-from parallel_plans.model_spec import ModuleInfo
+from parallel_plans.layouts import Split, split_dim
+from parallel_plans.model_spec import ModelSpec, ModuleInfo
 from parallel_plans.plan import Rule
 from parallel_plans.styles import Style
+from parallel_plans.styles.inputs import SplitInput
 from parallel_plans.table import ParameterEntry
 
 
@@ -23,6 +25,7 @@ class CannotSplit(Exception):
 
 
 MOST_RANKS = 256  # as many are tried
+SIZE = "size"  # in the expression of a unit: what is dealt in such units
 
 
 def sizes_that_do(axis: str, does: Callable[[int], bool]) -> str:
@@ -55,19 +58,33 @@ def _runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
     ]
 
 
+Parts = tuple[Part, ...]
+Proportions = tuple[int, ...]
+
+
 @lru_cache(maxsize=1024)
-def _split_of(dim: int, axis: str, ranks: int, parts: tuple[int, ...], units: tuple[int, ...]) -> Split:
+def _split_of(dim: int, axis: str, ranks: int, parts: Parts, proportions: Proportions | None = None) -> Split:
     """The split of a dim made of these parts: made once for all layers, since each says what every rank holds."""
-    return split_dim(dim=dim, size=sum(parts), axis=axis, ranks=ranks, parts=parts, units=units)
+    sizes, units, shares = zip(*((part.size, part.unit, part.share) for part in parts), strict=True)
+    return split_dim(
+        dim=dim,
+        size=sum(sizes),
+        axis=axis,
+        ranks=ranks,
+        parts=sizes,
+        units=units,
+        shares=shares,
+        proportions=proportions,
+    )
 
 
 @cache
-def _sizes_for(axis: str, parts: tuple[int, ...], units: tuple[int, ...]) -> str:
+def _sizes_for(axis: str, parts: Parts) -> str:
     """The numbers of ranks over which these parts can be dealt in these units, each tried."""
 
     def does(ranks: int) -> bool:
         try:
-            return bool(split_dim(dim=0, size=sum(parts), axis=axis, ranks=ranks, parts=parts, units=units))
+            return bool(_split_of(0, axis, ranks, parts))
         except ValueError:
             return False
 
@@ -75,18 +92,37 @@ def _sizes_for(axis: str, parts: tuple[int, ...], units: tuple[int, ...]) -> str
 
 
 class Geometry:
-    """Shapes under one axis of `ranks` ranks, for a model whose config has these `fields`."""
+    """Shapes under one axis of `ranks` ranks, for a model whose config has these `fields`.
 
-    def __init__(self, fields: Mapping[str, int], axis: str, ranks: int) -> None:
-        self.fields, self.axis, self.ranks = fields, axis, ranks
+    `proportions` say how much each rank gets, where it is not alike; they are idle on another number of ranks.
+    `is_transposed`: the weight is that of a linear layer, and `[in, out]`.
+    """
 
-    def size(self, value: Any) -> int:
-        """A size option as a number."""
+    def __init__(
+        self,
+        fields: Mapping[str, int],
+        axis: str,
+        ranks: int,
+        proportions: Proportions | None = None,
+        *,
+        is_transposed: bool = False,
+    ) -> None:
+        self.fields, self.axis, self.ranks, self.is_transposed = fields, axis, ranks, is_transposed
+        self.proportions = proportions if proportions is not None and len(proportions) == ranks else None
+
+    @classmethod
+    def at(cls, spec: ModelSpec, name: str, axis: str, ranks: int, proportions: Proportions | None = None) -> Geometry:
+        """Shapes of what stands at `name`, where a layer may have sizes of its own."""
+        is_transposed = name in spec.parameters and spec.is_transposed(name)
+        return cls(spec.fields_at(name), axis, ranks, proportions, is_transposed=is_transposed)
+
+    def size(self, value: Any, least: int = 1, of: int | None = None) -> int:
+        """A size option as a number; in one that says how `of` elements are dealt, these are called `size`."""
         try:
-            return evaluate_size(value, self.fields)
+            return evaluate_size(value, self.fields if of is None else {**self.fields, SIZE: of}, least)
         except ExpressionError as error:
             code = "PP107" if error.missing is not None else "PP201"
-            near = ", ".join(sorted(self.fields)) or "no whole numbers at all"
+            near = ", ".join(sorted(_whole_numbers(self.fields))) or "no whole numbers at all"
             fix = f"write a number, or one of the config's fields: {near}" if error.missing is not None else None
             raise CannotSplit(code, f"by the size `{value}`: {error}", fix=fix) from None
 
@@ -97,6 +133,8 @@ class Geometry:
             return None
         if "dim" in options and len(shape) > 1:  # a bias has but one
             dim = int(options["dim"])  # type: ignore[call-overload]
+        elif self.is_transposed and len(shape) == 2 and dim < 0:
+            dim = -3 - dim
         if not -len(shape) <= dim < len(shape):
             raise CannotSplit("PP201", f"dim {dim}", f"a dim between {-len(shape)} and {len(shape) - 1}")
         return dim % len(shape)
@@ -111,25 +149,42 @@ class Geometry:
         if dim is None:
             return None
         options = {**style.defaults, **options}
-        parts = self._parts(shape[dim], dim, options.get("parts", 1))
-        units = self._units(parts, dim, options.get("unit", 1))
-        if options.get("interleaved"):  # the parts lie like the teeth of two combs: one part, dealt in whole rounds
-            parts, units = (sum(parts),), (sum(units),)
-        for part, unit in zip(parts, units, strict=True):
-            if part % unit:
-                raise CannotSplit(
-                    "PP201", f"dim {dim}", f"{part} a whole number of units of {unit}", "correct the unit"
-                )
-        for part, unit in zip(parts, units, strict=True):
-            if part // unit < self.ranks:
-                raise self._too_few(part, unit, dim, style, _sizes_for(self.axis, parts, units))
+        parts = self._dealt(shape[dim], dim, options)
+        for part in parts:
+            self._check(part, parts, dim, style)
         if self.ranks == 1:
             return None
-        return _split_of(dim, self.axis, self.ranks, parts, units)
+        return _split_of(dim, self.axis, self.ranks, parts, self.proportions)
+
+    def units(self, shape: Sequence[int], style: Style, options: Mapping[str, object]) -> tuple[int, ...]:
+        """For each part of the dim that the style splits, how many elements stay together."""
+        dim = self.dim(shape, style, options)
+        assert dim is not None
+        return tuple(part.unit for part in self._dealt(shape[dim], dim, {**style.defaults, **options}))
+
+    def _dealt(self, size: int, dim: int, options: Mapping[str, Any]) -> Parts:
+        """What a dim of this size is made of; without the parts that a config does not have, which are of no size."""
+        sizes = self._parts(size, dim, options.get("parts", 1))
+        units = self._units(sizes, dim, options.get("unit", 1))
+        shares = self._shares(units, dim, options.get("shared", False))
+        if options.get("interleaved"):  # the parts lie like the teeth of two combs: one part, dealt in whole rounds
+            sizes, units, shares = (sum(sizes),), (sum(units),), (None,)
+        made = zip(sizes, units, shares, strict=True)
+        return tuple(Part(size=size, unit=unit, share=share) for size, unit, share in made if size)
+
+    def _check(self, part: Part, parts: Parts, dim: int, style: Style) -> None:
+        if part.size % part.unit:
+            expected = f"{part.size} a whole number of units of {part.unit}"
+            raise CannotSplit("PP201", f"dim {dim}", expected, "correct the unit")
+        if part.share and part.unit % part.share:
+            expected = f"a unit of {part.unit} a whole number of shares of {part.share}"
+            raise CannotSplit("PP201", f"dim {dim}", expected, "correct `shared`")
+        if part.most_ranks is not None and part.most_ranks < self.ranks:
+            raise self._too_few(part, dim, style, _sizes_for(self.axis, parts))
 
     def _parts(self, size: int, dim: int, given: Any) -> tuple[int, ...]:
         if isinstance(given, (list, tuple)):
-            parts = tuple(self.size(part) for part in given)
+            parts = tuple(self.size(part, least=0) for part in given)
             if sum(parts) != size:
                 added = " + ".join(map(str, parts))
                 raise CannotSplit("PP201", f"dim {dim}", f"parts that add up to {size}, not {added} = {sum(parts)}")
@@ -142,17 +197,26 @@ class Geometry:
 
     def _units(self, parts: tuple[int, ...], dim: int, given: Any) -> tuple[int, ...]:
         if not isinstance(given, (list, tuple)):
-            return (self.size(given),) * len(parts)
-        units = tuple(self.size(unit) for unit in given)
-        if len(units) != len(parts):
-            expected = f"one unit, or one for each of the {len(parts)} parts, not {len(units)}"
+            given = (given,) * len(parts)
+        if len(given) != len(parts):
+            expected = f"one unit, or one for each of the {len(parts)} parts, not {len(given)}"
             raise CannotSplit("PP201", f"dim {dim}", expected)
-        return units
+        return tuple(self.size(unit, of=part) if part else 1 for unit, part in zip(given, parts, strict=True))
 
-    def _too_few(self, part: int, unit: int, dim: int, style: Style, sizes: str) -> CannotSplit:
-        count = part // unit
+    def _shares(self, units: Sequence[int], dim: int, given: Any) -> tuple[int | None, ...]:
+        """For each part, what ranks that share a unit have of it (see `Part`)."""
+        each = given if isinstance(given, (list, tuple)) else (given,) * len(units)
+        if len(each) != len(units):
+            expected = f"one value of `shared`, or one for each of the {len(units)} parts, not {len(each)}"
+            raise CannotSplit("PP201", f"dim {dim}", expected)
+        flags = {True: WHOLE, False: None}
+        return tuple(flags[one] if isinstance(one, bool) else self.size(one) for one in each)
+
+    def _too_few(self, part: Part, dim: int, style: Style, sizes: str) -> CannotSplit:
+        unit, count = part.share or part.unit, part.most_ranks
+        assert count is not None
         deals_experts = style.role == "weight"
-        things = f"{part} elements" if unit == 1 else f"{count} unit{'s' * (count > 1)} of {unit}"
+        things = f"{part.size} elements" if unit == 1 else f"{count} unit{'s' * (count > 1)} of {unit}"
         things, thing = (f"{count} experts", "expert") if deals_experts else (things, "unit")
         expected = f"at least one {thing} per rank: {things}, {self.axis} = {self.ranks}"
         fix = sizes + ("" if deals_experts else ", or write the block as `replicate`")
@@ -163,29 +227,61 @@ class Geometry:
         options: dict[str, object] = {**style.defaults, **rule.options}
         counts = options.get("counts")
         if isinstance(counts, Mapping):
-            options["counts"] = {name: self._local_counts(info, name, unit) for name, unit in counts.items()}
+            options["counts"] = {name: self._local_counts(info, name, given) for name, given in counts.items()}
+        inputs = options.get("inputs")
+        if isinstance(inputs, Mapping):
+            options["inputs"] = {name: self._input(info, name, given) for name, given in inputs.items()}
         for name in ("rope", "align_size"):
             if name in options:
                 options[name] = self.size(options[name])
         return options
 
-    def _local_counts(self, info: ModuleInfo, name: str, unit: Any) -> tuple[int, ...]:
-        where = self.fields if name.startswith("config.") else info.counts
+    def _local_counts(self, info: ModuleInfo, name: str, given: Any) -> tuple[int, ...]:
+        """What every rank has of a number that the module keeps, or that each of so many things has of its own."""
+        where = _whole_numbers(self.fields) if name.startswith("config.") else info.counts
         field = name.removeprefix("config.")
         if field not in where:
             owner = "its config" if name.startswith("config.") else f"the {info.type}"
             raise CannotSplit("PP203", f"{owner} keeps no whole number called {field}", fix="correct the name")
-        count, size = where[field], self.size(unit)
-        if count % size or count // size < self.ranks:
-            raise CannotSplit(
-                "PP203",
-                f"{name} = {count} cannot be dealt over {self.ranks} ranks",
-                f"at least {self.ranks} whole units of {size}",
-                f"{_sizes_for(self.axis, (count,), (size,))}, or correct the unit"
-                if count % size == 0
-                else "correct the unit",
-            )
-        return tuple(size * share for share in deal(count // size, self.ranks))
+        more = given if isinstance(given, Mapping) else {"unit": given}
+        count, unit = where[field], self.size(more.get("unit", 1), of=where[field])
+        if "each" in more:
+            part = Part(size=count * self.size(more["each"]), unit=count, share=unit)
+        else:
+            (share,) = self._shares((unit,), 0, more.get("shared", False))
+            part = Part(size=count, unit=unit, share=share)
+        try:
+            ranges = part.ranges(self.ranks, self.proportions)
+        except ValueError:
+            raise self._undealt(name, count, part) from None
+        if "each" in more and self.ranks <= part.size // part.unit:
+            return (count,) * self.ranks  # whole things on every rank, each with all that it has
+        return tuple(stop - start for start, stop in ranges)
+
+    def _undealt(self, name: str, count: int, part: Part) -> CannotSplit:
+        unit = part.share or part.unit
+        told = f"{name} = {count}" if count == part.size else f"{name} = {count} for each of {part.size // count}"
+        divides = part.size % unit == 0 and part.unit % unit == 0
+        fix = f"{_sizes_for(self.axis, (part,))}, or correct the unit" if divides else "correct the unit"
+        expected = f"at least {self.ranks} whole units of {unit}"
+        return CannotSplit("PP203", f"{told} cannot be dealt over {self.ranks} ranks", expected, fix)
+
+    def _input(self, info: ModuleInfo, name: str, given: Mapping[str, Any]) -> SplitInput:
+        if name not in info.inputs:
+            fix = f"name one of {', '.join(info.inputs)}" if info.inputs else "remove the rule"
+            raise CannotSplit("PP203", f"the forward of {info.type} takes no input called {name}", fix=fix)
+        unit, size = self.size(given.get("unit", 1)), self.size(given["size"])
+        (share,) = self._shares((unit,), 0, given.get("shared", False))
+        part = Part(size=size, unit=unit, share=share)
+        try:
+            split = _split_of(0, self.axis, self.ranks, (part,), self.proportions)
+        except ValueError:
+            raise self._undealt(f"the input {name}, {size} elements,", size, part) from None
+        return SplitInput(name=name, place=info.inputs.index(name), dim=int(given["dim"]), split=split)
+
+
+def _whole_numbers(fields: Mapping[str, int]) -> dict[str, int]:
+    return {name: value for name, value in fields.items() if not isinstance(value, bool)}
 
 
 def check_rope(rope: Any, own: Sequence[ParameterEntry]) -> None:

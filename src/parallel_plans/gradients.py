@@ -14,6 +14,7 @@ from parallel_plans.data_parallel.chunks import chunked
 from parallel_plans.data_parallel.copies import copies_of
 from parallel_plans.data_parallel.fully_sharded import averaged_by_torch
 from parallel_plans.data_parallel.wrapped import averaged_by_wrapper
+from parallel_plans.dealing import between
 from parallel_plans.layouts import Layout
 from parallel_plans.mesh import Place, device_of
 from parallel_plans.state import Parallel, local_part, parallel_of
@@ -37,6 +38,24 @@ def _spread_over(name: str, parameter: Tensor, parallel: Parallel | None) -> tup
     return over if chunks is None else (*over, chunks.axis)
 
 
+def _counted(name: str, parameter: Tensor, parallel: Parallel | None) -> Tensor:
+    """What this rank has of a gradient and no rank before it, so that nothing is counted twice."""
+    assert parameter.grad is not None
+    gradient, layout = local_part(parameter.grad), None if parallel is None else parallel.layout(name)
+    if parallel is None or layout is None:
+        return gradient
+    for split in layout.splits:
+        if split.is_disjoint:
+            continue
+        rank, chunks = parallel.place.axes[split.axis].rank, chunked(parameter, layout, parallel.place)
+        ranges = split.counted(rank)
+        if chunks is not None and chunks.dim == split.dim:
+            ranges = between(ranges, *chunks.stretch(split.local_sizes[rank]))
+        pieces = [gradient.narrow(split.dim, start, stop - start) for start, stop in ranges]
+        gradient = torch.cat([gradient.narrow(split.dim, 0, 0), *pieces], split.dim)
+    return gradient
+
+
 @torch.no_grad()
 def gradient_norm(model: nn.Module, norm_type: float = 2.0) -> Tensor:
     """The p-norm of all gradients of `model`, as of one whole vector; a float32 scalar, the same on every rank.
@@ -56,7 +75,7 @@ def gradient_norm(model: nn.Module, norm_type: float = 2.0) -> Tensor:
         before = totals.setdefault(key, torch.zeros((), device=device))
         if parameter.grad is None:
             continue
-        size = local_part(parameter.grad).abs().float()
+        size = _counted(name, parameter, parallel).abs().float()
         if norm_type == math.inf:
             totals[key] = torch.maximum(before, size.max()) if size.numel() else before
         else:

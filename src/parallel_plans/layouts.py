@@ -17,25 +17,12 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
-Range = tuple[int, int]  # start, stop (exclusive), in elements of the whole dim
-
-
-def deal(count: int, ranks: int) -> tuple[int, ...]:
-    """How many of `count` things each rank gets: as `torch.chunk`, or balanced where that leaves a rank empty.
-
-    >>> deal(10, 4), deal(5, 4), deal(2, 4)
-    ((3, 3, 3, 1), (2, 1, 1, 1), (1, 1, 0, 0))
-    """
-    most = -(-count // ranks)
-    chunks = tuple(max(0, min(most, count - rank * most)) for rank in range(ranks))
-    if chunks[-1] > 0:
-        return chunks
-    return tuple(count // ranks + (rank < count % ranks) for rank in range(ranks))
+from parallel_plans.dealing import Part, Range, deal
 
 
 def merged(ranges: Sequence[Range]) -> tuple[Range, ...]:
@@ -127,6 +114,33 @@ class Split:
                 return None
         return parts
 
+    def holders(self, rank: int) -> dict[tuple[int, ...], tuple[Range, ...]]:
+        """Ranks, in order -> the ranges of `rank`'s local dim that these hold, and no others.
+
+        2 heads of 64 on 4 ranks, rank 1: {(0, 1): ((0, 64),)}
+        """
+        if self.is_disjoint:
+            return {(rank,): ((0, self.local_sizes[rank]),)}
+        edges = sorted({edge for ranges in self.ranges for piece in ranges for edge in piece})
+        found: dict[tuple[int, ...], list[Range]] = {}
+        offset = 0
+        for start, stop in self.ranges[rank]:
+            cuts = [start, *(edge for edge in edges if start < edge < stop), stop]
+            for low, high in pairwise(cuts):
+                found.setdefault(self._having(low), []).append((offset + low - start, offset + high - start))
+            offset += stop - start
+        return {ranks: merged(ranges) for ranks, ranges in found.items()}
+
+    def _having(self, index: int) -> tuple[int, ...]:
+        return tuple(
+            rank for rank, ranges in enumerate(self.ranges) if any(start <= index < stop for start, stop in ranges)
+        )
+
+    def counted(self, rank: int) -> tuple[Range, ...]:
+        """The ranges of `rank`'s local dim that no rank before it holds: each index once, over all ranks."""
+        found = [each for ranks, ranges in self.holders(rank).items() if ranks[0] == rank for each in ranges]
+        return merged(sorted(found))
+
     def in_full(self) -> Split:
         """Itself, with all worked out that is asked when values move: torch.compile could not trace that."""
         assert self.local_sizes
@@ -164,32 +178,31 @@ def split_dim(
     ranks: int,
     parts: Sequence[int] | None = None,
     units: Sequence[int] | None = None,
+    shares: Sequence[int | None] | None = None,
+    proportions: Sequence[int] | None = None,
 ) -> Split:
     """The split of a dim of `size` elements over `ranks` ranks.
 
     Every part (default: one, the whole dim) is dealt on its own, in whole units (default: single elements), so that a
-    rank holds its share of each part, one behind the other.
+    rank holds its share of each part, one behind the other. `shares` says of each part what ranks have of a unit where
+    there are too few (see `parallel_plans.dealing.Part`); `proportions` how much each rank gets, where it is not alike.
 
     Raises:
         ValueError: parts that do not add up to `size`, units that do not divide their part, fewer units than ranks.
     """
     parts = (size,) if parts is None else tuple(parts)
     units = (1,) * len(parts) if units is None else tuple(units)
+    shares = (None,) * len(parts) if shares is None else tuple(shares)
     if sum(parts) != size or min(parts) <= 0:
         raise ValueError(f"parts {list(parts)} do not add up to {size}")
     if len(units) != len(parts) or min(units) <= 0:
         raise ValueError(f"{len(parts)} parts need {len(parts)} units, not {list(units)}")
     pieces: list[list[Range]] = [[] for _ in range(ranks)]
     offset = 0
-    for part, unit in zip(parts, units, strict=True):
-        if part % unit:
-            raise ValueError(f"a part of {part} is not a whole number of units of {unit}")
-        if part // unit < ranks:
-            raise ValueError(f"{part // unit} units of {unit} for {ranks} ranks")
-        start = offset
-        for rank, count in enumerate(deal(part // unit, ranks)):
-            pieces[rank].append((start, start + count * unit))
-            start += count * unit
+    for part, unit, share in zip(parts, units, shares, strict=True):
+        dealt = Part(size=part, unit=unit, share=share).ranges(ranks, proportions)
+        for rank, (start, stop) in enumerate(dealt):
+            pieces[rank].append((offset + start, offset + stop))
         offset += part
     return Split(dim=dim, size=size, axis=axis, ranges=tuple(merged(rank) for rank in pieces))
 

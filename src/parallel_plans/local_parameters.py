@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,10 +13,14 @@ from torch.distributed.tensor import DTensor
 from parallel_plans.collectives import Axis
 from parallel_plans.forks import in_use, replicated_in_use
 from parallel_plans.partial import contribute
+from parallel_plans.sharing import Shared, share_together
 from parallel_plans.transitions import replicate, replicate_together
 
 if TYPE_CHECKING:
     from parallel_plans.boundary import Forward
+
+
+NOTHING_SHARED: Mapping[str, tuple[Shared, ...]] = MappingProxyType({})
 
 
 class LocalParameters:
@@ -25,6 +31,7 @@ class LocalParameters:
         summed: those whose gradients are summed, each with the axes.
         once: those that one rank alone adds to a sum, each with the axes.
         after: those that are hidden from the forward and added to the delivered output.
+        shared: those of which other ranks hold some too, each with what they hold.
         kept: all of them, and whether each is kept in another form than the module computes with; None: look.
     """
 
@@ -35,15 +42,17 @@ class LocalParameters:
         once: dict[str, tuple[Axis, ...]],
         after: tuple[str, ...] = (),
         kept: dict[str, bool] | None = None,
+        shared: Mapping[str, tuple[Shared, ...]] = NOTHING_SHARED,
     ) -> None:
-        self.module, self.summed, self.once, self.after = module, summed, once, after
+        self.module, self.summed, self.once, self.after, self.shared = module, summed, once, after, shared
         self.kept = self._kept() if kept is None else kept
         self.apart = tuple(name for name, is_apart in self.kept.items() if is_apart)
-        self.is_special = bool(summed or once or after)  # any is used in another letter than that in which it lies
+        # any is used in another letter than that in which it lies
+        self.is_special = bool(summed or once or after or shared)
 
     def on(self, module: nn.Module) -> LocalParameters:
         """The same for a copy of the module, which may have no parameters yet."""
-        return LocalParameters(module, self.summed, self.once, self.after, self.kept)
+        return LocalParameters(module, self.summed, self.once, self.after, self.kept, self.shared)
 
     def around(self, forward: Forward) -> Forward:
         """`forward` with local tensors in the parameters' place while it runs; itself where they lie there anyway."""
@@ -105,7 +114,7 @@ class LocalParameters:
         return {name: isinstance(parameter, DTensor) for name, parameter in found if parameter is not None}
 
     def _around_special(self, forward: Forward) -> Forward:
-        if len(self.summed) == len(self.kept) == 1 and not (self.once or self.after):
+        if len(self.summed) == len(self.kept) == 1 and not (self.once or self.after or self.shared):
             return self._around_summed(forward, *self.summed)
         only_gradients, are_plain = not (self.once or self.after), not self.apart
 
@@ -189,4 +198,6 @@ class LocalParameters:
             local = replicate(local, axis)
         for axis in self.once.get(name, ()):
             local = contribute(local, axis)
+        for shared in self.shared.get(name, ()) if torch.is_grad_enabled() and local.requires_grad else ():
+            (local,) = share_together([local], [shared])
         return local

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -30,6 +30,8 @@ class Place:
         axes: axis name -> the axis as this rank sees it. Two names of the same ranks are one `Axis`.
         dims: axis name -> the dims of `whole` that make it up, by name.
         all_axes: the axes of the whole mesh, outermost first; along them one after the other all ranks can be reached.
+        among: axis name and some of its ranks -> these as an axis, None where this rank is none of them; filled as
+            parameters are met that several ranks share (see `parallel_plans.sharing`).
     """
 
     views: Views
@@ -38,6 +40,7 @@ class Place:
     axes: Mapping[str, Axis]
     dims: Mapping[str, tuple[str, ...]]
     all_axes: tuple[Axis, ...]
+    among: dict[tuple[str, tuple[int, ...]], Axis | None] = field(default_factory=dict)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -60,6 +63,14 @@ class Place:
         steps = [step for step in self.views.steps if step <= self.views.holders]
         inner = list(pairwise(steps))
         return tuple(dim for dim, (high, low) in enumerate(inner) if start <= low and high <= stop)
+
+    def rows(self, axis: str) -> list[list[int]]:
+        """The global ranks along an axis, once for every group of ranks that has such an axis."""
+        names = self.whole.mesh_dim_names or (TENSOR_AXIS,)
+        dims = [names.index(name) for name in self.dims[axis]]
+        moved = self.whole.mesh.movedim(dims, list(range(-len(dims), 0))) if dims else self.whole.mesh
+        rows: list[list[int]] = moved.reshape(-1, self.axes[axis].size).tolist()
+        return rows
 
     def mesh_over(self, axis: str) -> DeviceMesh:
         """An axis as a mesh of one dim, cut out of the mesh of all ranks; every rank calls it."""

@@ -27,8 +27,10 @@ EXPECTED: dict[str, str] = {
     "size": "an integer of at least 1, or an expression over the model's config",
     "parts": "an integer of at least 1, an expression, or a list of at least 2 sizes",
     "units": "a size, or a list of sizes, one per part",
+    "shares": "true, false, a size, or a list of these, one per part",
     "flag": "true or false",
-    "counts": "a mapping from an attribute of the module to a size",
+    "counts": "a mapping from an attribute of the module to a size, or to a mapping with unit, shared, each",
+    "inputs": "a mapping from an input of the module to `{dim: ..., size: ...}`, with unit and shared where needed",
     "name": "a name, as text",
 }
 
@@ -112,6 +114,18 @@ def _units(node: Node) -> int | str | tuple[int | str, ...]:
     return tuple(_size(item) for item in node.items)
 
 
+def _share(node: Node) -> bool | int | str:
+    is_flag = isinstance(node, Scalar) and node.kind == "bool" and node.text.lower() in _FLAGS
+    return _flag(node) if is_flag else _size(node)
+
+
+def _shares(node: Node) -> bool | int | str | tuple[bool | int | str, ...]:
+    try:
+        return tuple(map(_share, node.items)) if isinstance(node, Items) and node.items else _share(node)
+    except OptionError as error:
+        raise OptionError(error.node, EXPECTED["shares"], reason=error.reason) from None
+
+
 def _flag(node: Node) -> bool:
     # yes, no, on and off are booleans to YAML 1.1 only, so a plan does not use them
     if not isinstance(node, Scalar) or node.kind != "bool" or node.text.lower() not in _FLAGS:
@@ -119,15 +133,55 @@ def _flag(node: Node) -> bool:
     return _FLAGS[node.text.lower()]
 
 
-def _counts(node: Node) -> dict[str, int | str]:
+def _count(node: Node) -> object:
+    """A size, or what says more of a number: its unit, what ranks that share one have, of how many things it is one."""
+    if not isinstance(node, Fields):
+        return _size(node)
+    found: dict[str, object] = {}
+    for key, value in node.entries:
+        checker = _COUNT.get(key.text) if isinstance(key, Scalar) and key.kind == "str" else None
+        if checker is None:
+            raise OptionError(key, EXPECTED["counts"])
+        found[key.text] = checker(value)  # type: ignore[union-attr]
+    return found
+
+
+def _counts(node: Node) -> dict[str, object]:
     if not isinstance(node, Fields) or not node.entries:
         raise OptionError(node, EXPECTED["counts"])
-    counts: dict[str, int | str] = {}
+    counts: dict[str, object] = {}
     for key, value in node.entries:
         if not isinstance(key, Scalar) or key.kind != "str" or not _ATTRIBUTE.fullmatch(key.text):
             raise OptionError(key, EXPECTED["counts"])
-        counts[key.text] = _size(value)
+        counts[key.text] = _count(value)
     return counts
+
+
+_OF_INPUT: dict[str, Callable[[Node], object]] = {"dim": _dim, "size": _size, "unit": _size, "shared": _size}
+
+
+def _inputs(node: Node) -> dict[str, dict[str, object]]:
+    if not isinstance(node, Fields) or not node.entries:
+        raise OptionError(node, EXPECTED["inputs"])
+    inputs: dict[str, dict[str, object]] = {}
+    for key, value in node.entries:
+        if not isinstance(key, Scalar) or key.kind != "str" or not key.text.isidentifier():
+            raise OptionError(key, EXPECTED["inputs"])
+        inputs[key.text] = _input(value)
+    return inputs
+
+
+def _input(node: Node) -> dict[str, object]:
+    if not isinstance(node, Fields):
+        raise OptionError(node, EXPECTED["inputs"])
+    given: dict[str, object] = {}
+    for key, value in node.entries:
+        if not isinstance(key, Scalar) or key.text not in _OF_INPUT:
+            raise OptionError(key, EXPECTED["inputs"])
+        given[key.text] = _OF_INPUT[key.text](value)
+    if not {"dim", "size"} <= given.keys():
+        raise OptionError(node, EXPECTED["inputs"])
+    return given
 
 
 def _name(node: Node) -> str:
@@ -136,12 +190,15 @@ def _name(node: Node) -> str:
     return node.text
 
 
+_COUNT: dict[str, Callable[[Node], object]] = {"unit": _size, "shared": _share, "each": _size}
 CHECKERS: dict[str, Callable[[Node], object]] = {
     "dim": _dim,
     "size": _size,
     "parts": _parts,
     "units": _units,
+    "shares": _shares,
     "flag": _flag,
     "counts": _counts,
+    "inputs": _inputs,
     "name": _name,
 }

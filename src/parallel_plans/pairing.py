@@ -6,7 +6,7 @@ nothing is said: `verify_plan` looks at what the model computes. Of weights that
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from parallel_plans.accounting import Report
 from parallel_plans.attention_heads import KEY, OUTPUT, QUERY, Attention
@@ -41,14 +41,15 @@ class Pairing:
     def _piece(self, name: str) -> Piece:
         entry = self.table.parameters[name]
         ranks = self.table.sizes[entry.uses[0].axis]
-        return Piece(name=name, entry=entry, spec=self.spec, ranks=ranks, tried=self.tried)
+        proportions = self.table.plan.proportions
+        return Piece(name=name, entry=entry, spec=self.spec, ranks=ranks, tried=self.tried, proportions=proportions)
 
     def _linears(self) -> dict[str, dict[str, Piece]]:
         """Module -> the last segment of each linear layer directly in it -> its weight, where the axis has ranks."""
         found: dict[str, dict[str, Piece]] = {}
         for name, module in self.spec.modules.items():
             weight = f"{name}.weight"
-            if module.kind == "linear":
+            if module.kind == "linear" and not module.is_transposed:
                 parent, _, last = name.rpartition(".")
                 piece = self._piece(weight)
                 if piece.ranks > 1:
@@ -56,7 +57,9 @@ class Pairing:
         return found
 
     def _counts(self, module: str) -> bool:
-        return any("counts" in entry.options for entry in self.table.modules.get(module, ()))
+        """Whether the plan sets numbers of the module, other than those that follow from how keys and values lie."""
+        given = (entry.rule.options.get("counts") for entry in self.table.modules.get(module, ()))
+        return any(not _is_each(count) for counts in given if isinstance(counts, Mapping) for count in counts.values())
 
     def _check_widths(self, pieces: Sequence[Piece]) -> None:
         """Within one module, features that are handed on in parts and taken in parts are the same ones.
@@ -142,3 +145,7 @@ def _inner(wide: Piece, narrow: Piece) -> int | None:
         other[j] for i in (0, 1) for j in (0, 1) if one[i] == 2 * other[j] and one[1 - i] == other[1 - j]
     }  # fmt: skip
     return readings.pop() if len(readings) == 1 else None
+
+
+def _is_each(count: object) -> bool:
+    return isinstance(count, Mapping) and "each" in count

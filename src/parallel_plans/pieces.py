@@ -16,7 +16,8 @@ from parallel_plans.table import ParameterEntry, Use
 class Piece:
     """A weight on the axis of its rule in `tp_plan`, and how it would lie on any number of ranks.
 
-    `tried` keeps what was found for weights like it, so that it is worked out once for all layers.
+    `tried` keeps what was found for weights like it, so that it is worked out once for all layers; `proportions` are
+    those of the plan.
     """
 
     name: str
@@ -24,6 +25,7 @@ class Piece:
     spec: ModelSpec
     ranks: int
     tried: dict[tuple[object, ...], str] = field(default_factory=dict)
+    proportions: tuple[int, ...] | None = None
 
     @property
     def use(self) -> Use:
@@ -57,7 +59,7 @@ class Piece:
             CannotSplit: it could not be.
         """
         options = self.use.rule.options if unit is None else {**self.use.rule.options, "unit": unit}
-        geometry = Geometry(self.spec.fields_at(self.name), self.use.axis, ranks)
+        geometry = Geometry.at(self.spec, self.name, self.use.axis, ranks, self.proportions)
         return geometry.split(self.entry.info.shape, self.use.style, options)
 
     def sizes(self, holds: Callable[[int], bool], what: object) -> str:

@@ -19,7 +19,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from parallel_plans.layouts import Layout, Range, Split, merged
+from parallel_plans.dealing import Range
+from parallel_plans.layouts import Layout, Split, merged
 from parallel_plans.mesh import Place
 
 _NUMBER_BYTES = 6  # the factor is an int64; so many bytes of a hash never meet by chance

@@ -46,7 +46,8 @@ class Plan:
 
     `source` is for people: the path as shown in messages, or `<mapping>`. `dropped` are the rules that it does without
     though they stand in its source: those of a class that do nothing in this model. `splits_sequence`: whether its
-    `sp_plan` is in use, of which the rules come before those of `tp_plan`.
+    `sp_plan` is in use, of which the rules come before those of `tp_plan`. `proportions`: how much each rank of `tp`
+    gets, where the caller wants it unlike.
     """
 
     source: str
@@ -56,6 +57,7 @@ class Plan:
     sections: Mapping[str, tuple[Rule, ...]] = field(hash=False)
     dropped: tuple[Rule, ...] = ()
     splits_sequence: bool = False
+    proportions: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         assert set(self.sections) <= set(SECTIONS), tuple(self.sections)
@@ -75,5 +77,11 @@ class Plan:
             for section in SECTIONS
             if section in self.sections
         }
-        content = [self.version, self.model_type, sections, *(["sp_plan"] if self.splits_sequence else [])]
+        content: list[object] = [
+            self.version,
+            self.model_type,
+            sections,
+            *(["sp_plan"] if self.splits_sequence else []),
+        ]
+        content += [] if self.proportions is None else [list(self.proportions)]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode("ascii")).hexdigest()

@@ -20,7 +20,7 @@ from parallel_plans.errors import PlanError
 from parallel_plans.expert_rules import ExpertRules, report_differing, report_incomplete
 from parallel_plans.geometry import CannotSplit, Geometry, check_rope
 from parallel_plans.layouts import Layout, Split, nested
-from parallel_plans.matching import Assignment, assign
+from parallel_plans.matching import Assignment, Pattern, assign
 from parallel_plans.model_spec import ModelSpec, ModuleInfo, ParameterInfo
 from parallel_plans.plan import Plan, Rule
 from parallel_plans.sequence_rules import report_sequence
@@ -70,7 +70,8 @@ class _Resolver:
 
     def geometry(self, name: str, axis: str) -> Geometry:
         """Shapes under an axis at `name`, where a layer may have sizes of its own."""
-        return Geometry(self.spec.fields_at(name), axis, self.views.sizes[axis])
+        proportions = self.plan.proportions if axis == TENSOR_AXIS else None
+        return Geometry.at(self.spec, name, axis, self.views.sizes[axis], proportions)
 
     def table(self) -> Table:
         report_misplaced(self.report)
@@ -177,6 +178,8 @@ class _Resolver:
         is_misplaced = rule.section not in style.sections or (style.serves and info.kind not in style.serves)
         if not acts or is_misplaced or not all(name in parameters for name in info.parameters):
             return None  # all but the first were reported, of the rule or of the module's parameters
+        if rule.optional and not self._keeps(info, rule) and self._is_kept_elsewhere(rule):
+            return None  # a module of another kind under the same name
         own = [parameters[name] for name in info.parameters]
         try:
             if style.shards and not self._suits(info, own, style, rule, axis):
@@ -191,6 +194,17 @@ class _Resolver:
             return None
         over = self._over(info.name, style, axis)
         return ModuleEntry(info=info, style=style, rule=rule, axis=axis, over=over, split=split, options=options)
+
+    @staticmethod
+    def _keeps(info: ModuleInfo, rule: Rule) -> bool:
+        """Whether a module keeps all the numbers that the rule names."""
+        counts = rule.options.get("counts")
+        names = counts if isinstance(counts, Mapping) else ()
+        return all(name in info.counts for name in names if not name.startswith("config."))
+
+    def _is_kept_elsewhere(self, rule: Rule) -> bool:
+        pattern = Pattern.of(rule.pattern)
+        return any(pattern.matches(name) and self._keeps(info, rule) for name, info in self.spec.modules.items())
 
     def _dealt(self, name: str, style: Style, axis: str, own: Sequence[ParameterEntry]) -> Split | None:
         """How the module's parameter is split on the axis, or for a style that knows experts, how these are dealt."""

@@ -12,6 +12,7 @@ from parallel_plans.plan import Rule
 from parallel_plans.styles import Style, get_style
 
 _OTHER = "use `replicate`, or the style that fits such a {}"
+STAND_IN = "Identity"  # what torch has for a part that a config leaves out
 Problem = tuple[str, str]  # what is wrong, and what to do
 
 
@@ -87,6 +88,8 @@ def report_unserved(report: Report, spec: ModelSpec, assignment: Assignment) -> 
         rule, modules = use.rule, reached.get(id(use.rule), [])
         serves = get_style(rule.style).serves
         if use.parameters or not modules or not serves or any(module.kind in serves for module in modules):
+            continue
+        if rule.optional and all(module.type == STAND_IN for module in modules):
             continue
         problem = f"{rule.style} stands on {_kinds(get_style(rule.style))}, and {modules[0].name} is a "
         fix = f"name the modules below it, or write `{rule.pattern}.**` for all of them"

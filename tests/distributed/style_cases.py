@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
-from toys import FFN, HIDDEN, Gated, Heads, Latent, Mixture, Only, Pair, Rms, Stack, Summed, Words, Wrapped
+from toys import FFN, HIDDEN, Gated, Heads, Latent, Mixer, Mixture, Only, Pair, Rms, Stack, Summed, Words, Wrapped
 
 
 @dataclass(frozen=True)
@@ -196,6 +196,29 @@ ALL_REDUCE = Case(
     forward=(SUM,),
     backward=(SUM,),
 )
+MIXER = Case(
+    make=Mixer,
+    plan={
+        "up": "colwise",
+        "conv.weight": {"style": "colwise", "dim": 0},
+        "conv.bias": "colwise",
+        "conv": {"style": "local_counts", "counts": {"groups": 1}},
+        "shared": "rowwise_for_use",
+        "spread.weight": "colwise",
+        "out": "rowwise",
+    },
+    cuts={
+        "up.weight": ROWS_10,
+        "up.bias": ROWS_10,
+        "conv.weight": ROWS_10,
+        "conv.bias": ROWS_10,
+        "shared.weight": COLUMNS_10,
+        "spread.weight": ROWS_10,
+        "out.weight": COLUMNS_10,
+    },
+    forward=(SUM, SUM),
+    backward=(SUM, SUM, SUM),  # of what all channels take, of the bias in it, of the input
+)
 SEQUENCE = Case(
     make=lambda: Only(nn.LayerNorm(HIDDEN)), plan={"layer": "sequence_parallel"}, backward=(SUM,), sequence=True
 )
@@ -255,6 +278,7 @@ CASES: dict[str, Case] = {
         lambda: Wrapped(Heads()), "inner.", {"count": 1, "config.heads": 1}
     ),
     "mla_kv_a_proj": LATENT,
+    "rowwise_for_use, local_counts of a convolution": MIXER,
     "all_reduce": ALL_REDUCE,
     "sequence_parallel": SEQUENCE,
     "sequence split between blocks": SPLIT_SEQUENCE,

@@ -48,7 +48,7 @@ def test_it_never_takes_more_than_transformers_does(results: dict[str, Any], mod
 def test_every_result_has_a_row(benchmark: Any, results: dict[str, Any]) -> None:
     rows = benchmark.markdown(list(results.values())).splitlines()[2:]
     assert [row.split(" | ")[0].strip("| ") for row in rows] == list(COUNTS)
-    assert len(benchmark.types()) == len(list((FOLDER.parent / "plans").glob("*.yaml")))
+    assert set(COUNTS) <= set(benchmark.types())
 
 
 def test_a_split_sequence_is_gathered_where_a_block_begins_and_scattered_where_it_ends(

@@ -27,7 +27,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from parallel_plans import average_gradients, full_gradients, full_state_dict, parallelize
 from parallel_plans.collectives import Call, record_collectives
-from parallel_plans.layouts import deal
+from parallel_plans.dealing import deal
 from parallel_plans.state import local_part
 from parallel_plans.storage import STORAGES
 

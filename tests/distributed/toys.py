@@ -164,6 +164,22 @@ class Latent(nn.Module):
         return self.out((keys * self.query(hidden).unflatten(-1, (-1, 6))).flatten(-2).tanh())
 
 
+class Mixer(nn.Module):
+    """Channels with a filter of their own each, and features of all channels that every channel takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(HIDDEN, FFN)
+        self.conv = nn.Conv1d(FFN, FFN, 2, groups=FFN, padding=1)
+        self.shared = nn.Linear(FFN, 3)
+        self.spread = nn.Linear(3, FFN, bias=False)
+        self.out = nn.Linear(FFN, HIDDEN)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        channels = self.conv(self.up(hidden).transpose(1, 2))[..., :-1].transpose(1, 2).tanh()
+        return self.out(channels * (self.shared(channels) @ self.spread.weight.T))
+
+
 class Experts(nn.Module):
     """Three experts with fused weights, and one that passes its input on."""
 

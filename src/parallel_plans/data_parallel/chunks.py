@@ -17,6 +17,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from parallel_plans.collectives import Axis
 from parallel_plans.data_parallel.copies import copies_of, ranks_of
+from parallel_plans.dealing import Range
 from parallel_plans.layouts import Layout
 from parallel_plans.mesh import Place
 
@@ -27,6 +28,11 @@ class Chunked:
 
     dim: int
     axis: Axis
+
+    def stretch(self, size: int) -> Range:
+        """Which elements of a part of this size this rank's chunk has."""
+        step = -(-size // self.axis.size)
+        return min(size, self.axis.rank * step), min(size, (self.axis.rank + 1) * step)
 
 
 def chunked(value: Tensor, layout: Layout | None, place: Place) -> Chunked | None:

@@ -19,6 +19,13 @@ from parallel_plans.boundary import Arguments, Boundary, Forward, Keywords, Site
 from parallel_plans.transitions import reduce_for_use
 
 
+def _holders(site: Site) -> int:
+    """How many ranks have what this one has."""
+    assert site.split is not None
+    (ranks,) = site.split.holders(site.own.rank)
+    return len(ranks)
+
+
 class _MeansOverRanks(TorchFunctionMode):
     """Inside it, a mean over the last dim of a value as wide as this rank's part is the mean over all ranks."""
 
@@ -27,10 +34,12 @@ class _MeansOverRanks(TorchFunctionMode):
         self.site, self.width, self.taken = site, site.local_size, 0
         assert site.split is not None
         self.whole = site.split.size
+        self.holders = _holders(site)  # of several ranks that have the same, each adds its share
 
     def mean(self, value: Tensor, keepdim: bool = True) -> Tensor:
         self.taken += 1
-        return reduce_for_use(value.sum(-1, keepdim=keepdim), self.site.axis) / self.whole
+        own = value.sum(-1, keepdim=keepdim)
+        return reduce_for_use(own if self.holders == 1 else own / self.holders, self.site.axis) / self.whole
 
     def _mean(self, value: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Tensor:
         dims = tuple(dim) if isinstance(dim, (tuple, list)) else (dim,)

@@ -6,6 +6,7 @@ from types import MappingProxyType
 
 from parallel_plans.plan import EXPERT_SECTIONS
 from parallel_plans.styles.base import DELAY, Style, register_style
+from parallel_plans.styles.inputs import InputsBoundary
 from parallel_plans.styles.special import (
     RopePartBoundary,
     VocabularyBoundary,
@@ -15,6 +16,9 @@ from parallel_plans.styles.statistics import ShardedNormBoundary
 SPLIT = MappingProxyType({"dim": "dim", "unit": "units"})
 TWO_PARTS = MappingProxyType({"parts": 2})
 PACKED = MappingProxyType({"dim": "dim", "parts": "parts", "unit": "units"})
+# units that several ranks may share: of an output each may have all, of an input only pieces, or they would add twice
+SHARED_OUTPUT = MappingProxyType({"shared": "shares"})
+SHARED_INPUT = MappingProxyType({"shared": "units"})
 SUM = MappingProxyType({DELAY: "flag"})
 COUNTS = MappingProxyType({"counts": "counts"})
 ANYWHERE = ("tp_plan", "sp_plan", *EXPERT_SECTIONS)
@@ -29,7 +33,7 @@ register_style(
         leaves="S(-1)",
         delivers="S(-1)",
         serves=("linear",),
-        options=SPLIT,
+        options=MappingProxyType({**SPLIT, **SHARED_OUTPUT}),
     )
 )
 register_style(
@@ -42,7 +46,22 @@ register_style(
         leaves="P",
         after=("bias",),
         serves=("linear",),
-        options=MappingProxyType({**SPLIT, **SUM}),
+        options=MappingProxyType({**SPLIT, **SHARED_INPUT, **SUM}),
+    )
+)
+register_style(
+    Style(
+        name="rowwise_for_use",
+        summary="as rowwise, and each rank uses the sum on what it alone has; gradients are summed, a bias's too",
+        matrix=-1,
+        whole_as="R",
+        arrives="S(-1)",
+        needs="S(-1)",
+        leaves="P",
+        delivers="R",
+        after=("bias",),
+        serves=("linear",),
+        options=SPLIT,
     )
 )
 register_style(
@@ -82,7 +101,7 @@ register_style(
         leaves="S(-1)",
         delivers="S(-1)",
         serves=("linear",),
-        options=PACKED,
+        options=MappingProxyType({**PACKED, **SHARED_OUTPUT}),
     )
 )
 register_style(
@@ -96,7 +115,7 @@ register_style(
         leaves="P",
         after=("bias",),
         serves=("linear",),
-        options=MappingProxyType({**PACKED, **SUM}),
+        options=MappingProxyType({**PACKED, **SHARED_INPUT, **SUM}),
     )
 )
 register_style(
@@ -169,7 +188,7 @@ register_style(
         delivers="S(-1)",
         ndims=(1, 2),
         serves=("other",),
-        options=MappingProxyType({"unit": "units"}),
+        options=MappingProxyType({"unit": "units", **SHARED_OUTPUT}),
         boundary=ShardedNormBoundary,
         module_only=True,
     )
@@ -181,5 +200,15 @@ register_style(
         options=COUNTS,
         module_only=True,
         sections=ANYWHERE,
+    )
+)
+register_style(
+    Style(
+        name="split_inputs",
+        summary="of inputs that hold something for every head a rank takes what goes with its own; counts as well",
+        options=MappingProxyType({"inputs": "inputs", **COUNTS}),
+        boundary=InputsBoundary,
+        module_only=True,
+        wants_split="around",
     )
 )

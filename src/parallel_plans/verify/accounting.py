@@ -129,6 +129,8 @@ class _Warnings:
         for name, acting in self.table.acting():
             if acting.style.needs == "R":
                 spreading.setdefault(name, set()).add(acting.axis)
+            if acting.style.delivers == "R":  # what is beside it may be given that
+                spreading.setdefault(name.rpartition(".")[0], set()).add(acting.axis)
         for name, entry in self._uses():
             use, owner = entry.uses[0], name.rpartition(".")[0]
             is_layer = self.spec.modules[owner].kind in use.style.serves and len(entry.info.shape) > 1

@@ -109,10 +109,9 @@ def lay_of(table: Table, name: str, views: Views, rank: int, tracker: Tracker) -
 def _units(table: Table, name: str, count: int) -> list[int]:
     """For each block of a split dim, how many elements stay together."""
     use = next(use for use in table.parameters[name].uses if use.letter == "S")
-    given = use.rule.options.get("unit", 1)
-    geometry = Geometry(table.spec.fields_at(name), use.axis, table.sizes[use.axis])
-    units = [geometry.size(unit) for unit in (given if isinstance(given, (list, tuple)) else [given])]
-    return units if len(units) == count else [math.gcd(*units)] * count
+    geometry = Geometry.at(table.spec, name, use.axis, table.sizes[use.axis], table.plan.proportions)
+    units = geometry.units(table.parameters[name].info.shape, use.style, use.rule.options)
+    return list(units) if len(units) == count else [math.gcd(*units)] * count
 
 
 def _watch(running: Running, followed: Followed, views: Views) -> Iterator[Any]:

@@ -31,7 +31,14 @@ def _pieces(table: Table) -> Iterator[Piece]:
     for name, entry in table.parameters.items():
         if entry.uses[0].letter == "S" and len(entry.info.shape) > 1:
             ranks = table.sizes[entry.uses[0].axis]
-            yield Piece(name=name, entry=entry, spec=table.spec, ranks=ranks, tried=tried)
+            yield Piece(
+                name=name,
+                entry=entry,
+                spec=table.spec,
+                ranks=ranks,
+                tried=tried,
+                proportions=table.plan.proportions,
+            )
 
 
 def _block(piece: Piece, dim: int) -> int:

@@ -14,9 +14,11 @@ from parallel_plans.verify.shrinking.kinds import kinds_of, on_meta
 from parallel_plans.verify.shrinking.layers import with_few_layers
 from parallel_plans.verify.shrinking.original import Original, Outcome
 from parallel_plans.verify.shrinking.scope import MODES
-from parallel_plans.verify.shrinking.sizes import with_small_sizes
+from parallel_plans.verify.shrinking.sizes import LARGEST_HEAD_WIDTH, with_small_sizes
 from parallel_plans.verify.shrinking.tree import Fields, fields_of
 from parallel_plans.views import Views, views_of
+
+WIDE_HEADS = LARGEST_HEAD_WIDTH // 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +68,9 @@ def _small(original: Original, few: Fields, views: Views, model_type: str) -> An
         if outcomes[mode].is_well:
             return outcomes[mode].config
     boldest = MODES[0]
+    wide = original.outcome(with_small_sizes(few, views, boldest, WIDE_HEADS))  # its code may round widths up
+    if wide.is_well:
+        return wide.config
     field, outcome = _in_the_way(original, few, with_small_sizes(few, views, boldest))
     if outcome.is_well:
         return outcome.config

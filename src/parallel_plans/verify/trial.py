@@ -23,7 +23,8 @@ from parallel_plans.verify.compare import RIGHT, reached
 from parallel_plans.verify.numerics import ModelFailed, Outcome, Trial, check_numerics, run_trial, truths_of
 from parallel_plans.verify.observed import Inputs
 from parallel_plans.verify.own import OwnModel
-from parallel_plans.verify.shrink import CannotShrink, shrunken
+from parallel_plans.verify.shrink import CannotShrink, Shrunken, shrunken
+from parallel_plans.verify.shrinking.kinds import on_meta
 from parallel_plans.verify.shrinking.roles import role_of
 from parallel_plans.verify.shrinking.tree import config_from, each_number, fields_of
 from parallel_plans.verify.weights import example_batch, random_model
@@ -31,6 +32,7 @@ from parallel_plans.views import EXPERT_AXIS, Views
 
 TWO = Views(world=2, tp=2, etp=2)
 ODD_ROLES = ("width", "expert width")
+MORE = 4  # times as many heads
 SEEDS, FEW = 12, 2  # short batches to choose from, and their tokens, where no more ranks split a sequence
 
 
@@ -100,11 +102,12 @@ Trials = Iterator[tuple[Trial, Trial | None]]  # each with the same in even size
 
 
 def _of_config(plan: Plan, table: Table, config: Any, views: Views, dispatch: bool) -> Trials:
+    small = trial_views(views)
     try:
-        small_one = shrunken(config, trial_views(views).sizes)
+        small_one = _small_one(plan, config, small, dispatch)
     except CannotShrink as error:
         raise CannotTry(str(error)) from None
-    tiny, small = small_one.config, trial_views(views)
+    tiny = small_one.config
     texts = [_text(example_batch(tiny, seed=index)) for index in range(small.world // small.tp)]
     usual = Trial(
         plan=plan,
@@ -117,6 +120,20 @@ def _of_config(plan: Plan, table: Table, config: Any, views: Views, dispatch: bo
     )
     yield usual, None
     yield _seldom(usual, tiny, table)
+
+
+def _small_one(plan: Plan, config: Any, small: Views, dispatch: bool) -> Shrunken:
+    """The model made small; with more heads where the plan wants more than one for each rank, as for blocks of them."""
+    few = shrunken(config, small.sizes)
+    if small.ep > 1 or _fitting(_described(few.config), small, dispatch)(plan):
+        return few
+    more = shrunken(config, {name: MORE * ranks for name, ranks in small.sizes.items()})
+    return more if _fitting(_described(more.config), small, dispatch)(plan) else few
+
+
+def _described(config: Any) -> ModelSpec:
+    """What a plan is resolved against, of the model of a config."""
+    return describe(on_meta(config))
 
 
 def _fitting(spec: ModelSpec, views: Views, dispatch: bool) -> Callable[[Plan], bool]:

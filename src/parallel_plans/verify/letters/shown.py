@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from parallel_plans.verify.letters.lay import Lay
@@ -26,13 +27,28 @@ class ViewsSeen(TorchDispatchMode):
     def __init__(self, where: Whereabouts, most: float = math.inf) -> None:
         super().__init__()
         self.where, self._left = where, most
+        self._ends = _Ends(self)
         self.seen: Seen = {}
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the step had all its operations."""
+        return self._left < 0
+
+    def __enter__(self) -> ViewsSeen:
+        self._ends.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._ends.__exit__(*error)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         self._left -= 1
-        if self._left < 0:
+        if self.is_over and self.where.is_backward:
             raise TooLong
         output = func(*args, **(kwargs or {}))
         name = func._schema.name.partition("::")[2]
@@ -40,6 +56,21 @@ class ViewsSeen(TorchDispatchMode):
             key = self.where(), self.where.is_backward, name == "expand"
             self.seen.setdefault(key, []).append(tuple(output.shape))
         return output
+
+
+class _Ends(TorchFunctionMode):
+    """Ends forward between two operations: inside of one autograd records it, and some builds of torch abort there."""
+
+    def __init__(self, views: ViewsSeen) -> None:
+        super().__init__()
+        self.views = views
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if self.views.is_over and not self.views.where.is_backward:
+            raise TooLong
+        return func(*args, **(kwargs or {}))
 
 
 SHOWING = ("view", "_unsafe_view", "reshape", "expand")  # the same elements in another shape, or the same ones again

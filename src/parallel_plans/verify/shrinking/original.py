@@ -6,6 +6,8 @@ import inspect
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from parallel_plans.verify.shrinking.kinds import Kinds, kinds_of, on_meta
 from parallel_plans.verify.shrinking.tree import Fields, config_from
 from parallel_plans.verify.weights import example_batch, in_float64, random_model
@@ -80,6 +82,9 @@ def _run(config: Any) -> None:
         model = random_model(config)
         loss = model(**example_batch(config), **_without_cache(model)).loss
         loss.backward()
+        if getattr(model, "_is_stateful", False):  # the states it makes may be of sizes that it rounds
+            with torch.no_grad():
+                model(**example_batch(config), use_cache=True)
     if not loss.isfinite():
         raise Unfit(f"its loss is {loss.item()}")
 

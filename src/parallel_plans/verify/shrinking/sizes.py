@@ -8,7 +8,7 @@ from typing import Any
 
 from parallel_plans.verify.shrinking.heads import rotated_width, set_heads
 from parallel_plans.verify.shrinking.roles import is_chance, is_of_rope, role_of
-from parallel_plans.verify.shrinking.scope import Scope, scopes_of
+from parallel_plans.verify.shrinking.scope import LEAST_HEAD_WIDTH, Scope, scopes_of
 from parallel_plans.verify.shrinking.tree import Fields, Place, each_number, is_of_text
 from parallel_plans.verify.shrinking.widths import set_widths
 from parallel_plans.views import Views
@@ -26,10 +26,13 @@ NEAR = 0.5
 _TOKENS = ("pad", "bos", "eos")  # tokens 0, 1, 2; what has another name becomes the last
 
 
-def with_small_sizes(fields: Fields, views: Views, mode: str) -> Fields:
+def with_small_sizes(fields: Fields, views: Views, mode: str, least_head: int = LEAST_HEAD_WIDTH) -> Fields:
     """The fields with every size made small for these ranks; `mode` is one of `MODES`."""
     models: dict[int, int] = {}
-    parts = [Scope(top=top, fields=part, views=views, mode=mode) for top, part in scopes_of(fields).items()]
+    parts = [
+        Scope(top=top, fields=part, views=views, mode=mode, least_head=least_head)
+        for top, part in scopes_of(fields).items()
+    ]
     scopes = [_with_heads(scope, models) for scope in parts]
     changed: Fields = {}
     for scope in scopes:
