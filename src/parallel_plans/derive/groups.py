@@ -9,7 +9,7 @@ from functools import cached_property
 from torch import Tensor
 
 from parallel_plans.derive.extents import PRODUCT, SUM, Extent, found, leaves
-from parallel_plans.derive.learning import Bound, Dims, Learned, Normed, Summed
+from parallel_plans.derive.learning import EMBEDDED, GIVEN, HANDED, Bound, Dims, Learned, Normed, Summed
 from parallel_plans.derive.step import Operation
 from parallel_plans.model_spec import ModelSpec
 from parallel_plans.table import wildcarded
@@ -68,8 +68,7 @@ class Refusal(Exception):
         return f"{self.why} (in {wildcarded(self.module)})" if self.module else self.why
 
 
-ROOT = ("is what an embedding gives, whole", "is what the model gives, whole", "comes from outside, whole")
-COMMON = tuple(f"it {why}" for why in ROOT)  # of the width that all layers share
+COMMON = tuple(f"it {why}" for why in (EMBEDDED, GIVEN, HANDED))  # of the width that all layers share
 
 
 class Groups:
@@ -149,9 +148,10 @@ class Groups:
         for op in self.learned.step.operations:
             tensors = op.tensors
             touched = [_holds(self.learned.of(each), extents) for each in tensors]
-            if not any(touched) or op.name in _IN_PLACE:
+            gives = any(_holds(self.learned.of(each), extents) for each in op.results)
+            if not (gives or any(touched)) or op.name in _IN_PLACE:
                 continue
-            summed = self._sums_over(op, extents)
+            summed = not gives  # a bias in it is added afterwards
             is_shared = op.module in norms  # statistics that ranks take together
             for tensor, is_split in zip(tensors, touched, strict=True):
                 if is_split or is_shared or not tensor.requires_grad:
@@ -161,10 +161,6 @@ class Groups:
                     yield name
                 elif name is None and not self._is_handed_over(op, tensors, cuts):
                     raise Refusal(f"`{op.name}` meets a value that stays whole", module=op.module)
-
-    def _sums_over(self, op: Operation, extents: frozenset[Extent]) -> bool:
-        """Whether an operation is a product that sums over what is split; a bias in it is added afterwards."""
-        return not any(_holds(self.learned.of(each), extents) for each in op.results)
 
     def _is_handed_over(self, op: Operation, tensors: Sequence[Tensor], cuts: dict[str, Cut]) -> bool:
         """Whether a whole value meets a split weight where a style takes care of its gradient."""

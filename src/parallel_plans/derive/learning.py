@@ -11,6 +11,9 @@ from parallel_plans.derive.extents import Clash, Extent, join, mark
 from parallel_plans.derive.step import Operation, Step
 
 Dims = list[Extent]
+GIVEN = "is what the model gives, whole"
+EMBEDDED = "is what an embedding gives, whole"
+HANDED = "comes from outside, whole"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +65,7 @@ class Learned:
         """The dims of a tensor; one that comes from nowhere is what every rank has whole."""
         if id(tensor) not in self.dims:
             self.put(tensor, [Extent(size) for size in tensor.shape])
-            self.bind(self.dims[id(tensor)], "", "comes from outside, whole")
+            self.bind(self.dims[id(tensor)], "", HANDED)
         return self.dims[id(tensor)]
 
     def put(self, tensor: Tensor, dims: Iterable[Extent]) -> None:
@@ -90,13 +93,13 @@ def learned(step: Step) -> Learned:
     _join_layers(result)
     for module in step.model.modules():
         if isinstance(module, nn.Embedding):
-            result.bind(result.of(module.weight)[1:], "", "is what an embedding gives, whole")
+            result.bind(result.of(module.weight)[1:], "", EMBEDDED)
     for tensor in step.inputs:
         result.of(tensor)
     for op in step.operations:
         _follow(result, op, RULES.get(op.name, same_shape if op.is_pointwise else unknown))
     for tensor in step.outputs:
-        result.bind(result.of(tensor), "", "is what the model gives, whole")
+        result.bind(result.of(tensor), "", GIVEN)
     return result
 
 

@@ -11,7 +11,7 @@ from parallel_plans.derive.ruling import Sample
 from parallel_plans.table import wildcarded
 
 Counts = dict[str, dict[str, tuple[int, ...]]]  # module pattern -> attribute -> the size of its unit, by sample
-MOST_TRIES = 16
+MOST_TRIES = 10
 
 
 def candidates(first: Sample, others: Sequence[Sample], groups: Sequence[Group]) -> Counts:

@@ -117,6 +117,16 @@ def _dim(op: Operation, at: int, default: int = 0) -> int:
     return int(op.get(at, "dim", default)) % count
 
 
+def _stretch(learned: Learned, op: Operation, dim: Extent, start: int, length: int) -> Extent:
+    """A part of a dim; one of which no more is known, where it cuts through what the dim is made of."""
+    try:
+        return stretch(dim, start, length)
+    except Clash:
+        part = Extent(length)
+        learned.bind([dim, part], op.module, "is cut through")
+        return part
+
+
 def _sliced(learned: Learned, op: Operation) -> Sequence[Dims]:
     dims, at = list(learned.of(op.args[0])), _dim(op, 1)
     size = dims[at].size
@@ -126,7 +136,7 @@ def _sliced(learned: Learned, op: Operation) -> Sequence[Dims]:
     if length == size:
         return [dims]
     if step == 1:
-        dims[at] = stretch(dims[at], start, length)
+        dims[at] = _stretch(learned, op, dims[at], start, length)
     elif size % step == 0 and length == size // step:
         dims[at] = outer_and_inner(dims[at], length)[0]
     else:
@@ -147,7 +157,7 @@ def _split(learned: Learned, op: Operation) -> Sequence[Dims]:
     found, start = [], 0
     for result in op.results:
         length = result.shape[at]
-        found.append([*dims[:at], stretch(dims[at], start, length), *dims[at + 1 :]])
+        found.append([*dims[:at], _stretch(learned, op, dims[at], start, length), *dims[at + 1 :]])
         start += length
     return found
 
@@ -329,6 +339,31 @@ def _gathered(learned: Learned, op: Operation) -> Sequence[Dims]:
     return [picked]
 
 
+def _scattered(learned: Learned, op: Operation) -> Sequence[Dims]:
+    """`scatter`, `index_add`, `index_copy`: places of one dim are written, the others meet what is written."""
+    dims, at, source = learned.of(op.args[0]), _dim(op, 1), op.args[3] if len(op.args) > 3 else None
+    learned.bind([dims[at]], op.module, "is a dim in which places are written")
+    if isinstance(source, Tensor) and source.dim() == len(dims):
+        for place, (one, other) in enumerate(zip(dims, learned.of(source), strict=True)):
+            if place == at:
+                learned.bind([other], op.module, "is a dim in which places are written")
+            elif one.size == other.size:
+                join(one, other)
+    return [dims]
+
+
+def _put(learned: Learned, op: Operation) -> Sequence[Dims]:
+    """`index_put`: the dims that are written by place stay whole, the others meet what is written."""
+    dims, indices, values = learned.of(op.args[0]), op.args[1], op.args[2]
+    at = [place for place, index in enumerate(indices) if index is not None]
+    learned.bind([dims[place] for place in at], op.module, "is a dim in which places are written")
+    rest = dims[at[-1] + 1 :] if at else []
+    for one, other in zip(reversed(rest), reversed(learned.of(values)), strict=False):
+        if one.size == other.size:
+            join(one, other)
+    return [dims]
+
+
 def _padded(learned: Learned, op: Operation) -> Sequence[Dims]:
     dims, shape = list(learned.of(op.args[0])), op.results[0].shape
     for at, size in enumerate(shape):
@@ -418,6 +453,11 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("index", "_unsafe_index"), _indexed),
     "index_select": _index_selected,
     "gather": _gathered,
+    **dict.fromkeys(
+        ("scatter", "scatter_", "scatter_add", "scatter_add_", "index_add", "index_add_", "index_copy", "index_copy_"),
+        _scattered,
+    ),
+    **dict.fromkeys(("index_put", "index_put_", "_index_put_impl_", "_unsafe_index_put"), _put),
     "constant_pad_nd": _padded,
     **dict.fromkeys(("flip", "roll"), _turned),
     **dict.fromkeys(("tril", "triu"), _triangle),

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from parallel_plans.derive.groups import Cut, Group, Part
-from parallel_plans.derive.learning import Bound, Learned, Summed
+from parallel_plans.derive.learning import GIVEN, Bound, Learned, Summed
 from parallel_plans.derive.naming import Names
 from parallel_plans.model_spec import ModelSpec, ModuleInfo
 from parallel_plans.table import wildcarded
@@ -91,13 +91,17 @@ class Ruling:
             unit = self._unit(own[0], cuts[own[0]])
             options = {} if unit is None else {"unit": unit}
             yield Line(pattern=pattern, style="sharded_norm", options=options, shape=self._shape(own[0]))
-        elif cuts and module.kind == "linear" and (weight := f"{module.name}.weight") in cuts:
+        elif cuts and self._is_run(module) and (weight := f"{module.name}.weight") in cuts:
             yield self._linear(pattern, weight, cuts[weight])
         elif cuts:
             for name in own:
                 yield self._bare(name, cuts.get(name))
         else:
             yield from self._of_whole(module, pattern, own)
+
+    def _is_run(self, module: ModuleInfo) -> bool:
+        """Whether a module is a linear layer that runs as one: some code takes its weight and multiplies by itself."""
+        return module.kind == "linear" and module.name in self.first.learned.step.called
 
     def _of_whole(self, module: ModuleInfo, pattern: str, own: Sequence[str]) -> Iterator[Line]:
         summed = [name in self.whole for name in own]
@@ -113,15 +117,16 @@ class Ruling:
         elif self._is_head(module):
             yield Line(pattern=pattern, style="colwise_gather_output", shape=self._shape(f"{module.name}.weight", 0))
         else:
-            yield Line(pattern=pattern, style="replicate", **self._about_whole(own))
+            yield self._replicate(pattern, own)
 
-    def _about_whole(self, own: Sequence[str]) -> dict[str, str]:
-        """What is said of a module whose parameters stay whole: the shape of the largest, and why it is not split."""
+    def _replicate(self, pattern: str, own: Sequence[str]) -> Line:
+        """The rule of a module whose parameters stay whole, with the shape of the largest, and why it is not split."""
         largest = max(own, key=lambda name: self.spec.parameters[name].bytes)
         if len(self.spec.parameters[largest].shape) < 2:
-            return {}
+            return Line(pattern=pattern, style="replicate")
         why = self.why_whole(largest)
-        return {"shape": self._shape(largest), "note": "" if why is None else f"whole: {why}"}
+        note = "" if why is None else f"whole: {why}"
+        return Line(pattern=pattern, style="replicate", shape=self._shape(largest), note=note)
 
     # -- modules around the layers
 
@@ -144,13 +149,13 @@ class Ruling:
             return False
         if weight in self.spec.tied or weight in self.spec.tied.values():
             return True
-        gives = self.first.learned.parameters[weight][0]
-        return any(isinstance(mark, Bound) and mark.module == "" for mark in _marks(gives))
+        gives = self.first.learned.parameters[weight][self.spec.is_transposed(weight)]
+        return any(isinstance(mark, Bound) and mark.why == GIVEN for mark in _marks(gives))
 
     # -- styles that split
 
     def _linear(self, pattern: str, weight: str, cut: Cut) -> Line:
-        style = ("colwise", "rowwise")[cut.dim]
+        style = ("colwise", "rowwise")[cut.dim ^ self.spec.is_transposed(weight)]
         options = self._options(weight, cut)
         style = f"packed_{style}" if len(cut.parts) > 1 else style
         return Line(pattern=pattern, style=style, options=options, shape=self._shape(weight))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,7 +12,7 @@ import yaml
 from parallel_plans.derive.experts import sections as ways_to_deal
 from parallel_plans.derive.groups import Group, Groups, chosen
 from parallel_plans.derive.naming import Names
-from parallel_plans.derive.numbers import Counts, candidates, choices
+from parallel_plans.derive.numbers import MOST_TRIES, Counts, candidates, choices
 from parallel_plans.derive.ruling import Line, Ruling, Sample, Unwritable
 from parallel_plans.derive.writing import written
 from parallel_plans.loader import load_plan
@@ -21,6 +22,9 @@ from parallel_plans.table import wildcarded
 from parallel_plans.verify.report import FAILED, PASSED, Report
 from parallel_plans.verify.verify import verify_plan
 
+# what is found where code uses a number of the whole width: a crash, a part that meets another, ranks that differ
+OF_NUMBERS = ("PP405", "PP303", "PP307", "PP305")
+SECONDS = 30.0  # after which no more numbers are tried
 EXPERT_RANKS: dict[str, Any] = {"tp": 2, "ep": 2}
 ASKED = {"ep_plan": "auto", "dispatch_plan": "dispatch"}  # what makes the verifier use a section
 
@@ -51,6 +55,7 @@ class Search:
         self.taken: list[Group] = list(self.first.groups)
         self.experts: dict[str, Sequence[Line]] = {}
         self.refused: dict[str, str] = {}
+        self._until = time.monotonic() + SECONDS
 
     def run(self) -> Report:
         """What the verifier says of the plan that was found, which `text` then gives."""
@@ -87,11 +92,14 @@ class Search:
             return None
         if report.ok:
             return {}
+        if not any(finding.code in OF_NUMBERS for finding in report.findings):
+            self._refuse(group, told(report))
+            return None
         own = candidates(self.first, self.others, [group])
         tries = [own] if len(own) > 1 else []
         tries += [{pattern: some} for pattern, attributes in own.items() for some in choices(attributes)]
-        for counts in tries:
-            if self._is_sound([group], counts):
+        for counts in tries[:MOST_TRIES]:
+            if time.monotonic() < self._until and self._is_sound([group], counts):
                 return counts
         self._refuse(group, told(report))
         return None

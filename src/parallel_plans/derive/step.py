@@ -70,6 +70,7 @@ def recorded(subject: Subject) -> Step:
     """A forward of the subject's whole model; raises what the model raises."""
     with whole_model(subject) as running:
         step = Step(model=running.model)
+        running.model.eval()  # no dropout: what it draws says nothing of dims
         given = (running.positional, dict(running.inputs))
         step.inputs = [value for value in tree_leaves(given) if isinstance(value, Tensor)]
         with _calls_noted(step), _numbers_noted(step, running.where), _Recorder(step, running.where):

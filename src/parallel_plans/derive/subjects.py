@@ -18,11 +18,13 @@ from parallel_plans.verify.real_size import Subject, causal_lm, few_layers, toke
 from parallel_plans.verify.shrink import CannotShrink, shrunken
 from parallel_plans.verify.weights import example_batch, random_model
 
+# ranks that small models are made for: what is one number by chance in one of them is none in the other
+SMALL: tuple[dict[str, int], ...] = ({"tp": 2}, {"tp": 3, "ep": 5})
 _NOTHING = Plan(source="nothing", sections={"tp_plan": ()})
 
 
 def samples(subject: Any) -> list[Sample]:
-    """What a step says of the model that is asked about, and of a small one of its kind, where there is one.
+    """What a step says of the model that is asked about, and of small ones of its kind, where there are any.
 
     Args:
         subject: the config of a causal language model of transformers, or an `OwnModel`.
@@ -34,19 +36,26 @@ def samples(subject: Any) -> list[Sample]:
         model, inputs = subject.made_real()
         make = lambda: copy.deepcopy(model)  # noqa: E731
         return [_sample(_subject(make, inputs.kwargs, inputs.args, computes=True))]
-    small = _small(subject)
+    small, *more = [_small(subject, sizes) for sizes in SMALL]
     first = _at_size(few_layers(subject).config)
     if first is None:
         first = None if small is None else _computed(small)
     if first is None:
         raise ValueError("its code looks at values, and no small model of its kind runs")
-    others = [] if small is None else [_at_size(small) or _computed(small)]
-    return [first, *others]
+    return [first, *(_small_sample(config) for config in (small, *more) if config is not None)]
 
 
-def _small(config: Any) -> Any:
+def _small_sample(config: Any) -> Sample:
     try:
-        return shrunken(config, {"tp": 2}).config
+        found = _at_size(config)
+    except Exception:  # kernels that want wider rows than a small model has
+        found = None
+    return found or _computed(config)
+
+
+def _small(config: Any, sizes: Mapping[str, int]) -> Any:
+    try:
+        return shrunken(config, sizes).config
     except CannotShrink:
         return None
 
