@@ -11,17 +11,15 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from parallel_plans.derive.search import Search, loaded
+from parallel_plans.derive.search import Search
 from parallel_plans.derive.subjects import samples
+from parallel_plans.derive.writing import loaded
+from parallel_plans.errors import Finding, LaunchError
 from parallel_plans.model_spec import ModelSpec, describe
 from parallel_plans.plan import Plan
 from parallel_plans.table import Table
 from parallel_plans.verify.own import OwnModel, config_of
 from parallel_plans.verify.report import Report
-
-
-class CannotDerive(ValueError):
-    """Nothing can be learned of a model, because it does not run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +61,7 @@ def derive_plan(model_or_config: Any, tp: int = 2, *, inputs: Any = None) -> Der
         inputs: what to call a model of one's own with, as for `verify_plan`.
 
     Raises:
-        CannotDerive: the model cannot be run.
+        LaunchError: PP704 where the model cannot be run, so that nothing can be learned of it.
     """
     began = time.monotonic()
     spec, subject = _spec_and_subject(model_or_config, inputs)
@@ -71,7 +69,8 @@ def derive_plan(model_or_config: Any, tp: int = 2, *, inputs: Any = None) -> Der
         found = samples(subject)
     except Exception as error:  # the code of a model raises any kind
         told = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise CannotDerive(f"nothing can be learned of the model, since it does not run: {told}") from error
+        message = "no plan can be derived: nothing can be learned of the model, since it does not run"
+        raise LaunchError(Finding(code="PP704", message=message, found=told)) from error
     search = Search(model_or_config, spec, found, tp, inputs)
     report = search.run()
     text = search.text(list(_remarks(report, tp)))

@@ -7,17 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import yaml
-
 from parallel_plans.derive.experts import sections as ways_to_deal
 from parallel_plans.derive.groups import Group, Groups, chosen
 from parallel_plans.derive.naming import Names
 from parallel_plans.derive.numbers import MOST_TRIES, Counts, candidates, choices
 from parallel_plans.derive.ruling import Line, Ruling, Sample, Unwritable
-from parallel_plans.derive.writing import written
-from parallel_plans.loader import load_plan
+from parallel_plans.derive.writing import loaded, written
 from parallel_plans.model_spec import ModelSpec, config_fields
-from parallel_plans.plan import Plan
 from parallel_plans.table import wildcarded
 from parallel_plans.verify.report import FAILED, PASSED, Report
 from parallel_plans.verify.verify import verify_plan
@@ -161,11 +157,6 @@ class Search:
 
     def _why_whole(self, name: str) -> str | None:
         return self.refused.get(wildcarded(name)) or self.groups[0].why_whole(name)
-
-
-def loaded(text: str) -> Plan:
-    """A plan that was derived, read as any other is."""
-    return replace(load_plan(yaml.safe_load(text)), source="derived")
 
 
 def told(report: Report) -> str:

@@ -1,11 +1,19 @@
-"""A derived plan as text: commented YAML as people write it."""
+"""A derived plan as text, commented YAML as people write it; and read again."""
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from parallel_plans.derive.ruling import Line
+import yaml
+
+from parallel_plans.loader import load_plan
+from parallel_plans.plan import Plan
+
+if TYPE_CHECKING:
+    from parallel_plans.derive.ruling import Line
 
 WIDTH = 118
 
@@ -48,3 +56,8 @@ def _flow(value: object) -> str:
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(map(_flow, value))}]"
     return {True: "true", False: "false"}[value] if isinstance(value, bool) else str(value)
+
+
+def loaded(text: str) -> Plan:
+    """A plan that was derived, read as any other is."""
+    return replace(load_plan(yaml.safe_load(text)), source="derived")
