@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -48,7 +49,7 @@ class Derived:
     def summary(self) -> str:
         """What was derived, in one line."""
         levels = ", ".join(f"{level} {word}" for level, word in self.report.levels.items())
-        split = f"{self.layers_share:.1%} of the layers' bytes split"
+        split = f"{percent(self.layers_share)} of the layers' bytes split"
         return f"derived for tp = {self.report.mesh['tp']} in {self.seconds:.1f} s: {split}; {levels}"
 
 
@@ -81,7 +82,7 @@ def derive_plan(model_or_config: Any, tp: int = 2, *, inputs: Any = None) -> Der
 
 def _remarks(report: Report, tp: int) -> Iterator[str]:
     """What stands above the rules."""
-    share = f"{share_of_layers(report.table):.1%}"
+    share = percent(share_of_layers(report.table))
     yield (
         "Derived, not written: in one traced step of the model, what meets what says which dims are one and the same, "
         "and which of them can be dealt over the ranks. What is split together is what splits the most with the fewest "
@@ -89,6 +90,15 @@ def _remarks(report: Report, tp: int) -> Iterator[str]:
     )
     levels = ", ".join(f"{level} {word}" for level, word in report.levels.items())
     yield f"{share} of the layers' bytes are split. On {tp} ranks the verifier says: {levels}."
+
+
+def percent(share: float) -> str:
+    """A share in percent, rounded down: all is only said of all.
+
+    >>> percent(0.99996)
+    '99.9%'
+    """
+    return f"{math.floor(1000 * share) / 10}%"
 
 
 def share_of_layers(table: Table | None) -> float:

@@ -9,7 +9,7 @@ from functools import cached_property
 from torch import Tensor
 
 from parallel_plans.derive.extents import PRODUCT, SUM, Extent, found, leaves
-from parallel_plans.derive.learning import EMBEDDED, GIVEN, HANDED, Bound, Dims, Learned, Normed, Summed
+from parallel_plans.derive.learning import EMBEDDED, GIVEN, HANDED, Bound, Learned, Normed, Summed
 from parallel_plans.derive.step import Operation
 from parallel_plans.model_spec import ModelSpec
 from parallel_plans.table import wildcarded
@@ -77,6 +77,7 @@ class Groups:
     def __init__(self, learned: Learned, spec: ModelSpec, tp: int) -> None:
         self.learned, self.spec, self.tp = learned, spec, tp
         self._known: dict[Extent, Group | Refusal] = {}
+        self._leaves: dict[int, frozenset[Extent]] = {}  # of tensors, by their ids: by now all is learned
 
     def tried(self, leaf: Extent) -> Group | Refusal:
         """The group of an extent, or why it cannot be split."""
@@ -147,8 +148,8 @@ class Groups:
         """The whole parameters that meet something split; raises where another value does whose gradient would be."""
         for op in self.learned.step.operations:
             tensors = op.tensors
-            touched = [_holds(self.learned.of(each), extents) for each in tensors]
-            gives = any(_holds(self.learned.of(each), extents) for each in op.results)
+            touched = [self._holds(each, extents) for each in tensors]
+            gives = any(self._holds(each, extents) for each in op.results)
             if not (gives or any(touched)) or op.name in _IN_PLACE:
                 continue
             summed = not gives  # a bias in it is added afterwards
@@ -162,6 +163,12 @@ class Groups:
                 elif name is None and not self._is_handed_over(op, tensors, cuts):
                     raise Refusal(f"`{op.name}` meets a value that stays whole", module=op.module)
 
+    def _holds(self, tensor: Tensor, extents: frozenset[Extent]) -> bool:
+        """Whether a tensor has a dim, or part of one, that is among these."""
+        if id(tensor) not in self._leaves:
+            self._leaves[id(tensor)] = frozenset(leaf for dim in self.learned.of(tensor) for leaf in leaves(dim))
+        return not extents.isdisjoint(self._leaves[id(tensor)])
+
     def _is_handed_over(self, op: Operation, tensors: Sequence[Tensor], cuts: dict[str, Cut]) -> bool:
         """Whether a whole value meets a split weight where a style takes care of its gradient."""
         owner = self.spec.modules.get(op.module)
@@ -172,11 +179,6 @@ class Groups:
 
 
 _IN_PLACE = frozenset({"detach", "alias"})
-
-
-def _holds(dims: Dims, extents: Iterable[Extent]) -> bool:
-    among = set(extents)
-    return any(leaf in among for dim in dims for leaf in leaves(dim))
 
 
 def _check_free(extents: Iterable[Extent], tp: int) -> None:

@@ -11,7 +11,7 @@ from parallel_plans.derive.naming import Names
 from parallel_plans.model_spec import ModelSpec, ModuleInfo
 from parallel_plans.table import wildcarded
 
-FEW_ROWS = 256  # of a table, or features of a head: fewer are not worth a collective
+FEW_ROWS = 32  # of a table, or features of a head: fewer are not worth a collective
 
 
 @dataclass(frozen=True, kw_only=True)
