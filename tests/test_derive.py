@@ -127,10 +127,14 @@ def test_a_model_that_does_not_run_is_refused() -> None:
     assert "shapes cannot be multiplied" in str(refused.value)
 
 
+def keeping() -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """What the command is asked about."""
+    return _Block(), (torch.zeros(2, 5, 24),)
+
+
 def test_the_command_writes_a_plan_and_says_what_it_is(tmp_path: Path) -> None:
-    config, file = tmp_path / "config.json", tmp_path / "plan.yaml"
-    tiny_config("llama", tied=False).to_json_file(config, use_diff=False)
-    done = CliRunner().invoke(app, ["derive", str(config), "-o", str(file)])
+    file = tmp_path / "plan.yaml"
+    done = CliRunner().invoke(app, ["derive", f"{__name__}:keeping", "-o", str(file)])
     assert done.exit_code == 0, done.output
     assert file.read_text(encoding="utf-8").startswith("# Derived, not written")
     assert "accounting passed, geometry passed, layouts passed, numerics passed" in done.stderr

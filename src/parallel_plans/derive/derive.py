@@ -102,9 +102,10 @@ def percent(share: float) -> str:
 
 
 def share_of_layers(table: Table | None) -> float:
-    """The share of the bytes in layers that is split; 0 where there is no table."""
-    entries = () if table is None else table.parameters.items()
-    own = [entry for name, entry in entries if any(segment.isdigit() for segment in name.split("."))]
+    """The share of the bytes in layers, or in all of a model without, that is split; 0 where there is no table."""
+    entries = {} if table is None else table.parameters
+    own = [entry for name, entry in entries.items() if any(segment.isdigit() for segment in name.split("."))]
+    own = own or list(entries.values())
     total = sum(entry.info.bytes for entry in own)
     return sum(entry.info.bytes for entry in own if entry.layout.splits) / total if total else 0.0
 

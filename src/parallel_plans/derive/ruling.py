@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from parallel_plans.derive.groups import Cut, Group, Part
-from parallel_plans.derive.learning import GIVEN, Bound, Learned, Summed
+from parallel_plans.derive.learning import EMBEDDED, GIVEN, HANDED, Bound, Learned, Summed
 from parallel_plans.derive.naming import Names
 from parallel_plans.model_spec import ModelSpec, ModuleInfo
 from parallel_plans.table import wildcarded
@@ -150,7 +150,8 @@ class Ruling:
         if weight in self.spec.tied or weight in self.spec.tied.values():
             return True
         gives = self.first.learned.parameters[weight][self.spec.is_transposed(weight)]
-        return any(isinstance(mark, Bound) and mark.why == GIVEN for mark in _marks(gives))
+        why = {mark.why for mark in _marks(gives) if isinstance(mark, Bound)}
+        return GIVEN in why and not why & {EMBEDDED, HANDED}
 
     # -- styles that split
 

@@ -20,7 +20,7 @@ from parallel_plans.verify.verify import verify_plan
 
 # what is found where code uses a number of the whole width: a crash, a part that meets another, ranks that differ
 OF_NUMBERS = ("PP405", "PP303", "PP307", "PP305")
-SECONDS = 30.0  # after which no more numbers are tried
+SECONDS = 25.0  # of this process, after which no more numbers are tried
 EXPERT_RANKS: dict[str, Any] = {"tp": 2, "ep": 2}
 ASKED = {"ep_plan": "auto", "dispatch_plan": "dispatch"}  # what makes the verifier use a section
 
@@ -51,7 +51,7 @@ class Search:
         self.taken: list[Group] = list(self.first.groups)
         self.experts: dict[str, Sequence[Line]] = {}
         self.refused: dict[str, str] = {}
-        self._until = time.monotonic() + SECONDS
+        self._until = time.process_time() + SECONDS
 
     def run(self) -> Report:
         """What the verifier says of the plan that was found, which `text` then gives."""
@@ -95,7 +95,7 @@ class Search:
         tries = [own] if len(own) > 1 else []
         tries += [{pattern: some} for pattern, attributes in own.items() for some in choices(attributes)]
         for counts in tries[:MOST_TRIES]:
-            if time.monotonic() < self._until and self._is_sound([group], counts):
+            if time.process_time() < self._until and self._is_sound([group], counts):
                 return counts
         self._refuse(group, told(report))
         return None
