@@ -11,7 +11,7 @@ from parallel_plans.styles.special import (
     RopePartBoundary,
     VocabularyBoundary,
 )
-from parallel_plans.styles.statistics import ShardedNormBoundary
+from parallel_plans.styles.statistics import ShardedNormBoundary, ShardedStatisticsBoundary
 
 SPLIT = MappingProxyType({"dim": "dim", "unit": "units"})
 TWO_PARTS = MappingProxyType({"parts": 2})
@@ -92,6 +92,21 @@ register_style(
 )
 register_style(
     Style(
+        name="rowwise_scatter_output",
+        summary="as rowwise, and each rank gets its part of the sum, the share that it has of the input",
+        matrix=-1,
+        vector=-1,
+        arrives="S(-1)",
+        needs="S(-1)",
+        leaves="P",
+        delivers="S(-1)",
+        after=("bias",),
+        serves=("linear",),
+        options=SPLIT,
+    )
+)
+register_style(
+    Style(
         name="packed_colwise",
         summary="as colwise, for several projections fused into one; each part is split on its own",
         matrix=-2,
@@ -142,6 +157,15 @@ register_style(
 register_style(Style(name="replicate", summary="whole on every rank", sections=ANYWHERE))
 register_style(
     Style(
+        name="gathered_in_use",
+        summary="split where it lies, gathered where its module uses it; every rank computes all that is made with it",
+        matrix=0,
+        options=SPLIT,
+        gathers=True,
+    )
+)
+register_style(
+    Style(
         name="replicated_with_grad_allreduce",
         summary="whole on every rank, used on this rank's part of the data; gradients are summed",
         whole_as="R",
@@ -179,7 +203,7 @@ register_style(
 register_style(
     Style(
         name="sharded_norm",
-        summary="a norm over a sharded dim; its statistics are taken over all ranks",
+        summary="a norm over a sharded dim, or groups of it; statistics are taken over all ranks that share it",
         matrix=-1,
         vector=-1,
         arrives="S(-1)",
@@ -188,7 +212,7 @@ register_style(
         delivers="S(-1)",
         ndims=(1, 2),
         serves=("other",),
-        options=MappingProxyType({"unit": "units", **SHARED_OUTPUT}),
+        options=MappingProxyType({"unit": "units", **SHARED_OUTPUT, "groups": "size", **COUNTS}),
         boundary=ShardedNormBoundary,
         module_only=True,
     )
@@ -210,5 +234,15 @@ register_style(
         boundary=InputsBoundary,
         module_only=True,
         wants_split="around",
+    )
+)
+register_style(
+    Style(
+        name="sharded_statistics",
+        summary="within the module, means and deviations over what a layer below it gives in parts are over all ranks",
+        options=MappingProxyType({"of": "name"}),
+        boundary=ShardedStatisticsBoundary,
+        module_only=True,
+        wants_split="below",
     )
 )
