@@ -30,6 +30,7 @@ EXPECTED: dict[str, str] = {
     "shares": "true, false, a size, or a list of these, one per part",
     "flag": "true or false",
     "counts": "a mapping from an attribute of the module to a size, or to a mapping with parts, unit, shared, each",
+    "buffers": "a mapping from a buffer of the module to `{dim: ...}`, with parts, unit and shared where needed",
     "name": "a name, as text",
 }
 
@@ -156,6 +157,32 @@ def _counts(node: Node) -> dict[str, object]:
     return counts
 
 
+def _buffers(node: Node) -> dict[str, dict[str, object]]:
+    if not isinstance(node, Fields) or not node.entries:
+        raise OptionError(node, EXPECTED["buffers"])
+    buffers: dict[str, dict[str, object]] = {}
+    for key, value in node.entries:
+        if not isinstance(key, Scalar) or key.kind != "str" or not key.text.isidentifier():
+            raise OptionError(key, EXPECTED["buffers"])
+        buffers[key.text] = _buffer(value)
+    return buffers
+
+
+def _buffer(node: Node) -> dict[str, object]:
+    given: dict[str, object] = {}
+    for key, value in node.entries if isinstance(node, Fields) else ():
+        checker = _OF_BUFFER.get(key.text) if isinstance(key, Scalar) else None
+        if checker is None:
+            raise OptionError(key, EXPECTED["buffers"])
+        given[key.text] = checker(value)  # type: ignore[union-attr]
+    if "dim" not in given:
+        raise OptionError(node, EXPECTED["buffers"])
+    return given
+
+
+_OF_BUFFER: dict[str, Callable[[Node], object]] = {"dim": _dim, "parts": _parts, "unit": _units, "shared": _shares}
+
+
 def _name(node: Node) -> str:
     if not isinstance(node, Scalar) or node.kind != "str" or not node.text or not node.text.isprintable():
         raise OptionError(node, EXPECTED["name"])
@@ -171,5 +198,6 @@ CHECKERS: dict[str, Callable[[Node], object]] = {
     "shares": _shares,
     "flag": _flag,
     "counts": _counts,
+    "buffers": _buffers,
     "name": _name,
 }

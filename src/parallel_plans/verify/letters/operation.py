@@ -26,7 +26,8 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 class Operation:
     """An operation of torch's inner set: its name, its arguments, what it gave, how its arguments lie.
 
-    `whole_shape` is what a view gives in the whole model, where that is known; `is_backward`: whether it is of backward.
+    `whole_shape` is what a view gives in the whole model, where that is known; `is_backward`: whether it is one
+    of backward.
     """
 
     name: str
