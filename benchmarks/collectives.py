@@ -1,4 +1,4 @@
-"""Collectives and bytes per layer under the plans of many architectures, beside transformers' own parallelism. Counts, never seconds.
+"""Collectives and bytes per layer of many architectures, beside transformers' own parallelism. Counts, never seconds.
 
 python benchmarks/collectives.py [TYPE ...] [--json FILE] [--markdown FILE]
 

@@ -21,6 +21,7 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
+from parallel_plans import lookup
 from parallel_plans.cli import main, verify
 from parallel_plans.cli.refusal import asking, one_line
 from parallel_plans.errors import Finding
@@ -170,7 +171,8 @@ TARGETS = {
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: repr(target)[:24])
-def test_a_target_that_is_not_there_is_refused(target: str, tmp_path: Path) -> None:
+def test_a_target_that_is_not_there_is_refused(target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lookup, "bundled_types", lambda: ())
     (tmp_path / "empty").mkdir()
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
@@ -373,7 +375,9 @@ def ran(*command: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("command", [("verify", "bert", "--json"), ("main", "show", "own_models:raises")])
+@pytest.mark.parametrize(
+    "command", [("verify", "gpt2", "--plan", "builtin", "--json"), ("main", "show", "own_models:raises")]
+)
 def test_a_process_of_its_own_says_the_same(command: tuple[str, ...]) -> None:
     """With what transformers, torch and Python themselves put on stderr."""
     done = ran(f"parallel_plans.cli.{command[0]}", *command[1:])

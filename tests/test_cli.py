@@ -155,7 +155,7 @@ def test_show_ends_with_1_where_the_plan_does_not_fit_and_says_why() -> None:
     assert done.stdout == ""
 
 
-@pytest.mark.parametrize("target", ["/nowhere", "no_such_type", "empty.json", "whisper"])
+@pytest.mark.parametrize("target", ["/nowhere", "no_such_type", "empty.json", "vit"])
 def test_show_ends_with_2_and_one_line_where_there_is_nothing_to_ask_about(
     target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

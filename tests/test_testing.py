@@ -157,7 +157,7 @@ def test_a_question_that_cannot_be_asked_is_no_assertion() -> None:
     with pytest.raises(LaunchError, match="PP702"):
         assert_plan_sound(AutoConfig.for_model("mixtral"), tp=4, ep=3)
     with pytest.raises(LaunchError, match="PP704"):
-        assert_plan_sound(AutoConfig.for_model("gpt2"), tp=2)
+        assert_plan_sound(AutoConfig.for_model("gpt2"), "builtin", tp=2)
 
 
 def test_strict_asserts_that_there_are_no_warnings(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -123,6 +123,9 @@ def report_misplaced(report: Report) -> None:
             elif get_style(rule.style).only_counts and "counts" not in rule.options:
                 fix = "give `counts: {NAME: SIZE}`, the numbers that the module keeps, or remove the rule"
                 report.add("PP105", f"{rule.style} stands on a module together with its counts", rule, fix=fix)
+            elif "inputs" in get_style(rule.style).options and "inputs" not in rule.options:
+                fix = "give `inputs: {NAME: {dim: DIM, size: SIZE}}`, those that are split, or use `local_counts`"
+                report.add("PP105", f"{rule.style} stands on a module together with inputs", rule, fix=fix)
 
 
 def report_uses(report: Report, spec: ModelSpec, assignment: Assignment) -> None:
@@ -132,7 +135,8 @@ def report_uses(report: Report, spec: ModelSpec, assignment: Assignment) -> None
         rule = use.rule
         # a catch-all may find nothing left to catch, but must have had something to look at
         is_spare = "**" in rule.pattern and not use.matches_nothing
-        if reaches(use) or is_spare or (rule.optional and use.matches_nothing):
+        is_absent = rule.optional and not use.is_shadowed  # as a norm without weights is, which is there
+        if reaches(use) or is_spare or is_absent:
             continue
         if (buffers := _buffers_of(rule, spec)) and not use.parameters:
             found = f"{len(buffers)} buffer{'s' * (len(buffers) > 1)}, no parameter"

@@ -26,8 +26,10 @@ from parallel_plans.counts import localize_counts
 from parallel_plans.forks import Along, in_fork_scope, opens_fork_scope, traced_fork_scope
 from parallel_plans.laid_out import LaidOut
 from parallel_plans.lanes import linear_lane
+from parallel_plans.layouts import Split
 from parallel_plans.local_parameters import NOTHING_SHARED, LocalParameters
 from parallel_plans.mesh import Place
+from parallel_plans.model_spec import TRANSPOSED
 from parallel_plans.partial import whole_tree
 from parallel_plans.scopes import body_modules, communicates, forking_modules, joined, summing_modules
 from parallel_plans.sequence import Sequence, SplitBoundary, around_body
@@ -274,6 +276,9 @@ def _make_local(name: str, module: nn.Module, table: Table, place: Place) -> Non
             # with units the dim may count rows of experts, not experts
             if "unit" not in use.rule.options or getattr(module, attribute) == entry.info.shape[0]:
                 localize_counts(module, {attribute: entry.layout.local_shape(place.ranks)[0]})
+    if isinstance(module, TRANSPOSED):  # it reshapes by its number of output features
+        layout = table.parameters[joined(name, "weight")].layout
+        localize_counts(module, {"nf": layout.local_shape(place.ranks)[1]})
     for acting in table.modules.get(name, ()):
         counts: Any = acting.options.get("counts", {})
         rank = place.axes[acting.axis].rank
@@ -384,6 +389,7 @@ def _local_parameters(
     """The module's own parameters, with the axes on which they are used in another letter than they lie in."""
     found: dict[str, dict[str, tuple[Axis, ...]]] = {"R": {}, "P": {}}
     shared: dict[str, tuple[Shared, ...]] = {}
+    gathered: dict[str, tuple[Axis, Split]] = {}
     for own, parameter in module._parameters.items():
         entry = table.parameters.get(joined(prefix, own))
         if entry is None or not isinstance(parameter, Tensor):
@@ -393,4 +399,8 @@ def _local_parameters(
                 by_name[own] = tuple(place.axes[axis] for axis in axes)
         if parts := shared_parts(entry.layout, place):
             shared[own] = parts
-    return LocalParameters(module, found["R"], found["P"], after, shared=shared or NOTHING_SHARED)
+        for use in entry.uses:
+            if use.style.gathers and use.letter == "S":
+                split = next(split for split in entry.layout.splits if split.axis == use.axis)
+                gathered[own] = place.axes[use.axis], split.in_full()
+    return LocalParameters(module, found["R"], found["P"], after, None, shared or NOTHING_SHARED, gathered)

@@ -47,10 +47,14 @@ class Attention:
             if piece.is_given_on != self.query.is_given_on:
                 self._check_whole(piece)
         pieces = [piece for piece in (self.query, *self.key) if piece.is_given_on]
-        pieces += [piece for piece in self.output if piece.takes_parts and self.query.is_given_on]
+        pieces += [piece for piece in self.output if piece.takes_parts and self._goes_with_query(piece)]
         sound = [piece for piece in pieces if self._has_whole_heads(piece)]
         if len(sound) == len(pieces) and any(piece in self.key for piece in pieces):
             self._check_shares(pieces)
+
+    def _goes_with_query(self, output: Piece) -> bool:
+        """Whether a rank's features of an output are those of its query heads; not where these are fused of parts."""
+        return self.query.is_given_on and output.parts == self.query.parts
 
     def _is_understood(self) -> bool:
         """Whether the widths are what the config's numbers of heads make of them."""

@@ -59,8 +59,11 @@ class Expression:
     names: frozenset[str]
     steps: tuple[int | str, ...] = field(repr=False)
 
-    def evaluate(self, fields: Mapping[str, int]) -> int:
-        """The size, at least 1, with every name taken from `fields`; raises `ExpressionError` where there is none."""
+    def evaluate(self, fields: Mapping[str, int], least: int = 1) -> int:
+        """The size, with every name taken from `fields`; raises `ExpressionError` where there is none of at least 1.
+
+        What is true counts as 1, what is false as 0. `least` is 0 for what may be missing.
+        """
         stack: list[int] = []
         for step in self.steps:
             if isinstance(step, int):
@@ -72,7 +75,7 @@ class Expression:
                 if right == 0 and step in ("/", "//"):
                     raise ExpressionError(f"`{self.text}` divides by zero")
                 stack.append(_OPERATIONS[step](stack.pop(), right))
-        return _checked_size(stack.pop(), self.text)
+        return _checked_size(stack.pop(), self.text, least)
 
 
 def parse(text: str) -> Expression:
@@ -88,14 +91,14 @@ def parse(text: str) -> Expression:
     return Expression(text=text, names=names, steps=steps)
 
 
-def evaluate_size(value: int | str, fields: Mapping[str, int]) -> int:
+def evaluate_size(value: int | str, fields: Mapping[str, int], least: int = 1) -> int:
     """The size that a plan writes as an integer or as an expression; raises `ExpressionError` where it is not one."""
-    return parse(value).evaluate(fields) if isinstance(value, str) else _checked_size(value, str(value))
+    return parse(value).evaluate(fields, least) if isinstance(value, str) else _checked_size(value, str(value))
 
 
-def _checked_size(value: int, text: str) -> int:
-    if isinstance(value, bool) or value < 1:
-        raise ExpressionError(f"`{text}` is {value}, and a size is at least 1")
+def _checked_size(value: int, text: str, least: int = 1) -> int:
+    if isinstance(value, bool) or value < least:
+        raise ExpressionError(f"`{text}` is {value}, and a size is at least {least}")
     return value
 
 
@@ -103,9 +106,9 @@ def _field(fields: Mapping[str, int], name: str) -> int:
     if name not in fields:
         raise ExpressionError(f"`{name}` is not known", missing=name)
     value = fields[name]
-    if isinstance(value, bool) or not isinstance(value, int):
+    if not isinstance(value, int):
         raise ExpressionError(f"`{name}` is {value!r}, not an integer")
-    return value
+    return int(value)
 
 
 def _tokens(text: str) -> list[str]:

@@ -8,11 +8,12 @@ from typing import Any
 
 from parallel_plans.dealing import WHOLE, Part
 from parallel_plans.expressions import ExpressionError, evaluate_size
-from parallel_plans.layouts import Split, split_dim
-from parallel_plans.model_spec import ModuleInfo
+from parallel_plans.layouts import Split, scaled, split_dim
+from parallel_plans.model_spec import ModelSpec, ModuleInfo
 from parallel_plans.plan import Rule
 from parallel_plans.styles import Style
 from parallel_plans.styles.buffers import SplitBuffer
+from parallel_plans.styles.inputs import SplitInput
 from parallel_plans.styles.statistics import groups_of
 from parallel_plans.table import ParameterEntry
 
@@ -103,21 +104,34 @@ class Geometry:
     """Shapes under one axis of `ranks` ranks, for a model whose config has these `fields`.
 
     `proportions` say how much each rank gets, where it is not alike; they are idle on another number of ranks.
+    `is_transposed`: the weight is that of a linear layer, and `[in, out]`.
     """
 
     def __init__(
-        self, fields: Mapping[str, int], axis: str, ranks: int, proportions: Proportions | None = None
+        self,
+        fields: Mapping[str, int],
+        axis: str,
+        ranks: int,
+        proportions: Proportions | None = None,
+        *,
+        is_transposed: bool = False,
     ) -> None:
-        self.fields, self.axis, self.ranks = fields, axis, ranks
+        self.fields, self.axis, self.ranks, self.is_transposed = fields, axis, ranks, is_transposed
         self.proportions = proportions if proportions is not None and len(proportions) == ranks else None
 
-    def size(self, value: Any, of: int | None = None) -> int:
+    @classmethod
+    def at(cls, spec: ModelSpec, name: str, axis: str, ranks: int, proportions: Proportions | None = None) -> Geometry:
+        """Shapes of what stands at `name`, where a layer may have sizes of its own."""
+        is_transposed = name in spec.parameters and spec.is_transposed(name)
+        return cls(spec.fields_at(name), axis, ranks, proportions, is_transposed=is_transposed)
+
+    def size(self, value: Any, least: int = 1, of: int | None = None) -> int:
         """A size option as a number; in one that says how `of` elements are dealt, these are called `size`."""
         try:
-            return evaluate_size(value, self.fields if of is None else {**self.fields, SIZE: of})
+            return evaluate_size(value, self.fields if of is None else {**self.fields, SIZE: of}, least)
         except ExpressionError as error:
             code = "PP107" if error.missing is not None else "PP201"
-            near = ", ".join(sorted(self.fields)) or "no whole numbers at all"
+            near = ", ".join(sorted(_whole_numbers(self.fields))) or "no whole numbers at all"
             fix = f"write a number, or one of the config's fields: {near}" if error.missing is not None else None
             raise CannotSplit(code, f"by the size `{value}`: {error}", fix=fix) from None
 
@@ -128,6 +142,8 @@ class Geometry:
             return None
         if "dim" in options and len(shape) > 1:  # a bias has but one
             dim = int(options["dim"])  # type: ignore[call-overload]
+        elif self.is_transposed and len(shape) == 2 and dim < 0:
+            dim = -3 - dim
         if not -len(shape) <= dim < len(shape):
             raise CannotSplit("PP201", f"dim {dim}", f"a dim between {-len(shape)} and {len(shape) - 1}")
         return dim % len(shape)
@@ -148,16 +164,18 @@ class Geometry:
             return None
         return _split_of(dim, self.axis, self.ranks, parts, self.proportions)
 
-    def parts(self, size: int, dim: int, options: Mapping[str, object]) -> Parts:
-        """The parts of a dim of this size that are dealt on their own; `options` are with the style's defaults."""
+    def parts(self, size: int, dim: int, options: Mapping[str, Any]) -> Parts:
+        """The parts of a dim of this size that are dealt on their own; `options` are with the style's defaults.
+
+        Those that a config does not have, which are of no size, are left out.
+        """
         sizes = self._parts(size, dim, options.get("parts", 1))
         units = self._units(sizes, dim, options.get("unit", 1))
         shares = self._shares(units, dim, options.get("shared", False))
         if options.get("interleaved"):  # the parts lie like the teeth of two combs: one part, dealt in whole rounds
             sizes, units, shares = (sum(sizes),), (sum(units),), (None,)
-        return tuple(
-            Part(size=size, unit=unit, share=share) for size, unit, share in zip(sizes, units, shares, strict=True)
-        )
+        made = zip(sizes, units, shares, strict=True)
+        return tuple(Part(size=size, unit=unit, share=share) for size, unit, share in made if size)
 
     def _check(self, part: Part, parts: Parts, dim: int, style: Style) -> None:
         if part.size % part.unit:
@@ -171,7 +189,7 @@ class Geometry:
 
     def _parts(self, size: int, dim: int, given: Any) -> tuple[int, ...]:
         if isinstance(given, (list, tuple)):
-            parts = tuple(self.size(part) for part in given)
+            parts = tuple(self.size(part, least=0) for part in given)
             if sum(parts) != size:
                 added = " + ".join(map(str, parts))
                 raise CannotSplit("PP201", f"dim {dim}", f"parts that add up to {size}, not {added} = {sum(parts)}")
@@ -188,7 +206,7 @@ class Geometry:
         if len(given) != len(parts):
             expected = f"one unit, or one for each of the {len(parts)} parts, not {len(given)}"
             raise CannotSplit("PP201", f"dim {dim}", expected)
-        return tuple(self.size(unit, part) for unit, part in zip(given, parts, strict=True))
+        return tuple(self.size(unit, of=part) if part else 1 for unit, part in zip(given, parts, strict=True))
 
     def _shares(self, units: Sequence[int], dim: int, given: Any) -> tuple[int | None, ...]:
         """For each part, what ranks that share a unit have of it (see `Part`)."""
@@ -216,6 +234,9 @@ class Geometry:
         if isinstance(counts, Mapping):
             kept = {name: given for name, given in counts.items() if not rule.optional or self._keeps(info, name)}
             options["counts"] = {name: self._local_counts(info, name, given) for name, given in kept.items()}
+        inputs = options.get("inputs")
+        if isinstance(inputs, Mapping):
+            options["inputs"] = {name: self._input(info, name, given) for name, given in inputs.items()}
         for name in ("rope", "align_size", "groups"):
             if name in options:
                 options[name] = self.size(options[name])
@@ -239,7 +260,7 @@ class Geometry:
 
     def _local_counts(self, info: ModuleInfo, name: str, given: Any) -> tuple[int, ...]:
         """What every rank has of a number that the module keeps, or that each of so many things has of its own."""
-        where = self.fields if name.startswith("config.") else info.counts
+        where = _whole_numbers(self.fields) if name.startswith("config.") else info.counts
         field = name.removeprefix("config.")
         if field not in where:
             owner = "its config" if name.startswith("config.") else f"the {info.type}"
@@ -247,7 +268,7 @@ class Geometry:
         more = given if isinstance(given, Mapping) else {"unit": given}
         count = where[field]
         if "each" in more:
-            own = self.size(more.get("unit", 1), count)
+            own = self.size(more.get("unit", 1), of=count)
             parts: Parts = (Part(size=count * self.size(more["each"]), unit=count, share=own),)
         else:
             parts = self._count_parts(name, count, more)
@@ -276,6 +297,23 @@ class Geometry:
         expected = f"at least {self.ranks} whole units of {unit}"
         return CannotSplit("PP203", f"{told} cannot be dealt over {self.ranks} ranks", expected, fix)
 
+    def _input(self, info: ModuleInfo, name: str, given: Mapping[str, Any]) -> SplitInput:
+        if name not in info.inputs:
+            fix = f"name one of {', '.join(info.inputs)}" if info.inputs else "remove the rule"
+            raise CannotSplit("PP203", f"the forward of {info.type} takes no input called {name}", fix=fix)
+        unit, size = self.size(given.get("unit", 1)), self.size(given["size"])
+        (share,) = self._shares((unit,), 0, given.get("shared", False))
+        part = Part(size=size, unit=unit, share=share)
+        try:
+            split = _split_of(0, self.axis, self.ranks, (part,), self.proportions)
+        except ValueError:
+            raise self._undealt(f"the input {name}, {size} elements,", size, (part,)) from None
+        return SplitInput(name=name, place=info.inputs.index(name), dim=int(given["dim"]), split=split)
+
+
+def _whole_numbers(fields: Mapping[str, int]) -> dict[str, int]:
+    return {name: value for name, value in fields.items() if not isinstance(value, bool)}
+
 
 def check_rope(rope: Any, own: Sequence[ParameterEntry]) -> None:
     """Raises where the rope part is to be as wide as the whole output of a module, or wider."""
@@ -283,6 +321,21 @@ def check_rope(rope: Any, own: Sequence[ParameterEntry]) -> None:
     if rope is not None and width is not None and rope >= width:
         expected = f"a rope part of less than the {width} features of the output"
         raise CannotSplit("PP201", f"a rope part of {rope} features cannot be cut off here", expected, "correct `rope`")
+
+
+def shared_out(split: Split | None, own: Sequence[ParameterEntry]) -> Split:
+    """How a layer's outputs are dealt where each rank has the share that it has of the inputs, dealt by `split`.
+
+    Raises:
+        CannotSplit: a rank's share of the outputs would be no whole number.
+    """
+    assert split is not None
+    outputs = max(entry.info.shape[0] for entry in own if len(entry.info.shape) > 1)
+    if (dealt := scaled(split, outputs)) is None:
+        what = f"{outputs} outputs cannot be dealt as the {split.size} inputs are, {split.local_sizes}"
+        fix = f"give `unit: {split.size // outputs}`, the inputs for one output" if split.size % outputs == 0 else None
+        raise CannotSplit("PP201", what, "for every rank's share of the inputs a whole number of outputs", fix)
+    return dealt
 
 
 def check_groups(groups: Any, split: Split | None) -> None:

@@ -170,6 +170,15 @@ class Split:
             offset += stop - start
 
 
+def scaled(split: Split, size: int) -> Split | None:
+    """The split of a dim of `size` elements in which every rank has the same shares; None where it would cut one."""
+    bounds = [bound * size for rank in split.ranges for piece in rank for bound in piece]
+    if any(bound % split.size for bound in bounds):
+        return None
+    ranges = (tuple((a * size // split.size, b * size // split.size) for a, b in rank) for rank in split.ranges)
+    return replace(split, size=size, ranges=tuple(ranges)).in_full()
+
+
 def split_dim(
     *,
     dim: int,

@@ -5,13 +5,18 @@ A `ModelSpec` is plain data. `describe` reads it off any `nn.Module`, on any dev
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+TRANSPOSED = (Conv1D,)  # linear layers whose weight is [in, out]; `nf` is their number of output features
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,13 +50,25 @@ class BufferInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class ModuleInfo:
-    """A module: full name, class, kind (`linear`, `embedding`, `convolution`, `other`), its own parameters' names."""
+    """A module as a plan sees it.
+
+    Args:
+        name: its full name.
+        type: its class.
+        kind: `linear`, `embedding`, `convolution` or `other`.
+        parameters: the full names of its own parameters.
+        counts: the whole numbers it keeps as attributes.
+        inputs: what its forward takes, by name, in order.
+        is_transposed: whether it is a linear layer whose weight is `[in, out]`.
+    """
 
     name: str
     type: str
     kind: str
     parameters: tuple[str, ...]
-    counts: Mapping[str, int]  # the whole numbers it keeps as attributes
+    counts: Mapping[str, int]
+    inputs: tuple[str, ...] = ()
+    is_transposed: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +80,7 @@ class ModelSpec:
         parameters: full name -> parameter, tied names included.
         modules: full name -> module; the root's name is empty.
         tied: name -> the name of the parameter it is tied to.
-        fields: the config's whole numbers, for size expressions.
+        fields: the config's whole numbers, and its switches, for size expressions.
         layer_fields: index of a layer -> the same for a layer to which the config gives numbers of its own.
         buffers: full name -> buffer. A plan splits parameters, so every rank has all of them whole.
         quantization: what the config says of quantized weights; empty where it says nothing.
@@ -83,6 +100,10 @@ class ModelSpec:
         index = next((int(segment) for segment in name.split(".") if segment.isdigit()), -1)
         return self.layer_fields.get(index, self.fields)
 
+    def is_transposed(self, parameter: str) -> bool:
+        """Whether a parameter is of a linear layer whose weight is `[in, out]`."""
+        return self.modules[parameter.rpartition(".")[0]].is_transposed
+
     @property
     def bytes(self) -> int:
         """Bytes of all parameters, tied ones counted once."""
@@ -100,17 +121,35 @@ def _kind(module: nn.Module) -> str:
         return "embedding"
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return "convolution"
-    return "linear" if hasattr(module, "out_features") and getattr(weight, "ndim", 0) == 2 else "other"
+    is_linear = hasattr(module, "out_features") or isinstance(module, TRANSPOSED)
+    return "linear" if is_linear and getattr(weight, "ndim", 0) == 2 else "other"
+
+
+@functools.cache
+def _inputs_of(kind: Any) -> tuple[str, ...]:
+    """What the forward of a class of modules takes, by name, in order."""
+    taken = list(inspect.signature(kind.forward).parameters.values())[1:]
+    return tuple(each.name for each in taken if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY))
+
+
+def _inputs(module: nn.Module) -> tuple[str, ...]:
+    kind: Any = type(module)
+    return _inputs_of(kind)
 
 
 def _whole_numbers(values: Mapping[str, Any]) -> dict[str, int]:
     return {key: value for key, value in values.items() if isinstance(value, int) and not isinstance(value, bool)}
 
 
-def config_fields(config: Any) -> dict[str, int]:
-    """The whole numbers of a transformers config (its text part), by field name; empty for None.
+def _sizes(values: Mapping[str, Any]) -> dict[str, int]:
+    """What size expressions may read: whole numbers, and what is true or false."""
+    return {key: value for key, value in values.items() if isinstance(value, int)}
 
-    Those of a config within it go by both names, `ffn_config.moe_num_experts`.
+
+def config_fields(config: Any) -> dict[str, int]:
+    """The whole numbers and switches of a transformers config (its text part), by field name; empty for None.
+
+    Those of a config within it, or of a tower beside the text part, go by both names, `ffn_config.moe_num_experts`.
 
     Where a config leaves them out, `head_dim` and `num_key_value_heads` are what model code takes them for: the hidden
     size over the heads, and as many as there are heads.
@@ -118,11 +157,17 @@ def config_fields(config: Any) -> dict[str, int]:
     if config is None:
         return {}
     text = _text_part(config)
-    fields = _whole_numbers(_as_dict(text))
-    for part in getattr(text, "sub_configs", {}):
-        inner = getattr(text, part, None)
-        if inner is not None:
-            fields |= {f"{part}.{name}": value for name, value in _whole_numbers(inner.to_dict()).items()}
+    fields = _with_heads(_sizes(_as_dict(text)))
+    for owner in (text, config):  # towers beside the text part, and what that itself is made of
+        for part in getattr(owner, "sub_configs", {}):
+            inner = getattr(owner, part, None)
+            if inner is not None and inner is not text:
+                fields |= {f"{part}.{name}": value for name, value in _with_heads(_sizes(_as_dict(inner))).items()}
+    return fields
+
+
+def _with_heads(fields: dict[str, int]) -> dict[str, int]:
+    """The fields, with those that a config of attention may leave out."""
     if "num_attention_heads" in fields:
         fields.setdefault("num_key_value_heads", fields["num_attention_heads"])
         if "hidden_size" in fields:
@@ -146,7 +191,7 @@ def layer_fields(config: Any) -> dict[int, dict[str, int]]:
     own = None if config is None else _as_dict(_text_part(config)).get("per_layer_config")
     shared = config_fields(config)
     layers = own.items() if isinstance(own, Mapping) else ()
-    return {int(index): {**shared, **_whole_numbers(numbers)} for index, numbers in layers}
+    return {int(index): {**shared, **_sizes(numbers)} for index, numbers in layers}
 
 
 def _buffers(modules: Mapping[str, nn.Module]) -> dict[str, BufferInfo]:
@@ -191,6 +236,8 @@ def describe(model: nn.Module) -> ModelSpec:
             kind=_kind(module),
             parameters=tuple(f"{name}.{own}" if name else own for own, _ in module.named_parameters(recurse=False)),
             counts=_whole_numbers(vars(module)),
+            inputs=_inputs(module),
+            is_transposed=isinstance(module, TRANSPOSED),
         )
         for name, module in named.items()
     }

@@ -49,7 +49,7 @@ class Pairing:
         found: dict[str, dict[str, Piece]] = {}
         for name, module in self.spec.modules.items():
             weight = f"{name}.weight"
-            if module.kind == "linear":
+            if module.kind == "linear" and not module.is_transposed:
                 parent, _, last = name.rpartition(".")
                 piece = self._piece(weight)
                 if piece.ranks > 1:

@@ -60,7 +60,7 @@ class Piece:
             CannotSplit: it could not be.
         """
         options = self.use.rule.options if unit is None else {**self.use.rule.options, "unit": unit}
-        geometry = Geometry(self.spec.fields_at(self.name), self.use.axis, ranks, self.proportions)
+        geometry = Geometry.at(self.spec, self.name, self.use.axis, ranks, self.proportions)
         return geometry.split(self.entry.info.shape, self.use.style, options)
 
     def sizes(self, holds: Callable[[int], bool], what: object) -> str:

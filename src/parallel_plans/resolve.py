@@ -18,7 +18,7 @@ from parallel_plans.accounting import (
 )
 from parallel_plans.errors import PlanError
 from parallel_plans.expert_rules import ExpertRules, report_differing, report_incomplete
-from parallel_plans.geometry import CannotSplit, Geometry, check_groups, check_rope
+from parallel_plans.geometry import CannotSplit, Geometry, check_groups, check_rope, shared_out
 from parallel_plans.layouts import Layout, Split, nested
 from parallel_plans.matching import Assignment, Pattern, assign
 from parallel_plans.model_spec import ModelSpec, ModuleInfo, ParameterInfo
@@ -71,7 +71,7 @@ class _Resolver:
     def geometry(self, name: str, axis: str) -> Geometry:
         """Shapes under an axis at `name`, where a layer may have sizes of its own."""
         proportions = self.plan.proportions if axis == TENSOR_AXIS else None
-        return Geometry(self.spec.fields_at(name), axis, self.views.sizes[axis], proportions)
+        return Geometry.at(self.spec, name, axis, self.views.sizes[axis], proportions)
 
     def table(self) -> Table:
         report_misplaced(self.report)
@@ -190,7 +190,11 @@ class _Resolver:
             check_rope(options.get("rope"), own)
             options.update(self.experts.options(info.name, style))
             options.update(self.staying.options(info.name, style))
+            if "of" in style.options and not (own := self._given_in_parts(info, rule, axis, parameters)):
+                return None
             split = self._dealt(info.name, style, axis, own)
+            if (style.leaves[0], style.delivers[0]) == ("P", "S") and style.shards:
+                split = shared_out(split, own)
             check_groups(options.get("groups"), split)
         except CannotSplit as problem:
             self.report.unfit(problem, problem.what, rule, info.name, None)
@@ -226,6 +230,28 @@ class _Resolver:
     def _is_kept_elsewhere(self, rule: Rule) -> bool:
         pattern = Pattern.of(rule.pattern)
         return any(pattern.matches(name) and self._keeps(info, rule) for name, info in self.spec.modules.items())
+
+    def _given_in_parts(
+        self, info: ModuleInfo, rule: Rule, axis: str, parameters: Mapping[str, ParameterEntry]
+    ) -> list[ParameterEntry]:
+        """The parameters of the layer that the option `of` names, of whose output each rank has a part; else none."""
+        below = rule.options.get("of")
+        layer = self.spec.modules.get(f"{info.name}.{below}")
+        own = [parameters[name] for name in (() if layer is None else layer.parameters) if name in parameters]
+        uses = (use for entry in own for use in entry.uses if use.axis == axis)
+        if any(use.letter == "S" and use.style.delivers == "S(-1)" for use in uses):
+            return own
+        found = f"no {below}" if layer is None else ", ".join(str(entry.layout) for entry in own)
+        self.report.add(
+            "PP105",
+            f"{rule.style} stands on a module in which `of` names no layer that is split by its outputs",
+            rule,
+            name=info.name,
+            found=found,
+            expected=f"`of: NAME`, a layer right below {info.name} that hands on the features of each rank",
+            fix="name such a layer, or drop the rule",
+        )
+        return []
 
     def _dealt(self, name: str, style: Style, axis: str, own: Sequence[ParameterEntry]) -> Split | None:
         """How the module's parameter is split on the axis, or for a style that knows experts, how these are dealt."""

@@ -82,7 +82,7 @@ def _sums(entry: ModuleEntry) -> bool:
     """Whether the entry adds up partial sums; a boundary of which the table of styles says nothing may."""
     style = entry.style
     is_unknown = style.boundary is not None and style.role is None and style.wants_split is None
-    return (style.leaves, style.delivers) in (("P", "I"), ("P", "R"), *((("I", "I"),) if is_unknown else ()))
+    return style.leaves == "P" != style.delivers or (is_unknown and style.leaves == style.delivers == "I")
 
 
 def layer_of(name: str) -> str:

@@ -199,9 +199,12 @@ def test_a_size_that_does_not_fit_fails_on_every_rank_before_any_weight_is_read(
         assert expected[1] in message
 
 
-def test_a_model_without_a_plan_fails_on_every_rank_with_the_fix(tmp_path: Path) -> None:
+def test_a_model_without_a_plan_fails_on_every_rank_with_the_fix(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from transformers import CONFIG_MAPPING
 
+    monkeypatch.setattr("parallel_plans.lookup.bundled_types", lambda: ())
     config = CONFIG_MAPPING["gpt2"](n_embd=16, n_layer=1, n_head=2, vocab_size=32, n_positions=8)
     Ordinary.from_config(config).save_pretrained(tmp_path)
     for name, message in raised(load, str(tmp_path), ranks=2):

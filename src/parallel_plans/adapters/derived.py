@@ -22,7 +22,7 @@ from torch import nn
 
 from parallel_plans.adapters.standing import BASE, Standing, standing
 from parallel_plans.layouts import Layout
-from parallel_plans.model_spec import ParameterInfo
+from parallel_plans.model_spec import TRANSPOSED, ParameterInfo
 from parallel_plans.scopes import joined
 from parallel_plans.table import ModuleEntry, ParameterEntry, Table
 
@@ -61,7 +61,9 @@ def _tied(model: nn.Module, names: Mapping[str, Any]) -> dict[str, str]:
 
 def base_dims(layer: nn.Module) -> tuple[str, str] | None:
     """What the two dims of the weight that a layer of peft stands on count; None for a kind not known here."""
-    return next((dims for kind, dims in DIMS.items() if isinstance(layer, kind)), None)
+    dims = next((dims for kind, dims in DIMS.items() if isinstance(layer, kind)), None)
+    is_transposed = isinstance(getattr(layer, BASE, None), TRANSPOSED)
+    return dims[::-1] if dims is not None and is_transposed else dims
 
 
 def _of_adapters(here: Standing, parameters: Mapping[str, ParameterEntry]) -> Iterator[tuple[str, ParameterEntry]]:

@@ -29,6 +29,7 @@ LACKING: dict[str, dict[str, Any]] = {
         "indexer_budget": 512,
         "indexer_compress_ratio": 16,
     },
+    "xmod": {"default_language": "en_XX"},
 }
 LACKING["qwen4_exp"] = {"text_config": LACKING["qwen4_exp_text"]}
 

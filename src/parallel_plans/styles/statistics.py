@@ -1,8 +1,9 @@
-"""Norms over a dim that is sharded: the module's own arithmetic, with its means taken over all ranks.
+"""Statistics over a dim that is sharded: the module's own arithmetic, with its means taken over all ranks.
 
 olmo2 normalizes its queries over all heads at once. Gathering them costs an all-gather of the whole width; the only
 thing a rank does not know is one number per token, the mean of squares. So the module runs as it is on its own part,
-and every mean over the sharded dim is summed over the ranks.
+and every mean over the sharded dim is summed over the ranks. gemma3n does the same within an MLP: it keeps the features
+of the gate that are so many deviations above their mean.
 
 A norm may take its features in groups, each with a mean of its own, as the gated norms of state space models do. Where
 every rank has whole groups it knows their means. Where ranks share a group, each puts its sum in that group's place:
@@ -50,7 +51,10 @@ def _holders(site: Site) -> int:
 
 
 class _MeansOverRanks(TorchFunctionMode):
-    """Inside it, a mean over the last dim of a value as wide as this rank's part is the mean over all ranks."""
+    """Inside it, a mean over the last dim of a value as wide as this rank's part is the mean over all ranks.
+
+    A variance or deviation over it is one of the same means.
+    """
 
     def __init__(self, site: Site) -> None:
         super().__init__()
@@ -75,11 +79,32 @@ class _MeansOverRanks(TorchFunctionMode):
         return mean if keepdim else mean.squeeze(-1)
 
     def _mean(self, value: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Tensor:
-        dims = tuple(dim) if isinstance(dim, (tuple, list)) else (dim,)
-        is_of_groups = self.groups == 1 or (value.dim() > 1 and value.shape[-2] == self.count)
-        if dims not in ((-1,), (value.dim() - 1,)) or value.shape[-1] != self.width or not is_of_groups:
+        if not self._is_over_part(value, dim):
             return value.mean(dim, keepdim, dtype=dtype)
         return self.mean(value if dtype is None else value.to(dtype), keepdim)
+
+    def _variance(
+        self,
+        value: Tensor,
+        dim: Any = None,
+        unbiased: bool = True,
+        keepdim: bool = False,
+        *,
+        correction: float | None = None,
+    ) -> Tensor:
+        less = float(unbiased) if correction is None else correction
+        if not self._is_over_part(value, dim):
+            return value.var(dim, correction=less, keepdim=keepdim)
+        squares = (value - self.mean(value)).pow(2)
+        return self.mean(squares, keepdim) * (self.whole / (self.whole - less))
+
+    def _deviation(self, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self._variance(value, *args, **kwargs).sqrt()
+
+    def _is_over_part(self, value: Tensor, dim: Any) -> bool:
+        dims = tuple(dim) if isinstance(dim, (tuple, list)) else (dim,)
+        is_of_groups = self.groups == 1 or (value.dim() > 1 and value.shape[-2] == self.count)
+        return dims in ((-1,), (value.dim() - 1,)) and value.shape[-1] == self.width and is_of_groups
 
     def _rms_norm(self, value: Tensor, shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
         wide = value.to(torch.promote_types(value.dtype, torch.float32))  # torch too rounds once, at the end
@@ -109,6 +134,10 @@ class _MeansOverRanks(TorchFunctionMode):
 _STATISTICS: dict[Callable[..., Any], str] = {
     Tensor.mean: "_mean",
     torch.mean: "_mean",
+    Tensor.var: "_variance",
+    torch.var: "_variance",
+    Tensor.std: "_deviation",
+    torch.std: "_deviation",
     F.rms_norm: "_rms_norm",
     torch.rms_norm: "_rms_norm",
     F.layer_norm: "_layer_norm",
@@ -137,3 +166,14 @@ class ShardedNormBoundary(Boundary):
                 "(colwise_gather_output, then rowwise_split_input)"
             )
         return output
+
+
+class ShardedStatisticsBoundary(Boundary):
+    """`sharded_statistics`: within the module, means and deviations over a part of a dim are those over all ranks.
+
+    A module may take none: layers of one model differ in that.
+    """
+
+    def __call__(self, forward: Forward, args: Arguments, kwargs: Keywords) -> Any:
+        with _MeansOverRanks(self.site):
+            return forward(*args, **kwargs)

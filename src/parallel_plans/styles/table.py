@@ -7,11 +7,12 @@ from types import MappingProxyType
 from parallel_plans.plan import EXPERT_SECTIONS
 from parallel_plans.styles.base import DELAY, Style, register_style
 from parallel_plans.styles.buffers import BuffersBoundary
+from parallel_plans.styles.inputs import InputsBoundary
 from parallel_plans.styles.special import (
     RopePartBoundary,
     VocabularyBoundary,
 )
-from parallel_plans.styles.statistics import ShardedNormBoundary
+from parallel_plans.styles.statistics import ShardedNormBoundary, ShardedStatisticsBoundary
 
 SPLIT = MappingProxyType({"dim": "dim", "unit": "units"})
 TWO_PARTS = MappingProxyType({"parts": 2})
@@ -92,6 +93,21 @@ register_style(
 )
 register_style(
     Style(
+        name="rowwise_scatter_output",
+        summary="as rowwise, and each rank gets its part of the sum, the share that it has of the input",
+        matrix=-1,
+        vector=-1,
+        arrives="S(-1)",
+        needs="S(-1)",
+        leaves="P",
+        delivers="S(-1)",
+        after=("bias",),
+        serves=("linear",),
+        options=SPLIT,
+    )
+)
+register_style(
+    Style(
         name="packed_colwise",
         summary="as colwise, for several projections fused into one; each part is split on its own",
         matrix=-2,
@@ -140,6 +156,15 @@ register_style(
     )
 )
 register_style(Style(name="replicate", summary="whole on every rank", sections=ANYWHERE))
+register_style(
+    Style(
+        name="gathered_in_use",
+        summary="split where it lies, gathered where its module uses it; every rank computes all that is made with it",
+        matrix=0,
+        options=SPLIT,
+        gathers=True,
+    )
+)
 register_style(
     Style(
         name="replicated_with_grad_allreduce",
@@ -210,5 +235,25 @@ register_style(
         options=COUNTS,
         module_only=True,
         sections=ANYWHERE,
+    )
+)
+register_style(
+    Style(
+        name="split_inputs",
+        summary="of inputs that hold something for every head a rank takes what goes with its own; counts as well",
+        options=MappingProxyType({"inputs": "inputs", **COUNTS}),
+        boundary=InputsBoundary,
+        module_only=True,
+        wants_split="around",
+    )
+)
+register_style(
+    Style(
+        name="sharded_statistics",
+        summary="within the module, means and deviations over what a layer below it gives in parts are over all ranks",
+        options=MappingProxyType({"of": "name"}),
+        boundary=ShardedStatisticsBoundary,
+        module_only=True,
+        wants_split="below",
     )
 )

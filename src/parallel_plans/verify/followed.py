@@ -33,11 +33,11 @@ def followed(plan: Plan, subject: Any, views: Views, dispatch: bool) -> Layouts:
 
     def run(config: Any, ranks: Views, *, computes: bool) -> Subject:
         make = (lambda: random_model(config)) if computes else (lambda: causal_lm(config))  # the same every time
-        inputs = {**example_batch(config), "use_cache": False} if computes else tokens_of(*_tokens(plan, ranks))
+        inputs = {**example_batch(config), "use_cache": False} if computes else tokens_of(*_tokens(plan, ranks), config)
         return Subject(plan=plan, views=ranks, make=make, inputs=inputs, dispatch=dispatch, computes=computes)
 
     subject_at_size = run(few.config, views, computes=False)
-    shorter = replace(subject_at_size, inputs=tokens_of(*SHORT), is_short=True)
+    shorter = replace(subject_at_size, inputs=tokens_of(*SHORT, few.config), is_short=True)
     found = check_layouts(subject_at_size, _times(few), None if _splits_tokens(plan) else shorter)
     if not found.depends_on_values:
         return found

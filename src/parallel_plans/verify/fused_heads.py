@@ -70,7 +70,7 @@ def fused_heads(piece: Piece, spec: ModelSpec) -> FusedHeads | None:
     """The heads of a weight, where its name says that it is fused and its width is what the model's numbers make."""
     owner, _, _ = piece.name.rpartition(".")
     parent, _, last = owner.rpartition(".")
-    if last not in FUSED or spec.modules[owner].kind != "linear":
+    if last not in FUSED or spec.modules[owner].kind != "linear" or spec.modules[owner].is_transposed:
         return None
     fields, counts = spec.fields_at(piece.name), spec.modules[parent].counts
     heads = counts.get("num_heads") or fields.get("num_attention_heads", 0)

@@ -23,7 +23,8 @@ from parallel_plans.verify.compare import RIGHT, reached
 from parallel_plans.verify.numerics import ModelFailed, Outcome, Trial, check_numerics, run_trial, truths_of
 from parallel_plans.verify.observed import Inputs
 from parallel_plans.verify.own import OwnModel
-from parallel_plans.verify.shrink import CannotShrink, shrunken
+from parallel_plans.verify.shrink import CannotShrink, Shrunken, shrunken
+from parallel_plans.verify.shrinking.kinds import on_meta
 from parallel_plans.verify.shrinking.roles import role_of
 from parallel_plans.verify.shrinking.tree import config_from, each_number, fields_of
 from parallel_plans.verify.weights import example_batch, random_model
@@ -31,6 +32,8 @@ from parallel_plans.views import EXPERT_AXIS, Views
 
 TWO = Views(world=2, tp=2, etp=2)
 ODD_ROLES = ("width", "expert width")
+MORE = 4  # times as many heads
+MOST_SHARING = 6  # ranks of a trial in which some share units; small models have no more than 4 key/value heads
 SEEDS, FEW = 12, 2  # short batches to choose from, and their tokens, where no more ranks split a sequence
 
 
@@ -57,6 +60,36 @@ def trial_views(views: Views) -> Views:
     elif tp > etp:
         ep = 2 * tp // etp  # tokens leave their tp group
     return Views(world=max(tp, ep * etp), tp=tp, ep=ep, etp=etp)
+
+
+def sharing_views(small: Views, resolved: Callable[[Views], Table | None]) -> Views:
+    """The fewest ranks from these on upwards on which some ranks share units; these where there are none."""
+    for tp in range(small.tp, MOST_SHARING + 1):
+        etp = tp if small.ep == 1 else small.etp
+        views = replace(small, world=max(tp, small.ep * etp), tp=tp, etp=etp)
+        table = resolved(views) if views.fits else None
+        if table is not None and table.shares_units:
+            return views
+    return small
+
+
+def _proportions(plan: Plan, ranks: int) -> Plan:
+    """The plan, with proportions for so many ranks that are as unlike as its own."""
+    given = plan.proportions
+    return plan if given is None else replace(plan, proportions=(max(given), *[min(given)] * (ranks - 1)))
+
+
+def _views_for(plan: Plan, table: Table, views: Views, model: Any, dispatch: bool) -> Views:
+    """The ranks of the trials of a model."""
+    small, spec = trial_views(views), describe(model)
+
+    def resolved(ranks: Views) -> Table | None:
+        try:
+            return resolve(_proportions(plan, ranks.tp), spec, ranks.sizes, dispatch=dispatch)
+        except PlanError:
+            return None
+
+    return sharing_views(small, resolved) if table.shares_units else small
 
 
 def tried(plan: Plan, table: Table, subject: Any, views: Views, dispatch: bool) -> Outcome:
@@ -101,15 +134,17 @@ Trials = Iterator[tuple[Trial, Trial | None]]  # each with the same in even size
 
 def _of_config(plan: Plan, table: Table, config: Any, views: Views, dispatch: bool) -> Trials:
     try:
-        small_one = shrunken(config, trial_views(views).sizes)
+        small_one = _small_one(plan, config, trial_views(views), dispatch)
     except CannotShrink as error:
         raise CannotTry(str(error)) from None
-    tiny, small = small_one.config, trial_views(views)
+    tiny = small_one.config
+    model = random_model(tiny)
+    small = _views_for(plan, table, views, model, dispatch)
     texts = [_text(example_batch(tiny, seed=index)) for index in range(small.world // small.tp)]
     usual = Trial(
-        plan=plan,
+        plan=_proportions(plan, small.tp),
         views=small,
-        model=random_model(tiny),
+        model=model,
         batches=texts,
         dispatch=dispatch,
         layers=small_one.layers,
@@ -117,6 +152,20 @@ def _of_config(plan: Plan, table: Table, config: Any, views: Views, dispatch: bo
     )
     yield usual, None
     yield _seldom(usual, tiny, table)
+
+
+def _small_one(plan: Plan, config: Any, small: Views, dispatch: bool) -> Shrunken:
+    """The model made small; with more heads where the plan wants more than one for each rank, as for blocks of them."""
+    few = shrunken(config, small.sizes)
+    if small.ep > 1 or _fitting(_described(few.config), small, dispatch)(plan):
+        return few
+    more = shrunken(config, {name: MORE * ranks for name, ranks in small.sizes.items()})
+    return more if _fitting(_described(more.config), small, dispatch)(plan) else few
+
+
+def _described(config: Any) -> ModelSpec:
+    """What a plan is resolved against, of the model of a config."""
+    return describe(on_meta(config))
 
 
 def _fitting(spec: ModelSpec, views: Views, dispatch: bool) -> Callable[[Plan], bool]:
@@ -133,14 +182,14 @@ def _fitting(spec: ModelSpec, views: Views, dispatch: bool) -> Callable[[Plan], 
 
 
 def _of_own(plan: Plan, table: Table, own: OwnModel, views: Views, dispatch: bool) -> Trials:
-    small = trial_views(views)
     try:
         model, inputs = own.made_real()
     except ValueError as error:
         raise CannotTry(str(error)) from None
+    small = _views_for(plan, table, views, model, dispatch)
     yield (
         Trial(
-            plan=plan,
+            plan=_proportions(plan, small.tp),
             views=small,
             model=model,
             batches=[inputs] * (small.world // small.tp),
@@ -159,7 +208,7 @@ def _seldom(usual: Trial, config: Any, table: Table) -> tuple[Trial, Trial | Non
     """The second trial, as much of it as the model allows, and the same in even sizes."""
     even, uneven = usual, Views(world=3, tp=3, etp=3)  # what was made small for 2 ranks is dealt unevenly over 3
     if usual.views.sizes == TWO.sizes and _is_uneven("", table) and _resolves(usual, usual.model, uneven):
-        usual = replace(usual, views=uneven)
+        usual = replace(usual, views=uneven, plan=_proportions(usual.plan, uneven.tp))
     odd = _odd_model(usual, config)
     trial = replace(usual, saves=True, model=usual.model if odd is None else odd)
     few = _few_tokens(trial)
@@ -205,7 +254,8 @@ def _few_tokens(trial: Trial) -> Inputs | None:
     best: tuple[int, Inputs] | None = None
     for seed in range(SEEDS if experts else 1):
         few = max(FEW, trial.views.tp) if trial.plan.splits_sequence else FEW
-        batch = {name: tokens[:1, :few] for name, tokens in example_batch(trial.model.config, seed=seed).items()}
+        example = example_batch(trial.model.config, seed=seed)
+        batch = {name: each[:1, :few] if each.dim() == 2 else each[:1] for name, each in example.items()}
         inputs = _text(batch, prompt=1)
         try:
             truth = truths_of(replace(trial, batches=[replace(inputs, prompt=None)]))[0]

@@ -26,8 +26,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 class Operation:
     """An operation of torch's inner set: its name, its arguments, what it gave, how its arguments lie.
 
-    `whole_shape` is what a view gives in the whole model, where that is known; `is_backward`: whether it is one
-    of backward.
+    `whole_shape` is what a view gives in the whole model, where that is known; `is_backward`: whether backward runs it.
     """
 
     name: str
