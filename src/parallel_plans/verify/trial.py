@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
-
 from parallel_plans.collectives import Call
 from parallel_plans.errors import Finding, PlanError
 from parallel_plans.model_spec import ModelSpec, describe
@@ -20,6 +18,7 @@ from parallel_plans.plan import Plan
 from parallel_plans.resolve import resolve
 from parallel_plans.table import Table
 from parallel_plans.verify.compare import RIGHT, reached
+from parallel_plans.verify.encoder_states import may_take_states, states, taken_states
 from parallel_plans.verify.numerics import ModelFailed, Outcome, Trial, check_numerics, run_trial, truths_of
 from parallel_plans.verify.observed import Inputs
 from parallel_plans.verify.own import OwnModel
@@ -27,7 +26,7 @@ from parallel_plans.verify.shrink import CannotShrink, Shrunken, shrunken
 from parallel_plans.verify.shrinking.kinds import on_meta
 from parallel_plans.verify.shrinking.roles import role_of
 from parallel_plans.verify.shrinking.tree import config_from, each_number, fields_of
-from parallel_plans.verify.weights import example_batch, random_model
+from parallel_plans.verify.weights import example_batch, in_float64, random_model
 from parallel_plans.views import EXPERT_AXIS, Views
 
 TWO = Views(world=2, tp=2, etp=2)
@@ -140,7 +139,8 @@ def _of_config(plan: Plan, table: Table, config: Any, views: Views, dispatch: bo
     tiny = small_one.config
     model = random_model(tiny)
     small = _views_for(plan, table, views, model, dispatch)
-    texts = [_text(example_batch(tiny, seed=index)) for index in range(small.world // small.tp)]
+    more = _states_for(model)
+    texts = [_text({**example_batch(tiny, seed=index), **more}) for index in range(small.world // small.tp)]
     usual = Trial(
         plan=_proportions(plan, small.tp),
         views=small,
@@ -200,7 +200,15 @@ def _of_own(plan: Plan, table: Table, own: OwnModel, views: Views, dispatch: boo
     )
 
 
-def _text(batch: Mapping[str, Tensor], prompt: int | None = None) -> Inputs:
+def _states_for(model: Any) -> dict[str, Any]:
+    """The states of an encoder, for a model of which more runs with them."""
+    batch = example_batch(model.config)
+    with in_float64():
+        name = taken_states(model, {**batch, "use_cache": False}) if may_take_states(model.config) else None
+    return {} if name is None else states(name, model, batch)
+
+
+def _text(batch: Mapping[str, Any], prompt: int | None = None) -> Inputs:
     return Inputs(kwargs=batch, prompt=batch["input_ids"][:, :prompt])
 
 
@@ -254,9 +262,8 @@ def _few_tokens(trial: Trial) -> Inputs | None:
     best: tuple[int, Inputs] | None = None
     for seed in range(SEEDS if experts else 1):
         few = max(FEW, trial.views.tp) if trial.plan.splits_sequence else FEW
-        example = example_batch(trial.model.config, seed=seed)
-        batch = {name: each[:1, :few] if each.dim() == 2 else each[:1] for name, each in example.items()}
-        inputs = _text(batch, prompt=1)
+        batch = {**trial.batches[0].kwargs, **example_batch(trial.model.config, seed=seed)}
+        inputs = _text({name: _cut(value, few) for name, value in batch.items()}, prompt=1)
         try:
             truth = truths_of(replace(trial, batches=[replace(inputs, prompt=None)]))[0]
         except ModelFailed:
@@ -273,6 +280,13 @@ def _few_tokens(trial: Trial) -> Inputs | None:
         if idle or trial.views.ep == 1:
             break
     return None if best is None else best[1]
+
+
+def _cut(value: Any, few: int) -> Any:
+    """So many tokens of one row, of a tensor or of each of several; an image is left as it is."""
+    if isinstance(value, tuple):
+        return tuple(_cut(each, few) for each in value)
+    return value[:1, :few] if value.dim() < 4 else value[:1]
 
 
 def _weighed(findings: Sequence[Finding], even: Trial | None, table: Table) -> list[Finding]:
