@@ -177,7 +177,7 @@ class Mixer(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         channels = self.conv(self.up(hidden).transpose(1, 2))[..., :-1].transpose(1, 2).tanh()
-        return self.out(channels * (self.shared(channels) @ self.spread.weight.T))
+        return self.out(channels * nn.functional.linear(self.shared(channels), self.spread.weight))
 
 
 class Grouped(nn.Module):
