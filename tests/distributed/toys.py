@@ -176,7 +176,7 @@ class Mixer(nn.Module):
         self.out = nn.Linear(FFN, HIDDEN)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        channels = self.conv(self.up(hidden).transpose(1, 2))[..., :-1].transpose(1, 2).tanh()
+        channels = self.conv(self.up(hidden).transpose(1, 2))[..., :-1].transpose(1, 2).contiguous().tanh()
         return self.out(channels * nn.functional.linear(self.shared(channels), self.spread.weight))
 
 
