@@ -12,6 +12,7 @@ from toys import (
     HIDDEN,
     Biased,
     Gated,
+    Grouped,
     Heads,
     Latent,
     Mixer,
@@ -197,6 +198,34 @@ GATHERED_IN_USE = Case(
     cuts={"layer.weight": ROWS_10},
     forward=(GATHER,),
 )
+
+
+def grouped(groups: int, rows: Cut, columns: Cut, means: int) -> Case:
+    """Six heads in groups; where ranks share a group its mean is a sum over the ranks, and so is its back."""
+    split = {"unit": f"size / {groups}", "shared": 2}
+    return Case(
+        make=lambda: Only(Grouped(groups, 6)),
+        plan={
+            "layer": {
+                "style": "split_buffers",
+                "buffers": {"factors": {"dim": 0, "unit": f"size / {groups}", "shared": 1}},
+                "counts": {"heads": {"unit": f"size / {groups}", "shared": 1}},
+            },
+            "layer.up": {"style": "colwise", **split},
+            "layer.norm": {
+                "style": "sharded_norm",
+                **split,
+                "groups": groups,
+                "counts": {"group_size": {"each": groups, "unit": 2}},
+            },
+            "layer.out": {"style": "rowwise", **split},
+        },
+        cuts={"layer.up.weight": rows, "layer.up.bias": rows, "layer.norm.weight": rows, "layer.out.weight": columns},
+        forward=(SUM,) * (means + 1),
+        backward=(SUM,) * (means + 1),
+    )
+
+
 LATENT = Case(
     make=Latent,
     plan={
@@ -331,5 +360,7 @@ CASES: dict[str, Case] = {
     "sharded_norm, nn.RMSNorm": normed(lambda: nn.RMSNorm(FFN), 1, "norm.weight"),
     "sharded_norm, nn.RMSNorm with eps": normed(lambda: nn.RMSNorm(FFN, eps=1e-2), 1, "norm.weight"),
     "sharded_norm, nn.LayerNorm": normed(lambda: nn.LayerNorm(FFN), 2, "norm.weight", "norm.bias"),
+    "split_buffers, sharded_norm of one group": grouped(1, Cut(0, (6, 6), (4, 4, 4)), Cut(1, (6, 6), (4, 4, 4)), 1),
+    "split_buffers, sharded_norm of whole groups": grouped(3, Cut(0, (8, 4), (4, 4, 4)), Cut(1, (8, 4), (4, 4, 4)), 0),
     "moe_experts_allreduce, moe_identity_expert": MIXTURE,
 }

@@ -215,8 +215,38 @@ class Mixer(nn.Module):
         self.out = nn.Linear(FFN, HIDDEN)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        channels = self.conv(self.up(hidden).transpose(1, 2))[..., :-1].transpose(1, 2).tanh()
-        return self.out(channels * (self.shared(channels) @ self.spread.weight.T))
+        channels = self.conv(self.up(hidden).transpose(1, 2))[..., :-1].transpose(1, 2).contiguous().tanh()
+        return self.out(channels * nn.functional.linear(self.shared(channels), self.spread.weight))
+
+
+class Grouped(nn.Module):
+    """Heads of two features with a factor each, kept in a buffer, which are normalized in groups of heads."""
+
+    def __init__(self, groups: int, heads: int) -> None:
+        super().__init__()
+        self.heads, self.groups = heads, groups
+        self.up = nn.Linear(HIDDEN, 2 * heads)
+        self.norm = GroupNorm(2 * heads, 2 * heads // groups)
+        self.out = nn.Linear(2 * heads, HIDDEN)
+        self.factors = nn.Buffer(torch.arange(1, heads + 1) / heads)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        heads = self.up(hidden).unflatten(-1, (self.heads, 2)) * self.factors[:, None]
+        return self.out(self.norm(heads.flatten(-2)).tanh())
+
+
+class GroupNorm(nn.Module):
+    """A norm whose features are divided by the size of those in their group."""
+
+    def __init__(self, wide: int, group_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(wide))
+        self.group_size = group_size
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        groups = hidden.unflatten(-1, (-1, self.group_size))
+        groups = groups * torch.rsqrt(groups.pow(2).mean(-1, keepdim=True) + 1e-3)
+        return self.weight * groups.flatten(-2)
 
 
 class Experts(nn.Module):

@@ -6,6 +6,7 @@ from types import MappingProxyType
 
 from parallel_plans.plan import EXPERT_SECTIONS
 from parallel_plans.styles.base import DELAY, Style, register_style
+from parallel_plans.styles.buffers import BuffersBoundary
 from parallel_plans.styles.inputs import InputsBoundary
 from parallel_plans.styles.special import (
     RopePartBoundary,
@@ -215,6 +216,16 @@ register_style(
         options=MappingProxyType({"unit": "units", **SHARED_OUTPUT, "groups": "size", **COUNTS}),
         boundary=ShardedNormBoundary,
         module_only=True,
+    )
+)
+register_style(
+    Style(
+        name="split_buffers",
+        summary="of buffers that hold something for every head or feature a rank takes its part; counts as well",
+        options=MappingProxyType({"buffers": "buffers", **COUNTS}),
+        boundary=BuffersBoundary,
+        module_only=True,
+        wants_split="below",
     )
 )
 register_style(
