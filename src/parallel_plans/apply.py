@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -20,6 +20,7 @@ from parallel_plans.lookup import PlanSource, with_experts, with_sequence
 from parallel_plans.mesh import Place, place_on
 from parallel_plans.model_spec import describe, digest_of
 from parallel_plans.plan import Plan
+from parallel_plans.proportions import with_proportions
 from parallel_plans.quantized.schemes import check_unquantized
 from parallel_plans.resolve import resolve
 from parallel_plans.shard import shard_parameters
@@ -40,6 +41,7 @@ def parallelize(
     sp_plan: PlanSource | None = None,
     ep_size: int | None = None,
     etp_size: int | None = None,
+    proportions: Sequence[int] | None = None,
     storage: Storage = "dtensor",
 ) -> nn.Module:
     """`model`, split over `mesh` in place as `plan` says.
@@ -58,13 +60,15 @@ def parallelize(
             not split it.
         ep_size: ranks over which experts are dealt, which may reach beyond `tp`; 1 where it is not given.
         etp_size: ranks that split each expert; `tp` without expert parallelism and 1 with it, where it is not given.
+        proportions: how much each rank of `tp` gets (see `from_pretrained`); None deals all alike.
         storage: `dtensor` keeps parameters as DTensors, for optimizers and torch's `clip_grad_norm_`; `local` keeps
             plain tensors, which costs the least time, and whose gradients `parallel_plans.clip_grad_norm_` clips right.
 
     Raises:
         PlanError: the plan is wrong, or wrong for this model and this many ranks; the model is untouched then.
-        LaunchError: PP702 where the sizes do not fit the mesh, PP740 where the model's weights are quantized already,
-            PP706 where other ranks hold another model, plan, mesh or storage, PP705 where one failed.
+        LaunchError: PP702 where the sizes or proportions do not fit the mesh, PP740 where the model's weights are
+            quantized already, PP706 where other ranks hold another model, plan, mesh or storage, PP705 where one
+            failed.
     """
     if storage not in STORAGES:
         raise ValueError(f"storage is {storage!r}; it can be {' or '.join(STORAGES)}")
@@ -73,7 +77,7 @@ def parallelize(
     with meeting("resolving the plan", mesh.mesh.flatten().tolist()) as met:
         plan = _asked_for(plan, model, place)
         whole = with_experts(plan if isinstance(plan, Plan) else load_plan(plan), ep_plan)
-        whole = with_sequence(whole, sp_plan)
+        whole = with_proportions(with_sequence(whole, sp_plan), proportions, place.views.tp)
         table = resolve(whole, describe(model), place.sizes, dispatch=ep_plan == "dispatch")
         met.confirm(plan=table.plan.fingerprint(), model=digest_of(model))
     return apply_table(model, table, place, storage=storage)

@@ -181,7 +181,7 @@ class Geometry:
         if part.size % part.unit:
             expected = f"{part.size} a whole number of units of {part.unit}"
             raise CannotSplit("PP201", f"dim {dim}", expected, "correct the unit")
-        if part.share and part.unit % part.share:
+        if not part.has_whole_shares(self.ranks):
             expected = f"a unit of {part.unit} a whole number of shares of {part.share}"
             raise CannotSplit("PP201", f"dim {dim}", expected, "correct `shared`")
         if part.most_ranks is not None and part.most_ranks < self.ranks:

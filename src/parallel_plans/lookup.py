@@ -56,11 +56,15 @@ def carried_by(model: Any) -> Carried:
 
 @dataclass(frozen=True, kw_only=True)
 class Sources:
-    """Where the parts of a plan come from: `tp_plan`, `ep_plan` and `sp_plan` of `from_pretrained`."""
+    """Where the parts of a plan come from: `tp_plan`, `ep_plan` and `sp_plan` of `from_pretrained`.
+
+    `proportions` are checked ones (see `parallel_plans.proportions`).
+    """
 
     dense: PlanSource
     experts: PlanSource = "auto"
     sequence: PlanSource | None = None
+    proportions: tuple[int, ...] | None = None
 
     @property
     def dispatches(self) -> bool:
@@ -70,7 +74,8 @@ class Sources:
     def plan(self, spec: ModelSpec, carried: Carried, beside: Callable[[], str | None]) -> Plan:
         """The plan for a model, put together of its parts; see `find_plan` for the arguments and the errors."""
         whole = with_experts(find_plan(self.dense, spec, carried, beside), self.experts)
-        return with_sequence(whole, self.sequence)
+        found = with_sequence(whole, self.sequence)
+        return found if self.proportions is None else replace(found, proportions=self.proportions)
 
 
 def find_plan(source: PlanSource, spec: ModelSpec, carried: Carried, beside: Callable[[], str | None]) -> Plan:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from parallel_plans.lookup import DERIVE, PlanSource, carried_by, find_plan, wit
 from parallel_plans.mesh import views_for
 from parallel_plans.model_spec import ModelSpec, config_fields, describe
 from parallel_plans.plan import Plan
+from parallel_plans.proportions import with_proportions
 from parallel_plans.resolve import resolve
 from parallel_plans.table import Table
 from parallel_plans.verify.accounting import check_accounting
@@ -38,6 +39,7 @@ def verify_plan(
     etp: int | None = None,
     ep_plan: PlanSource = "auto",
     sp: bool = False,
+    proportions: Sequence[int] | None = None,
     level: str = LEVELS[-1],
     name: str | None = None,
     strict: bool = False,
@@ -52,6 +54,7 @@ def verify_plan(
         tp, ep, etp: ranks by axis, as in `from_pretrained`.
         ep_plan: as in `from_pretrained`.
         sp: whether the plan's `sp_plan` is in use.
+        proportions: as in `from_pretrained`.
         level: the last level to run, one of `LEVELS`.
         name: what to call the target in the report.
         strict: whether warnings make the plan unsound.
@@ -61,7 +64,7 @@ def verify_plan(
         cost: what is asked about the cost, which is worked out where the geometry passes; None for nothing.
 
     Raises:
-        LaunchError: the sizes do not fit together (PP702), or there is no plan (PP704).
+        LaunchError: the sizes or proportions do not fit together (PP702), or there is no plan (PP704).
     """
     if level not in LEVELS:
         raise ValueError(f"level is {level!r}; it can be {', '.join(LEVELS)}")
@@ -76,7 +79,7 @@ def verify_plan(
     report = Report(target=called, plan=str(plan), mesh=mesh_of(views), splits_sequence=sp, strict=strict, spec=spec)
     try:
         whole = with_experts(find_plan(plan, spec, carried_by(model), lambda: None), ep_plan)
-        found = with_sequence(whole, "auto" if sp else None)
+        found = with_proportions(with_sequence(whole, "auto" if sp else None), proportions, views.tp)
     except PlanError as error:
         report.settle("accounting", error.findings)
         return report
