@@ -1,13 +1,14 @@
 """Every type of causal language model, split by this project over real ranks: writes docs/every_model.md.
 
-python benchmarks/every_model.py [--types TYPE ...] [--rows ROW ...] [--json FILE] [--known FILE] [--runs FILE] [--jobs N]
+python benchmarks/every_model.py [--types TYPE ...] [--rows ROW ...] [--json FILE] [--known FILE] [--runs FILE]
+                                 [--jobs N]
 
 Every type that `AutoModelForCausalLM` builds is made small, its weights are drawn at random, and what it gives on 2, 3
 and 4 gloo ranks (and with its experts dealt over 2) is held against one process, in float64: logits, loss, every
 gradient, a greedy continuation, and the checkpoint that is saved. All of them take a quarter of an hour on two cores.
 With `--types` or `--rows` the page is left as it is, and the lines are printed.
 
-With `--json FILE --known FILE`, whoever was interrupted starts it again: types that the file holds are not judged again.
+With `--json FILE --known FILE`, whoever was interrupted starts it again: what the file holds is not judged again.
 
 Beside it stands what transformers' own parallelism makes of the plan that the type's class carries; `--runs` is a file
 that `builtin_plans.py --json` has written, and nothing of it is run again. What it lacks is left empty.
