@@ -17,12 +17,15 @@ from toys import (
     Latent,
     Mixer,
     Mixture,
+    NormedHeads,
     Only,
     Pair,
     Rms,
+    Sparse,
     Stack,
     Summed,
     Transposed,
+    Weighed,
     Words,
     Wrapped,
 )
@@ -290,6 +293,47 @@ MIXER = Case(
     forward=(SUM, SUM),
     backward=(SUM, SUM, SUM),  # of what all channels take, of the bias in it, of the input
 )
+SPARSE = Case(
+    make=lambda: Only(Sparse()),
+    plan={
+        "layer": {"style": "sharded_statistics", "of": "up"},
+        "layer.up": "colwise",
+        "layer.down": "rowwise",
+    },
+    cuts={"layer.up.weight": ROWS_10, "layer.up.bias": ROWS_10, "layer.down.weight": COLUMNS_10},
+    forward=(SUM,) * 6,  # of the mean, two of the deviation, two of the variance; the output
+    backward=(SUM,) * 6,
+)
+WEIGHED = Case(
+    make=Weighed,
+    plan={
+        "values": {"style": "colwise", "unit": 4},
+        "weights": {"style": "rowwise_scatter_output", "unit": 4},
+        "weights.bias": "colwise",
+        "out": {"style": "rowwise", "unit": 4},
+    },
+    cuts={
+        "values.weight": ROWS_3_BY_4,
+        "values.bias": ROWS_3_BY_4,
+        "weights.weight": COLUMNS_3_BY_4,
+        "weights.bias": Cut(0, (2, 1), (1, 1, 1)),
+        "out.weight": COLUMNS_3_BY_4,
+    },
+    forward=(SCATTER, SUM),
+    backward=(GATHER, SUM),
+)
+NORMED_HEADS = Case(
+    make=NormedHeads,
+    plan={
+        "query": {"style": "colwise", "unit": 4},
+        "each": {"style": "whole_inside", "inputs": {"states": {"dim": 1, "size": 3}}},
+        "out": {"style": "rowwise", "unit": 4},
+        "**": "replicate",
+    },
+    cuts={"query.weight": ROWS_3_BY_4, "query.bias": ROWS_3_BY_4, "out.weight": COLUMNS_3_BY_4},
+    forward=(GATHER, SUM),
+    backward=(GATHER, SUM),
+)
 SEQUENCE = Case(
     make=lambda: Only(nn.LayerNorm(HIDDEN)), plan={"layer": "sequence_parallel"}, backward=(SUM,), sequence=True
 )
@@ -362,5 +406,8 @@ CASES: dict[str, Case] = {
     "sharded_norm, nn.LayerNorm": normed(lambda: nn.LayerNorm(FFN), 2, "norm.weight", "norm.bias"),
     "split_buffers, sharded_norm of one group": grouped(1, Cut(0, (6, 6), (4, 4, 4)), Cut(1, (6, 6), (4, 4, 4)), 1),
     "split_buffers, sharded_norm of whole groups": grouped(3, Cut(0, (8, 4), (4, 4, 4)), Cut(1, (8, 4), (4, 4, 4)), 0),
+    "sharded_statistics": SPARSE,
+    "rowwise_scatter_output": WEIGHED,
+    "whole_inside": NORMED_HEADS,
     "moe_experts_allreduce, moe_identity_expert": MIXTURE,
 }

@@ -274,3 +274,52 @@ class Mixture(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         return hidden + self.experts(hidden, weights=self.router(hidden).softmax(-1))
+
+
+class Sparse(nn.Module):
+    """Keeps the features that are more than a deviation above their mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(HIDDEN, FFN), nn.Linear(FFN, HIDDEN)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        wide = self.up(hidden)
+        limit = torch.mean(wide, dim=-1, keepdim=True) + wide.std(-1, keepdim=True, unbiased=False)
+        return self.down(torch.nn.functional.relu(wide - limit / wide.var(-1, keepdim=True).add(1)))
+
+
+class Weighed(nn.Module):
+    """Three heads of four, each weighed by a number that is made of all of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values, self.weights, self.out = nn.Linear(HIDDEN, 12), nn.Linear(12, 3), nn.Linear(12, HIDDEN)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        values = self.values(hidden)
+        weighed = values.unflatten(-1, (-1, 4)) * self.weights(values).unsqueeze(-1)
+        return self.out(weighed.flatten(-2))
+
+
+class PerHead(nn.Module):
+    """A norm for every head, of [batch, heads, sequence, head_dim]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(4) for _ in range(3))
+
+    def forward(self, states: Tensor) -> Tensor:
+        return torch.cat([norm(each) for norm, each in zip(self.norms, states.split(1, dim=1), strict=True)], dim=1)
+
+
+class NormedHeads(nn.Module):
+    """Three heads of four with a norm each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.each, self.out = nn.Linear(HIDDEN, 12), PerHead(), nn.Linear(12, HIDDEN)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        states = self.query(hidden).unflatten(-1, (-1, 4)).transpose(1, 2)
+        return self.out(self.each(states).transpose(1, 2).flatten(-2))

@@ -7,7 +7,7 @@ from types import MappingProxyType
 from parallel_plans.plan import EXPERT_SECTIONS
 from parallel_plans.styles.base import DELAY, Style, register_style
 from parallel_plans.styles.buffers import BuffersBoundary
-from parallel_plans.styles.inputs import InputsBoundary
+from parallel_plans.styles.inputs import InputsBoundary, WholeInsideBoundary
 from parallel_plans.styles.special import (
     RopePartBoundary,
     VocabularyBoundary,
@@ -245,6 +245,15 @@ register_style(
         boundary=InputsBoundary,
         module_only=True,
         wants_split="around",
+    )
+)
+register_style(
+    Style(
+        name="whole_inside",
+        summary="a module between parts that wants the whole: an input is gathered, the output dealt again like it",
+        options=MappingProxyType({"inputs": "inputs"}),
+        boundary=WholeInsideBoundary,
+        module_only=True,
     )
 )
 register_style(
