@@ -7,7 +7,23 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
-from toys import FFN, HIDDEN, Gated, Heads, Latent, Mixer, Mixture, Only, Pair, Rms, Stack, Summed, Words, Wrapped
+from toys import (
+    FFN,
+    HIDDEN,
+    Gated,
+    Heads,
+    Latent,
+    Mixer,
+    Mixture,
+    Only,
+    Pair,
+    Rms,
+    Scaled,
+    Stack,
+    Summed,
+    Words,
+    Wrapped,
+)
 
 
 @dataclass(frozen=True)
@@ -219,6 +235,13 @@ MIXER = Case(
     forward=(SUM, SUM),
     backward=(SUM, SUM, SUM),  # of what all channels take, of the bias in it, of the input
 )
+SCALED = Case(
+    make=Scaled,
+    plan={"up": "colwise", "scale": "replicate_for_use", "down": "rowwise"},
+    cuts={"up.weight": ROWS_10, "up.bias": ROWS_10, "down.weight": COLUMNS_10},
+    forward=(SUM,),
+    backward=(SUM, SUM),  # of the scale, of the input
+)
 SEQUENCE = Case(
     make=lambda: Only(nn.LayerNorm(HIDDEN)), plan={"layer": "sequence_parallel"}, backward=(SUM,), sequence=True
 )
@@ -279,6 +302,7 @@ CASES: dict[str, Case] = {
     ),
     "mla_kv_a_proj": LATENT,
     "rowwise_for_use, local_counts of a convolution": MIXER,
+    "replicate_for_use": SCALED,
     "all_reduce": ALL_REDUCE,
     "sequence_parallel": SEQUENCE,
     "sequence split between blocks": SPLIT_SEQUENCE,

@@ -180,6 +180,19 @@ class Mixer(nn.Module):
         return self.out(channels * (self.shared(channels) @ self.spread.weight.T))
 
 
+class Scaled(nn.Module):
+    """Features that are all scaled by one number of their token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(HIDDEN, FFN)
+        self.scale = nn.Linear(HIDDEN, 1)
+        self.down = nn.Linear(FFN, HIDDEN)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.down(self.up(hidden).tanh() * self.scale(hidden))
+
+
 class Experts(nn.Module):
     """Three experts with fused weights, and one that passes its input on."""
 
