@@ -21,6 +21,7 @@ from toys import (
     Only,
     Pair,
     Rms,
+    Scaled,
     Sparse,
     Stack,
     Summed,
@@ -334,6 +335,13 @@ NORMED_HEADS = Case(
     forward=(GATHER, SUM),
     backward=(GATHER, SUM),
 )
+SCALED = Case(
+    make=Scaled,
+    plan={"up": "colwise", "scale": "replicate_for_use", "down": "rowwise"},
+    cuts={"up.weight": ROWS_10, "up.bias": ROWS_10, "down.weight": COLUMNS_10},
+    forward=(SUM,),
+    backward=(SUM, SUM),  # of the scale, of the input
+)
 SEQUENCE = Case(
     make=lambda: Only(nn.LayerNorm(HIDDEN)), plan={"layer": "sequence_parallel"}, backward=(SUM,), sequence=True
 )
@@ -397,6 +405,7 @@ CASES: dict[str, Case] = {
     "gathered_in_use": GATHERED_IN_USE,
     "mla_kv_a_proj": LATENT,
     "rowwise_for_use, local_counts of a convolution": MIXER,
+    "replicate_for_use": SCALED,
     "all_reduce": ALL_REDUCE,
     "sequence_parallel": SEQUENCE,
     "sequence split between blocks": SPLIT_SEQUENCE,

@@ -249,6 +249,19 @@ class GroupNorm(nn.Module):
         return self.weight * groups.flatten(-2)
 
 
+class Scaled(nn.Module):
+    """Features that are all scaled by one number of their token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(HIDDEN, FFN)
+        self.scale = nn.Linear(HIDDEN, 1)
+        self.down = nn.Linear(FFN, HIDDEN)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.down(self.up(hidden).tanh() * self.scale(hidden))
+
+
 class Experts(nn.Module):
     """Three experts with fused weights, and one that passes its input on."""
 

@@ -175,6 +175,14 @@ register_style(
 )
 register_style(
     Style(
+        name="replicate_for_use",
+        summary="whole on every rank, and each uses the output on what it alone has; the output's gradient is summed",
+        delivers="R",
+        module_only=True,
+    )
+)
+register_style(
+    Style(
         name="mla_kv_a_proj",
         summary="whole on every rank; the gradient of the rope part of the output is summed",
         serves=("linear",),
