@@ -26,6 +26,7 @@ from parallel_plans.counts import localize_counts
 from parallel_plans.forks import Along, in_fork_scope, opens_fork_scope, traced_fork_scope
 from parallel_plans.laid_out import LaidOut
 from parallel_plans.lanes import linear_lane
+from parallel_plans.layouts import Split
 from parallel_plans.local_parameters import NOTHING_SHARED, LocalParameters
 from parallel_plans.mesh import Place
 from parallel_plans.model_spec import TRANSPOSED
@@ -388,6 +389,7 @@ def _local_parameters(
     """The module's own parameters, with the axes on which they are used in another letter than they lie in."""
     found: dict[str, dict[str, tuple[Axis, ...]]] = {"R": {}, "P": {}}
     shared: dict[str, tuple[Shared, ...]] = {}
+    gathered: dict[str, tuple[Axis, Split]] = {}
     for own, parameter in module._parameters.items():
         entry = table.parameters.get(joined(prefix, own))
         if entry is None or not isinstance(parameter, Tensor):
@@ -397,4 +399,8 @@ def _local_parameters(
                 by_name[own] = tuple(place.axes[axis] for axis in axes)
         if parts := shared_parts(entry.layout, place):
             shared[own] = parts
-    return LocalParameters(module, found["R"], found["P"], after, shared=shared or NOTHING_SHARED)
+        for use in entry.uses:
+            if use.style.gathers and use.letter == "S":
+                split = next(split for split in entry.layout.splits if split.axis == use.axis)
+                gathered[own] = place.axes[use.axis], split.in_full()
+    return LocalParameters(module, found["R"], found["P"], after, None, shared or NOTHING_SHARED, gathered)

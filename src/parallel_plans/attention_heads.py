@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 
 from parallel_plans.accounting import Report
 from parallel_plans.geometry import CannotSplit
+from parallel_plans.layouts import Split
 from parallel_plans.model_spec import ModelSpec
-from parallel_plans.pieces import Piece, is_cut_at, is_in_proportion
+from parallel_plans.pieces import Piece, is_cut_at, is_in_proportion, units_on
 
 QUERY = ("q_proj", "q_b_proj", "query", "wq", "q_lin")
 KEY = ("k_proj", "v_proj", "kv_b_proj", "key", "value", "wk", "wv", "k_lin", "v_lin")
@@ -103,22 +104,31 @@ class Attention:
             return piece.sizes(holds, what)
         return f"give `unit: {unit}`, what goes with one key/value head, or {piece.sizes(holds, what)}"
 
+    def _go_together(self, one: Piece, split: Split | None, other: Piece, others: Split | None) -> bool:
+        """Whether every rank holds the same heads of both: queries and keys meet where they are of one key/value head.
+
+        Ranks that share a key/value head have other queries of it, so that their shares of the two differ.
+        """
+        if (one in self.key) == (other in self.key) or split is None or others is None:
+            return is_in_proportion(split, others)
+        return units_on(split, self._unit(one)) == units_on(others, self._unit(other))
+
     def _check_shares(self, pieces: Sequence[Piece]) -> None:
         """Reports the weights of which a rank holds another share than of most."""
         alike: list[list[Piece]] = []
         for piece in (*(each for each in pieces if each in self.key), *pieces):
-            own = next((each for each in alike if is_in_proportion(each[0].split, piece.split)), None)
+            own = next((each for each in alike if self._go_together(each[0], each[0].split, piece, piece.split)), None)
             if own is None:
                 alike.append([piece])
             elif piece not in own:
                 own.append(piece)
         model = max(alike, key=len)[0]  # of as many, those of a key, by which heads are dealt
         for piece in pieces:
-            if is_in_proportion(piece.split, model.split):
+            if self._go_together(piece, piece.split, model, model.split):
                 continue
 
             def holds(ranks: int, piece: Piece = piece) -> bool:
-                return is_in_proportion(piece.at(ranks), model.at(ranks))
+                return self._go_together(piece, piece.at(ranks), model, model.at(ranks))
 
             style = model.use.rule.style
             self._tell(

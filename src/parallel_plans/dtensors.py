@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -26,10 +26,11 @@ from torch.distributed.tensor import DTensor, Placement, Replicate
 from torch.distributed.tensor._collective_utils import mesh_broadcast
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
 from torch.distributed.tensor.placement_types import _StridedShard
+from torch.nn.utils import clip_grad
 
 from parallel_plans.errors import CheckpointError, Finding
 from parallel_plans.layouts import blocks
-from parallel_plans.placements import Dealt, chunk, dealt_dims, held_region, is_numbered, rank_on
+from parallel_plans.placements import Dealt, chunk, counted_once, dealt_dims, held_region, is_numbered, rank_on
 
 Slices = tuple[slice, ...]
 
@@ -253,6 +254,22 @@ def write_data(self: HuggingFaceStorageWriter, plan: SavePlan, planner: SavePlan
     return _write_data(self, plan, planner)
 
 
+_get_total_norm = clip_grad._get_total_norm
+
+
+@functools.wraps(_get_total_norm)
+def total_norm(tensors: Tensor | Iterable[Tensor], *others: Any, **options: Any) -> Tensor:
+    """What `clip_grad_norm_` and `get_total_norm` work out: of what several ranks have, each element once."""
+    given = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+    norm: Tensor = _get_total_norm([_once(each) for each in given], *others, **options)
+    return norm
+
+
+def _once(value: Tensor) -> Tensor:
+    local = counted_once(value) if isinstance(value, DTensor) else None
+    return value if local is None else DTensor.__new__(DTensor, local, value._spec, requires_grad=False)  # type: ignore[attr-defined]
+
+
 def take_over() -> None:
     """Puts the functions above in the place of torch's methods; once is enough."""
     for owner, name, function in (
@@ -263,5 +280,7 @@ def take_over() -> None:
         (_state_dict_utils, "_distribute_tensors", distribute_tensors),
         (_StridedShard, "_shard_tensor", shard_tensor),
         (HuggingFaceStorageWriter, "write_data", write_data),
+        (clip_grad, "_get_total_norm", total_norm),
+        (torch.nn.utils, "get_total_norm", total_norm),
     ):
         setattr(owner, name, function)

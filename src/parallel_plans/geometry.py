@@ -13,6 +13,7 @@ from parallel_plans.model_spec import ModelSpec, ModuleInfo
 from parallel_plans.plan import Rule
 from parallel_plans.styles import Style
 from parallel_plans.styles.inputs import SplitInput
+from parallel_plans.styles.statistics import groups_of
 from parallel_plans.table import ParameterEntry
 
 
@@ -91,6 +92,13 @@ def _sizes_for(axis: str, parts: Parts) -> str:
     return sizes_that_do(axis, does)
 
 
+def _can_be_dealt(part: Part, ranks: int) -> bool:
+    try:
+        return bool(part.ranges(ranks))
+    except ValueError:
+        return False
+
+
 class Geometry:
     """Shapes under one axis of `ranks` ranks, for a model whose config has these `fields`.
 
@@ -148,22 +156,18 @@ class Geometry:
         dim = self.dim(shape, style, options)
         if dim is None:
             return None
-        options = {**style.defaults, **options}
-        parts = self._dealt(shape[dim], dim, options)
+        parts = self.parts(shape[dim], dim, {**style.defaults, **options})
         for part in parts:
             self._check(part, parts, dim, style)
         if self.ranks == 1:
             return None
         return _split_of(dim, self.axis, self.ranks, parts, self.proportions)
 
-    def units(self, shape: Sequence[int], style: Style, options: Mapping[str, object]) -> tuple[int, ...]:
-        """For each part of the dim that the style splits, how many elements stay together."""
-        dim = self.dim(shape, style, options)
-        assert dim is not None
-        return tuple(part.unit for part in self._dealt(shape[dim], dim, {**style.defaults, **options}))
+    def parts(self, size: int, dim: int, options: Mapping[str, Any]) -> Parts:
+        """The parts of a dim of this size that are dealt on their own; `options` are with the style's defaults.
 
-    def _dealt(self, size: int, dim: int, options: Mapping[str, Any]) -> Parts:
-        """What a dim of this size is made of; without the parts that a config does not have, which are of no size."""
+        Those that a config does not have, which are of no size, are left out.
+        """
         sizes = self._parts(size, dim, options.get("parts", 1))
         units = self._units(sizes, dim, options.get("unit", 1))
         shares = self._shares(units, dim, options.get("shared", False))
@@ -227,14 +231,18 @@ class Geometry:
         options: dict[str, object] = {**style.defaults, **rule.options}
         counts = options.get("counts")
         if isinstance(counts, Mapping):
-            options["counts"] = {name: self._local_counts(info, name, given) for name, given in counts.items()}
+            kept = {name: given for name, given in counts.items() if not rule.optional or self._keeps(info, name)}
+            options["counts"] = {name: self._local_counts(info, name, given) for name, given in kept.items()}
         inputs = options.get("inputs")
         if isinstance(inputs, Mapping):
             options["inputs"] = {name: self._input(info, name, given) for name, given in inputs.items()}
-        for name in ("rope", "align_size"):
+        for name in ("rope", "align_size", "groups"):
             if name in options:
                 options[name] = self.size(options[name])
         return options
+
+    def _keeps(self, info: ModuleInfo, name: str) -> bool:
+        return name.startswith("config.") or name in info.counts
 
     def _local_counts(self, info: ModuleInfo, name: str, given: Any) -> tuple[int, ...]:
         """What every rank has of a number that the module keeps, or that each of so many things has of its own."""
@@ -244,25 +252,34 @@ class Geometry:
             owner = "its config" if name.startswith("config.") else f"the {info.type}"
             raise CannotSplit("PP203", f"{owner} keeps no whole number called {field}", fix="correct the name")
         more = given if isinstance(given, Mapping) else {"unit": given}
-        count, unit = where[field], self.size(more.get("unit", 1), of=where[field])
+        count = where[field]
         if "each" in more:
-            part = Part(size=count * self.size(more["each"]), unit=count, share=unit)
+            own = self.size(more.get("unit", 1), of=count)
+            parts: Parts = (Part(size=count * self.size(more["each"]), unit=count, share=own),)
         else:
-            (share,) = self._shares((unit,), 0, more.get("shared", False))
-            part = Part(size=count, unit=unit, share=share)
+            parts = self._count_parts(name, count, more)
         try:
-            ranges = part.ranges(self.ranks, self.proportions)
+            ranges = [part.ranges(self.ranks, self.proportions) for part in parts]
         except ValueError:
-            raise self._undealt(name, count, part) from None
-        if "each" in more and self.ranks <= part.size // part.unit:
+            raise self._undealt(name, count, parts) from None
+        if "each" in more and self.ranks <= parts[0].size // parts[0].unit:
             return (count,) * self.ranks  # whole things on every rank, each with all that it has
-        return tuple(stop - start for start, stop in ranges)
+        return tuple(sum(stop - start for start, stop in held) for held in zip(*ranges, strict=True))
 
-    def _undealt(self, name: str, count: int, part: Part) -> CannotSplit:
+    def _count_parts(self, name: str, count: int, given: Mapping[str, Any]) -> Parts:
+        try:
+            return self.parts(count, 0, given)
+        except CannotSplit as problem:
+            code = "PP203" if problem.code == "PP201" else problem.code
+            what = f"{name} = {count}" if problem.what == "dim 0" else problem.what
+            raise CannotSplit(code, what, problem.expected, problem.fix) from None
+
+    def _undealt(self, name: str, count: int, parts: Parts) -> CannotSplit:
+        part = next(part for part in parts if not _can_be_dealt(part, self.ranks))
         unit = part.share or part.unit
-        told = f"{name} = {count}" if count == part.size else f"{name} = {count} for each of {part.size // count}"
+        told = f"{name} = {count}" if count >= part.size else f"{name} = {count} for each of {part.size // count}"
         divides = part.size % unit == 0 and part.unit % unit == 0
-        fix = f"{_sizes_for(self.axis, (part,))}, or correct the unit" if divides else "correct the unit"
+        fix = f"{_sizes_for(self.axis, parts)}, or correct the unit" if divides else "correct the unit"
         expected = f"at least {self.ranks} whole units of {unit}"
         return CannotSplit("PP203", f"{told} cannot be dealt over {self.ranks} ranks", expected, fix)
 
@@ -276,7 +293,7 @@ class Geometry:
         try:
             split = _split_of(0, self.axis, self.ranks, (part,), self.proportions)
         except ValueError:
-            raise self._undealt(f"the input {name}, {size} elements,", size, part) from None
+            raise self._undealt(f"the input {name}, {size} elements,", size, (part,)) from None
         return SplitInput(name=name, place=info.inputs.index(name), dim=int(given["dim"]), split=split)
 
 
@@ -305,3 +322,18 @@ def shared_out(split: Split | None, own: Sequence[ParameterEntry]) -> Split:
         fix = f"give `unit: {split.size // outputs}`, the inputs for one output" if split.size % outputs == 0 else None
         raise CannotSplit("PP201", what, "for every rank's share of the inputs a whole number of outputs", fix)
     return dealt
+
+
+def check_groups(groups: Any, split: Split | None) -> None:
+    """Raises where features are normalized in groups, and a rank has of one more than of another."""
+    if groups is None or split is None:
+        return
+    if split.size % groups:
+        expected = f"{split.size} divisible into {groups} groups"
+        raise CannotSplit("PP201", f"dim {split.dim} in groups", expected, "correct `groups`")
+    for rank in range(split.ranks):
+        widths = set(groups_of(split, rank, groups).values())
+        if len(widths) > 1:
+            expected = f"whole groups of {split.size // groups} on each rank, or parts of one group"
+            fix = f"write `unit: {split.size // groups}`, and `shared` where there are fewer groups than ranks"
+            raise CannotSplit("PP201", f"dim {split.dim} in groups", expected, fix)

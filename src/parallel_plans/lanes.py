@@ -33,7 +33,7 @@ def linear_lane(own: LocalParameters, forward: Forward, boundaries: tuple[Bounda
     if getattr(forward, "__func__", None) is not nn.Linear.forward or len(boundaries) > 1:
         return None
     module = cast(nn.Linear, own.module)
-    if own.summed or own.once or own.shared or own.after not in ((), ("bias",)):
+    if own.summed or own.once or own.shared or own.gathered or own.after not in ((), ("bias",)):
         return None
     if not boundaries:
         return None if own.after else _plain(module)

@@ -12,15 +12,17 @@ from torch.distributed.tensor import DTensor
 
 from parallel_plans.collectives import Axis
 from parallel_plans.forks import in_use, replicated_in_use
+from parallel_plans.layouts import Split
 from parallel_plans.partial import contribute
 from parallel_plans.sharing import Shared, share_together
-from parallel_plans.transitions import replicate, replicate_together
+from parallel_plans.transitions import gather, replicate, replicate_together
 
 if TYPE_CHECKING:
     from parallel_plans.boundary import Forward
 
 
 NOTHING_SHARED: Mapping[str, tuple[Shared, ...]] = MappingProxyType({})
+NOTHING_GATHERED: Mapping[str, tuple[Axis, Split]] = MappingProxyType({})
 
 
 class LocalParameters:
@@ -32,6 +34,7 @@ class LocalParameters:
         once: those that one rank alone adds to a sum, each with the axes.
         after: those that are hidden from the forward and added to the delivered output.
         shared: those of which other ranks hold some too, each with what they hold.
+        gathered: those that are used whole, each with the ranks among which it is split, and how.
         kept: all of them, and whether each is kept in another form than the module computes with; None: look.
     """
 
@@ -43,16 +46,18 @@ class LocalParameters:
         after: tuple[str, ...] = (),
         kept: dict[str, bool] | None = None,
         shared: Mapping[str, tuple[Shared, ...]] = NOTHING_SHARED,
+        gathered: Mapping[str, tuple[Axis, Split]] = NOTHING_GATHERED,
     ) -> None:
         self.module, self.summed, self.once, self.after, self.shared = module, summed, once, after, shared
+        self.gathered = gathered
         self.kept = self._kept() if kept is None else kept
         self.apart = tuple(name for name, is_apart in self.kept.items() if is_apart)
         # any is used in another letter than that in which it lies
-        self.is_special = bool(summed or once or after or shared)
+        self.is_special = bool(summed or once or after or shared or gathered)
 
     def on(self, module: nn.Module) -> LocalParameters:
         """The same for a copy of the module, which may have no parameters yet."""
-        return LocalParameters(module, self.summed, self.once, self.after, self.kept, self.shared)
+        return LocalParameters(module, self.summed, self.once, self.after, self.kept, self.shared, self.gathered)
 
     def around(self, forward: Forward) -> Forward:
         """`forward` with local tensors in the parameters' place while it runs; itself where they lie there anyway."""
@@ -114,9 +119,10 @@ class LocalParameters:
         return {name: isinstance(parameter, DTensor) for name, parameter in found if parameter is not None}
 
     def _around_special(self, forward: Forward) -> Forward:
-        if len(self.summed) == len(self.kept) == 1 and not (self.once or self.after or self.shared):
+        only_summed = not (self.once or self.after or self.shared or self.gathered)
+        if only_summed and len(self.summed) == len(self.kept) == 1:
             return self._around_summed(forward, *self.summed)
-        only_gradients, are_plain = not (self.once or self.after), not self.apart
+        only_gradients, are_plain = not (self.once or self.after or self.gathered), not self.apart
 
         def run(*args: Any, **kwargs: Any) -> Any:
             if only_gradients and are_plain and not torch.is_grad_enabled():
@@ -183,7 +189,8 @@ class LocalParameters:
     @property
     def plain(self) -> list[str]:
         """The names of those that are kept apart and used as they are."""
-        return [name for name in self.apart if name not in self.summed and name not in self.once]
+        special = (self.summed, self.once, self.gathered)
+        return [name for name in self.apart if not any(name in each for each in special)]
 
     def joined_on(self, axis: Axis) -> list[str]:
         """The names of the parameters that become R over this axis alone, and nothing else."""
@@ -194,6 +201,9 @@ class LocalParameters:
         if local is not None:
             return local
         local = in_use(parameter)
+        if name in self.gathered:
+            axis, split = self.gathered[name]
+            local = gather(local, axis, split, split.dim)
         for axis in self.summed.get(name, ()):
             local = replicate(local, axis)
         for axis in self.once.get(name, ()):

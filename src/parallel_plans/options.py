@@ -29,7 +29,7 @@ EXPECTED: dict[str, str] = {
     "units": "a size, or a list of sizes, one per part",
     "shares": "true, false, a size, or a list of these, one per part",
     "flag": "true or false",
-    "counts": "a mapping from an attribute of the module to a size, or to a mapping with unit, shared, each",
+    "counts": "a mapping from an attribute of the module to a size, or to a mapping with parts, unit, shared, each",
     "inputs": "a mapping from an input of the module to `{dim: ..., size: ...}`, with unit and shared where needed",
     "name": "a name, as text",
 }
@@ -190,7 +190,7 @@ def _name(node: Node) -> str:
     return node.text
 
 
-_COUNT: dict[str, Callable[[Node], object]] = {"unit": _size, "shared": _share, "each": _size}
+_COUNT: dict[str, Callable[[Node], object]] = {"parts": _parts, "unit": _units, "shared": _shares, "each": _size}
 CHECKERS: dict[str, Callable[[Node], object]] = {
     "dim": _dim,
     "size": _size,

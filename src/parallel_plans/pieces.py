@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from parallel_plans.dealing import Range
 from parallel_plans.geometry import CannotSplit, Geometry, sizes_that_do
 from parallel_plans.layouts import Split, merged
 from parallel_plans.model_spec import ModelSpec
@@ -86,6 +87,11 @@ def is_in_proportion(one: Split | None, other: Split | None) -> bool:
     if one is None or other is None:
         return one is other
     return one is other or _scaled(one, other.size) == _scaled(other, one.size)
+
+
+def units_on(split: Split, unit: int) -> list[tuple[Range, ...]]:
+    """For every rank, the units of which it has any, as ranges."""
+    return [merged([(start // unit, -(-stop // unit)) for start, stop in rank]) for rank in split.ranges]
 
 
 def pairs_up(one: Split, other: Split) -> bool:

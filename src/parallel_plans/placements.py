@@ -15,11 +15,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+import torch
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from parallel_plans.dealing import Range
+from parallel_plans.dealing import Range, between
 from parallel_plans.layouts import Layout, Split, merged
 from parallel_plans.mesh import Place
 
@@ -87,6 +89,29 @@ class Dealt:
             return ranges
         start, stop = chunk(sum(b - a for a, b in ranges), mesh, self.chunked)
         return _between(ranges, start, stop)
+
+    def counted(self, mesh: DeviceMesh) -> tuple[Range, ...]:
+        """The ranges of this rank's part that no rank before it has too."""
+        rank = rank_on(mesh, self.mesh_dims)
+        ranges = self.split.counted(rank)
+        return (
+            ranges
+            if self.chunked is None
+            else between(ranges, *chunk(self.split.local_sizes[rank], mesh, self.chunked))
+        )
+
+
+def counted_once(value: DTensor) -> Tensor | None:
+    """This rank's part with zeros for what a rank before it has too; None where no rank has anything of another's."""
+    local, mesh = value._local_tensor, value.device_mesh
+    for each in dealt_dims(value.placements, value.shape, mesh):
+        if each.split.is_disjoint:
+            continue
+        once = torch.zeros_like(local)
+        for start, stop in each.counted(mesh):
+            once.narrow(each.split.dim, start, stop - start).copy_(local.narrow(each.split.dim, start, stop - start))
+        local = once
+    return None if local is value._local_tensor else local
 
 
 def dealt_dims(value_placements: Sequence[Placement], shape: Sequence[int], mesh: DeviceMesh) -> Iterator[Dealt]:

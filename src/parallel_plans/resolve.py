@@ -18,7 +18,7 @@ from parallel_plans.accounting import (
 )
 from parallel_plans.errors import PlanError
 from parallel_plans.expert_rules import ExpertRules, report_differing, report_incomplete
-from parallel_plans.geometry import CannotSplit, Geometry, check_rope, shared_out
+from parallel_plans.geometry import CannotSplit, Geometry, check_groups, check_rope, shared_out
 from parallel_plans.layouts import Layout, Split, nested
 from parallel_plans.matching import Assignment, Pattern, assign
 from parallel_plans.model_spec import ModelSpec, ModuleInfo, ParameterInfo
@@ -193,6 +193,7 @@ class _Resolver:
             split = self._dealt(info.name, style, axis, own)
             if (style.leaves[0], style.delivers[0]) == ("P", "S") and style.shards:
                 split = shared_out(split, own)
+            check_groups(options.get("groups"), split)
         except CannotSplit as problem:
             self.report.unfit(problem, problem.what, rule, info.name, None)
             return None

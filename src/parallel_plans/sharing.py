@@ -23,6 +23,7 @@ from parallel_plans.dealing import Range
 from parallel_plans.layouts import Layout, Split
 from parallel_plans.mesh import Place
 from parallel_plans.transitions import reduce_together, replicate
+from parallel_plans.views import SHARED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,9 +94,6 @@ def _group(members: tuple[int, ...], name: str, place: Place) -> Axis | None:
             if is_mine:
                 mine = Axis(name=f"{name}{SHARED}", group=group, size=len(members), rank=members.index(axis.rank))
     return mine
-
-
-SHARED = "_shared"  # what ends the name of an axis of some ranks of another
 
 
 class _Share(torch.autograd.Function):

@@ -23,6 +23,7 @@ EXPERT_TENSOR_AXIS = "etp"
 EXPERT_DATA_AXIS = "edp"
 BLOCK_AXIS = "ep_etp"  # the ranks that together hold every expert once
 SLICE_AXIS = "slice"  # the ranks that share a batch, and the same part of every expert, and hold different ones
+SHARED = "_shared"  # what ends the name of an axis that some ranks of another are, which hold the same
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""`parallel-plans`: which plans there are, what one makes of a model, and an ordinary checkpoint of a training state.
+"""`parallel-plans`: which plans there are, what one makes of a model, plans of and for other frameworks, checkpoints.
 
 Exit status: 0 done, 1 the plan is wrong for the model and the ranks, 2 the question could not be asked.
 """
@@ -13,6 +13,7 @@ from rich.table import Table as Rows
 
 from parallel_plans.cli.consolidate import consolidate
 from parallel_plans.cli.show import show
+from parallel_plans.cli.translate import export_plan, import_plan
 from parallel_plans.loader import load_plan
 from parallel_plans.lookup import bundled_folder, bundled_types
 
@@ -33,6 +34,8 @@ def list_plans() -> None:
 
 
 app.command()(show)
+app.command("import")(import_plan)
+app.command("export")(export_plan)
 
 
 def main() -> None:

@@ -50,6 +50,7 @@ class Style:
         local_count: the attribute of a module that becomes this rank's number of experts, where it has one.
         wants_split: where a parameter must be split for its sums to make sense: `below` the module it stands on, or
             `around` it; None: nowhere.
+        gathers: what it splits is gathered where the module uses it, so that it is split only where it lies.
         sequence: its part where the sequence is split over ranks: `split` is where that begins, `whole` stands on what
             wants all of it, `join` is where it ends; None: it knows nothing of it.
     """
@@ -77,6 +78,7 @@ class Style:
     local_count: str | None = None
     wants_split: str | None = None
     sequence: str | None = None
+    gathers: bool = False
 
     def __post_init__(self) -> None:
         for letter in (self.arrives, self.needs, self.leaves, self.delivers, self.whole_as):

@@ -157,6 +157,15 @@ register_style(
 register_style(Style(name="replicate", summary="whole on every rank", sections=ANYWHERE))
 register_style(
     Style(
+        name="gathered_in_use",
+        summary="split where it lies, gathered where its module uses it; every rank computes all that is made with it",
+        matrix=0,
+        options=SPLIT,
+        gathers=True,
+    )
+)
+register_style(
+    Style(
         name="replicated_with_grad_allreduce",
         summary="whole on every rank, used on this rank's part of the data; gradients are summed",
         whole_as="R",
@@ -194,7 +203,7 @@ register_style(
 register_style(
     Style(
         name="sharded_norm",
-        summary="a norm over a sharded dim; its statistics are taken over all ranks",
+        summary="a norm over a sharded dim, or groups of it; statistics are taken over all ranks that share it",
         matrix=-1,
         vector=-1,
         arrives="S(-1)",
@@ -203,7 +212,7 @@ register_style(
         delivers="S(-1)",
         ndims=(1, 2),
         serves=("other",),
-        options=MappingProxyType({"unit": "units", **SHARED_OUTPUT}),
+        options=MappingProxyType({"unit": "units", **SHARED_OUTPUT, "groups": "size", **COUNTS}),
         boundary=ShardedNormBoundary,
         module_only=True,
     )

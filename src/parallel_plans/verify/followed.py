@@ -35,12 +35,13 @@ def followed(plan: Plan, subject: Any, views: Views, dispatch: bool) -> Layouts:
 
     def run(config: Any, ranks: Views, *, computes: bool) -> Subject:
         make = (lambda: random_model(config)) if computes else (lambda: causal_lm(config))  # the same every time
-        inputs = {**example_batch(config), "use_cache": False} if computes else tokens_of(*_tokens(plan, ranks))
+        inputs = {**example_batch(config), "use_cache": False} if computes else tokens_of(*_tokens(plan, ranks), config)
         usual = Subject(plan=plan, views=ranks, make=make, inputs=inputs, dispatch=dispatch, computes=computes)
         return _with_states(usual, config)
 
     subject_at_size = run(few.config, views, computes=False)
-    shorter = _with_states(replace(subject_at_size, inputs=tokens_of(*SHORT), is_short=True), few.config)
+    short = tokens_of(*SHORT, few.config)
+    shorter = _with_states(replace(subject_at_size, inputs=short, is_short=True), few.config)
     found = check_layouts(subject_at_size, _times(few), None if _splits_tokens(plan) else shorter)
     if not found.depends_on_values:
         return found

@@ -18,10 +18,11 @@ from torch._subclasses.fake_tensor import (
 
 from parallel_plans.collectives import listening
 from parallel_plans.geometry import Geometry
+from parallel_plans.layouts import Split
 from parallel_plans.table import Table
 from parallel_plans.verify.flow import Mark, Value
 from parallel_plans.verify.letters.changes import shard_of
-from parallel_plans.verify.letters.lay import Lay, Shard, varying
+from parallel_plans.verify.letters.lay import Block, Lay, Shard, varying
 from parallel_plans.verify.letters.shown import Seen, ViewsSeen
 from parallel_plans.verify.letters.tracker import Tracker
 from parallel_plans.verify.observed import tensors_of
@@ -100,18 +101,29 @@ def lay_of(table: Table, name: str, views: Views, rank: int, tracker: Tracker) -
         return varying(len(entry.info.shape), over)
     for split in entry.layout.splits:
         shard = shard_of(split, tracker.dims[split.axis], coordinates[split.axis])
-        units = _units(table, name, len(shard.blocks))
-        blocks = (replace(block, unit=unit) for block, unit in zip(shard.blocks, units, strict=True))
-        shards[split.dim] = replace(shard, blocks=tuple(blocks))
+        shards[split.dim] = replace(shard, blocks=tuple(_blocks(table, name, split, shard, coordinates[split.axis])))
     return Lay(shards=tuple(shards))
 
 
-def _units(table: Table, name: str, count: int) -> list[int]:
-    """For each block of a split dim, how many elements stay together."""
+def _blocks(table: Table, name: str, split: Split, shard: Shard, rank: int) -> Iterator[Block]:
+    """The blocks of a split dim, with how many elements stay together in each."""
     use = next(use for use in table.parameters[name].uses if use.letter == "S")
-    geometry = Geometry.at(table.spec, name, use.axis, table.sizes[use.axis], table.plan.proportions)
-    units = geometry.units(table.parameters[name].info.shape, use.style, use.rule.options)
-    return list(units) if len(units) == count else [math.gcd(*units)] * count
+    geometry = Geometry.at(table.spec, name, use.axis, table.sizes[use.axis])
+    parts = geometry.parts(split.size, split.dim, {**use.style.defaults, **use.rule.options})
+    if use.axis != split.axis or len(parts) < len(shard.blocks):
+        units = [part.unit for part in parts]
+        yield from (replace(block, unit=math.gcd(*units)) for block in shard.blocks)
+        return
+    begin = 0
+    for part in parts:
+        held = [sum(max(0, min(b, begin + part.size) - max(a, begin)) for a, b in ranges) for ranges in split.ranges]
+        count = part.size // part.unit
+        # Where ranks share a unit, it is as if each had one of its own, with as much that goes with it. Of a single one
+        # there is one more: no view of the whole model, where it is whole, is to be taken for what a rank sees.
+        times = split.ranks + (count == 1)
+        whole, unit = (held[rank] * times, held[rank]) if count < split.ranks else (part.size, part.unit)
+        yield Block(held[rank], whole, unit=unit)
+        begin += part.size
 
 
 def _watch(running: Running, followed: Followed, views: Views) -> Iterator[Any]:

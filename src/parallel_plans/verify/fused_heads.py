@@ -14,9 +14,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 
 from parallel_plans.accounting import Report
+from parallel_plans.dealing import Range
 from parallel_plans.layouts import Split, merged, split_dim
 from parallel_plans.model_spec import ModelSpec
 from parallel_plans.pieces import Piece, is_cut_at
@@ -54,16 +54,16 @@ class FusedHeads:
     def _shares_alike(self, split: Split) -> bool:
         begin, shares = 0, []
         for size in self.parts:
-            shares.append(list(_shares(split, begin, begin + size)))
+            shares.append(list(_heads(split, begin, begin + size, size // self.groups)))
             begin += size
         return shares[0] == shares[1] == shares[2]
 
 
-def _shares(split: Split, begin: int, end: int) -> Iterator[list[tuple[Fraction, Fraction]]]:
-    """For each rank, which shares of a stretch of the dim it has."""
+def _heads(split: Split, begin: int, end: int, unit: int) -> Iterator[tuple[Range, ...]]:
+    """For each rank, of which key/value heads it has anything in a stretch of the dim with `unit` elements of each."""
     for ranges in split.ranges:
         own = [(max(start, begin), min(stop, end)) for start, stop in ranges if start < end and begin < stop]
-        yield [(Fraction(a - begin, end - begin), Fraction(b - begin, end - begin)) for a, b in merged(own)]
+        yield merged([((a - begin) // unit, -((begin - b) // unit)) for a, b in own])
 
 
 def fused_heads(piece: Piece, spec: ModelSpec) -> FusedHeads | None:

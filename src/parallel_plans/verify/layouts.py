@@ -21,6 +21,7 @@ from parallel_plans.verify.following import LOOKS_AT_VALUES, Followed, follow, s
 from parallel_plans.verify.letters.shown import Seen
 from parallel_plans.verify.real_size import Subject
 from parallel_plans.verify.short_steps import TooLong
+from parallel_plans.views import SHARED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +180,8 @@ def _unproven(table: Table, name: str, modules: Sequence[str]) -> Finding:
 
 def _compared(one: Followed, other: Followed) -> Iterator[Finding]:
     """Where two ranks do not do the same: collectives in another order, numbers that are not shapes."""
-    mine, others = one.tracker.marks, other.tracker.marks
+    # what some ranks of an axis share, they sum among themselves: another rank may be none of them
+    mine, others = ([mark for mark in each.tracker.marks if not mark.axis.endswith(SHARED)] for each in (one, other))
     for first, second in zip([*mine, None], [*others, None], strict=False):
         if first is None and second is None:
             break

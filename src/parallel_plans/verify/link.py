@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
-from parallel_plans.views import Views
+from parallel_plans.views import SHARED, Views
 
 
 def _tree(ranks: int) -> int:
@@ -48,8 +48,8 @@ class Link:
     internode_bandwidth: float = 50e9
 
     def leaves_node(self, views: Views, axis: str) -> bool:
-        """Whether some ranks of an axis are on different nodes."""
-        _, stop = views.spans[axis]
+        """Whether some ranks of an axis are on different nodes; some of them are taken for all."""
+        _, stop = views.spans[axis.removesuffix(SHARED)]
         return self.node_size % stop != 0
 
     def seconds(self, op: str, handed_over: int, *, ranks: int, leaves_node: bool) -> float:

@@ -31,6 +31,7 @@ from parallel_plans.verify.short_steps import small_chunks
 from parallel_plans.verify.shrinking.kinds import kinds_of, on_meta
 from parallel_plans.verify.shrinking.layers import with_few_layers
 from parallel_plans.verify.shrinking.tree import config_from, fields_of
+from parallel_plans.verify.weights import as_loaded, images_for
 from parallel_plans.verify.whereabouts import Whereabouts
 from parallel_plans.views import Views
 
@@ -103,13 +104,14 @@ class Subject:
 def causal_lm(config: Any, dtype: torch.dtype = torch.bfloat16, attention: str = "eager") -> Any:
     """The causal language model of a config, with the attention of this name, and its grouped matmul for experts."""
     with no_init_weights():
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+        return as_loaded(AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention), dtype)
 
 
-def tokens_of(batch: int, length: int) -> dict[str, Any]:
-    """Tokens and labels `[batch, length]` for a step without a cache."""
+def tokens_of(batch: int, length: int, config: Any = None) -> dict[str, Any]:
+    """Tokens and labels `[batch, length]` for a step without a cache, with images where a model wants some."""
     tokens = torch.zeros((batch, length), dtype=torch.long)
-    return {"input_ids": tokens, "labels": tokens, "use_cache": False}
+    images = {} if config is None else images_for(config, batch)
+    return {"input_ids": tokens, "labels": tokens, "use_cache": False, **images}
 
 
 @dataclass(frozen=True, kw_only=True)

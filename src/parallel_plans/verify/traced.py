@@ -75,7 +75,7 @@ def trace(question: Question, *, purposes: Collection[str] = PURPOSES, with_apar
         Exception: whatever the model raises in a training step.
     """
     model = lambda: causal_lm(question.few.config, question.dtype, fused_attention.NAME)  # noqa: E731
-    inputs = tokens_of(question.batch, question.sequence)
+    inputs = tokens_of(question.batch, question.sequence, question.few.config)
     subject = Subject(plan=question.plan, views=question.views, make=model, inputs=inputs, dispatch=question.dispatch)
     with fake_rank(subject, question.rank) as running:
         return _Tracer(running).trace(purposes, with_apart)

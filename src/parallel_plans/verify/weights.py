@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from parallel_plans.verify.shrinking.sizes import ROW
 
 ROWS = 2
+WANT_IMAGES = ("git",)  # types of models whose loss leaves out as many tokens as an image makes
 SPECIAL = 3  # tokens 0, 1 and 2 stand for nothing in a text
 
 
@@ -28,6 +29,7 @@ def random_model(config: Any, seed: int = 0) -> Any:
     plain = {"attn_implementation": "eager", "experts_implementation": "eager"}
     with torch.random.fork_rng(devices=[]), torch.no_grad(), in_float64():
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float64, **plain).eval()
+        as_loaded(model, torch.float64)
         generator = torch.Generator().manual_seed(seed)
         for module in model.modules():
             for name, parameter in module.named_parameters(recurse=False):
@@ -37,6 +39,16 @@ def random_model(config: Any, seed: int = 0) -> Any:
             if name in kept and buffer.is_floating_point():
                 change = 0.1 * noise(buffer, generator)
                 buffer.copy_(torch.where(buffer == 0, change, buffer * (1 + change)))
+    return model
+
+
+def as_loaded(model: Any, dtype: torch.dtype) -> Any:
+    """The model with all parameters in the dtype that loading would give them; some code makes float32 in any case."""
+    kept = set(model._keep_in_fp32_modules_strict or ())
+    for name, parameter in model.named_parameters():
+        is_kept = dtype is not torch.float64 and not kept.isdisjoint(name.split("."))
+        if parameter.dtype is torch.float32 and not is_kept:
+            parameter.data = parameter.data.to(dtype)
     return model
 
 
@@ -56,10 +68,18 @@ def drawn(module: nn.Module, name: str, parameter: Tensor, generator: torch.Gene
 
 
 def example_batch(config: Any, seed: int = 7) -> dict[str, Tensor]:
-    """Tokens and labels `[2, 11]` for a model of `config`, none of them special."""
+    """Tokens and labels `[2, 11]` for a model of `config`, none of them special; images where it wants some."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(SPECIAL, config.get_text_config().vocab_size, (ROWS, ROW), generator=generator)
-    return {"input_ids": tokens, "labels": tokens.clone()}
+    return {"input_ids": tokens, "labels": tokens.clone(), **images_for(config, ROWS, generator)}
+
+
+def images_for(config: Any, rows: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+    """An image for each row of a batch, where the model computes no loss of text alone; nothing where it does."""
+    if config.model_type not in WANT_IMAGES:
+        return {}
+    seen = config.vision_config
+    return {"pixel_values": torch.randn(rows, seen.num_channels, seen.image_size, seen.image_size, generator=generator)}
 
 
 class _Float64ForFloat32(TorchFunctionMode):

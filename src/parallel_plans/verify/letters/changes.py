@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -22,6 +23,12 @@ def mesh_dims(views: Views) -> dict[str, frozenset[str]]:
         axis: frozenset(f"{high}/{low}" for high, low in pairs if start <= low and high <= stop)
         for axis, (start, stop) in views.spans.items()
     }
+
+
+def ranks_over(over: frozenset[str]) -> int:
+    """How many ranks there are over these dims of the finest mesh."""
+    steps = (dim.split("/") for dim in over)
+    return math.prod(int(high) // int(low) for high, low in steps)
 
 
 def shard_of(split: Split, over: frozenset[str], rank: int) -> Shard:

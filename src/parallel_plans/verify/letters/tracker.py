@@ -107,7 +107,15 @@ class Tracker(TorchDispatchMode):
         name = func._schema.name.partition("::")[2]
         self._note_numbers(func, name, args)
         shape = self._whole_shape(name, args, output)
-        op = Operation(name=name, args=args, kwargs=kwargs, output=output, lay_of=self.lay, whole_shape=shape)
+        op = Operation(
+            name=name,
+            args=args,
+            kwargs=kwargs,
+            output=output,
+            lay_of=self.lay,
+            whole_shape=shape,
+            is_backward=self.where.is_backward,
+        )
         self._follow(func, op)
         return output
 
@@ -209,7 +217,9 @@ class Tracker(TorchDispatchMode):
         if lay != before:
             self.put(target, lay)
         if place in self._slices:
-            self._write_into(op, *self._slices[place], lay)
+            base, dim = self._slices[place]
+            if lay != before or lay.part(dim) is None:  # a part that lies as what it takes the place of changes nothing
+                self._write_into(op, base, dim, lay)
         elif lay != before:
             for other in self._storages.get(place[0], set()) - {place}:
                 if self._lays[other] != lay or not lay.is_plain:
@@ -255,6 +265,9 @@ class Tracker(TorchDispatchMode):
             size = value.numel() * value.element_size()
             mark = Mark(module=self.where(), op=op, axis=axis.name, bytes=size, backward=self.where.is_backward)
             self.marks.append(mark)
+        if axis.name not in self.dims:  # some ranks of an axis sum what they share, and then say how it lies
+            self.put(result, unknown(result.dim()))
+            return
         over = self.dims[axis.name]
         try:
             self.put(result, lay if lay.is_unknown else CHANGES[name](lay, over, axis, result, where))
@@ -264,10 +277,11 @@ class Tracker(TorchDispatchMode):
 
     def declared(self, value: Tensor, axis: Axis, letter: str | Tensor) -> None:
         """A style vouches for a value."""
-        over, lay = self.dims[axis.name], self.lay(value)
         if isinstance(letter, Tensor):
             self.put(value, self.lay(letter))
-        elif letter == "V":
+            return
+        over, lay = self.dims[axis.name], self.lay(value)
+        if letter == "V":
             made = varying(value.dim(), over | lay.varies | lay.partial | lay.over)
             self.put(value, replace(made, is_zero=lay.is_zero))
         elif letter == "P":
