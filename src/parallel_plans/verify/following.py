@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import (
 )
 
 from parallel_plans.collectives import listening
+from parallel_plans.dealing import WHOLE
 from parallel_plans.geometry import Geometry
 from parallel_plans.layouts import Split
 from parallel_plans.table import Table
@@ -120,7 +121,9 @@ def _blocks(table: Table, name: str, split: Split, shard: Shard, rank: int) -> I
         is_shared = part.size // part.unit < split.ranks
         # where ranks share a unit, each stands for as many as it were if all had as much: what they share counts often
         whole = held[rank] * split.ranks if is_shared else part.size
-        yield Block(held[rank], whole, unit=part.share or part.unit if is_shared else part.unit)
+        unit = part.share or part.unit if is_shared else part.unit
+        beside = len(parts) > 1 and part.share == WHOLE and part.size == part.unit  # one head of all, beside their own
+        yield Block(held[rank], whole, unit=unit, is_shared=is_shared and beside)
         begin += part.size
 
 
