@@ -35,17 +35,19 @@ class NoRule(Exception):
 class Block:
     """`local` elements of this rank, out of `whole`, of which `unit` stay together.
 
-    `free` where all are alike, so that nobody sees their order.
+    `free` where all are alike, so that nobody sees their order. `is_shared` where all
+    ranks have the same ones.
     """
 
     local: int
     whole: int
     free: bool = False
     unit: int = 1
+    is_shared: bool = False
 
     def times(self, factor: int) -> Block:
         """The block where every element has become so many."""
-        return Block(self.local * factor, self.whole * factor, self.free, self.unit * factor)
+        return Block(self.local * factor, self.whole * factor, self.free, self.unit * factor, self.is_shared)
 
     def over(self, factor: int) -> Block | None:
         """The block where so many elements have become one; None where that cuts through units or through its end."""
@@ -53,7 +55,7 @@ class Block:
         return (
             None
             if is_cut
-            else Block(self.local // factor, self.whole // factor, self.free, max(1, self.unit // factor))
+            else replace(self, local=self.local // factor, whole=self.whole // factor, unit=max(1, self.unit // factor))
         )
 
 
@@ -158,7 +160,7 @@ def _refined(one: Sequence[Block], other: Sequence[Block], ends: Sequence[int]) 
         known = theirs if mine.free else mine
         units = [block.unit for block in (mine, theirs) if not block.free and block.unit > 1]  # 1 says nothing
         unit = min(units, default=known.unit)
-        yield Block(stop - start, 0 if known.free else known.whole, known.free, unit)
+        yield Block(stop - start, 0 if known.free else known.whole, known.free, unit, known.is_shared)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,6 +189,11 @@ class Lay:
     def over(self) -> frozenset[str]:
         """The mesh dims over which it is split."""
         return NOTHING.union(*(shard.over for shard in self.shards if shard is not None))
+
+    @property
+    def has_shared(self) -> bool:
+        """Whether some of what a rank has, others have too."""
+        return any(block.is_shared for shard in self.shards if shard is not None for block in shard.blocks)
 
     @property
     def is_whole(self) -> bool:
