@@ -54,6 +54,7 @@ class Ruling:
         first: the model that is asked about.
         others: small ones of its kind, by which sizes are named.
         counts: module pattern -> attribute -> how much of it makes a unit, by sample.
+        splits_around: whether the table of tokens and the head are split too.
         why_whole: parameter -> why it is not split, where more is to be said than that nothing asks for it.
     """
 
@@ -64,9 +65,10 @@ class Ruling:
         names: Names,
         counts: Mapping[str, Mapping[str, tuple[int, ...]]],
         why_whole: Callable[[str], str | None] = lambda name: None,
+        splits_around: bool = True,
     ) -> None:
         self.first, self.others, self.names, self.counts = first, others, names, counts
-        self.spec, self.why_whole = first.spec, why_whole
+        self.spec, self.why_whole, self.splits_around = first.spec, why_whole, splits_around
         self.whole = frozenset().union(*(group.whole for group in first.groups))
         self.norms = frozenset().union(*(group.norms for group in first.groups))
 
@@ -104,6 +106,11 @@ class Ruling:
         return module.kind == "linear" and module.name in self.first.learned.step.called
 
     def _of_whole(self, module: ModuleInfo, pattern: str, own: Sequence[str]) -> Iterator[Line]:
+        if any(self._is_tied_to_head(name) for name in own):
+            for name in own:
+                style = "colwise" if self._is_tied_to_head(name) else "replicate"
+                yield Line(pattern=wildcarded(name), style=style)
+            return
         summed = [name in self.whole for name in own]
         style = "replicated_with_grad_allreduce"
         if all(summed):
@@ -134,15 +141,12 @@ class Ruling:
         """Whether an embedding looks up what comes into the model, in a table of many rows."""
         if module.kind != "embedding" or "*" in wildcarded(module.name):
             return False
-        step = self.first.learned.step
-        given = {id(tensor) for tensor in step.inputs}
-        is_asked = any(id(tensor) in given for handed, _ in step.called.get(module.name, ()) for tensor in handed)
-        is_tied = own[0] in self.spec.tied or own[0] in self.spec.tied.values()
-        return (is_tied or is_asked) and self.spec.parameters[own[0]].shape[0] >= FEW_ROWS
+        is_asked = self.splits_around and module.name in self.first.learned.step.looking_up
+        return is_asked and self.spec.parameters[own[0]].shape[0] >= FEW_ROWS
 
     def _is_head(self, module: ModuleInfo) -> bool:
         """Whether a linear layer gives what the model gives, as wide as a vocabulary."""
-        if module.kind != "linear" or "*" in wildcarded(module.name):
+        if module.kind != "linear" or "*" in wildcarded(module.name) or not self.splits_around:
             return False
         weight = f"{module.name}.weight"
         if self.spec.parameters[weight].shape[0] < FEW_ROWS:
@@ -152,6 +156,14 @@ class Ruling:
         gives = self.first.learned.parameters[weight][self.spec.is_transposed(weight)]
         why = {mark.why for mark in _marks(gives) if isinstance(mark, Bound)}
         return GIVEN in why and not why & {EMBEDDED, HANDED}
+
+    def _is_tied_to_head(self, name: str) -> bool:
+        """Whether a bias stands outside of the head that adds it too (BERT): it is split with that."""
+        other = self.spec.tied.get(name) or next((each for each, of in self.spec.tied.items() if of == name), None)
+        if other is None or len(self.spec.parameters[name].shape) != 1:
+            return False
+        own, owner = (self.spec.modules[each.rpartition(".")[0]] for each in (name, other))
+        return self._is_head(owner) and not self._is_head(own)
 
     # -- styles that split
 

@@ -48,6 +48,7 @@ class Search:
         fields = [spec.fields] if has_config else []
         self.names = Names([*fields, *(config_fields(each.learned.step.model.config) for each in self.others)])
         self.counts: Counts = {}
+        self.splits_around = True  # the table of tokens and the head
         self.taken: list[Group] = list(self.first.groups)
         self.experts: dict[str, Sequence[Line]] = {}
         self.refused: dict[str, str] = {}
@@ -56,6 +57,7 @@ class Search:
     def run(self) -> Report:
         """What the verifier says of the plan that was found, which `text` then gives."""
         if not self._is_sound(self.taken, {}):
+            self.splits_around = self._is_sound([], {})
             self.taken = self._sound_alone()
         report = self.verified(self.text())
         while not report.ok and self.taken:
@@ -153,7 +155,7 @@ class Search:
 
     def _ruling(self, groups: Sequence[Group], counts: Counts) -> Ruling:
         first = replace(self.first, groups=groups)
-        return Ruling(first, self.others, self.names, counts, self._why_whole)
+        return Ruling(first, self.others, self.names, counts, self._why_whole, self.splits_around)
 
     def _why_whole(self, name: str) -> str | None:
         return self.refused.get(wildcarded(name)) or self.groups[0].why_whole(name)

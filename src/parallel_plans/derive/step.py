@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -64,6 +64,18 @@ class Step:
     called: dict[str, list[tuple[list[Tensor], list[Tensor]]]] = field(default_factory=dict)
     numbers: dict[str, dict[str, int]] = field(default_factory=dict)
     stopped: str | None = None
+
+    @cached_property
+    def looking_up(self) -> frozenset[str]:
+        """The modules that look up what comes in, as it is or in another shape, and not what is made of it."""
+        given = {id(tensor) for tensor in self.inputs}
+        found = set()
+        for op in self.operations:
+            if op.name in ("view", "reshape", "_unsafe_view", "clone", "_to_copy") and id(op.args[0]) in given:
+                given.add(id(op.results[0]))
+            if op.name == "embedding" and id(op.args[1]) in given:
+                found.add(op.module)
+        return frozenset(found)
 
 
 def recorded(subject: Subject) -> Step:
