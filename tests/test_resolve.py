@@ -95,6 +95,11 @@ MENDS = {
     "experts_that_nothing_deals": [("ep_router\n", f"ep_router\n{DEALT}")],
     "for_another_model": [("mixtral", "llama"), ("model.layers.*.block_sparse_moe.gate", '"**"')],
     "grouped_gemm_in_tp_plan": [("grouped_gemm", "moe_tp_gate_up_colwise")],
+    "input_that_the_forward_does_not_take": [("position_bias", "attention_mask")],
+    "input_with_fewer_units_than_ranks": [(", unit: num_attention_heads", "")],
+    "split_inputs_without_inputs": [
+        ("split_inputs", "{style: split_inputs, inputs: {attention_mask: {dim: 1, size: num_attention_heads}}}")
+    ],
     "layers_without_rule": [("layers.0.input", "layers.*.input")],
     "module_rule_against_its_parameter": [("weight: replicate", "weight: colwise_gather_output")],
     "more_ranks_than_elements": [("[20, 4]", "[14, 10]")],

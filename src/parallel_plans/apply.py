@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from parallel_plans.adapters.seams import watch_for_peft
+from parallel_plans.agreement import Agreement
 from parallel_plans.attach import attach_forwards
 from parallel_plans.checkpoint.load import Loaded
 from parallel_plans.data_parallel import fully_sharded, wrapped
@@ -48,7 +49,8 @@ def parallelize(
 
     Args:
         model: holds whole parameters, the same on every rank.
-        plan: a `Plan`, a path, or a mapping (a whole plan, or rules for the axis `tp`).
+        plan: a `Plan`, a path, a mapping (a whole plan, or rules for the axis `tp`), or, for a causal language model
+            of transformers, `"derive"` (see docs/deriving.md).
         mesh: with an axis called `tp`, along which dense layers are split; its other axes hold other batches.
         ep_plan: how experts are dealt over ranks: `"auto"` (as the plan says for these sizes), `"dispatch"` (tokens
             travel in any case), or rules of its own.
@@ -69,11 +71,24 @@ def parallelize(
     check_unquantized(model)
     place = place_on(mesh, ep_size, etp_size, storage=storage)
     with meeting("resolving the plan", mesh.mesh.flatten().tolist()) as met:
+        plan = _asked_for(plan, model, place)
         whole = with_experts(plan if isinstance(plan, Plan) else load_plan(plan), ep_plan)
         whole = with_sequence(whole, sp_plan)
         table = resolve(whole, describe(model), place.sizes, dispatch=ep_plan == "dispatch")
         met.confirm(plan=table.plan.fingerprint(), model=digest_of(model))
     return apply_table(model, table, place, storage=storage)
+
+
+def _asked_for(plan: Any, model: nn.Module, place: Place) -> Any:
+    """The plan that is given, or that is derived where that is asked for; a rank that fails tells the others."""
+    from parallel_plans.derive.asked import plan_asked_for  # it runs the verifier, which splits models itself
+
+    agreement = Agreement(place.all_axes)
+    try:
+        return plan_asked_for(plan, model, place, agreement)
+    except Exception as error:
+        agreement.abandon("deriving a plan", error)
+        raise
 
 
 def apply_table(

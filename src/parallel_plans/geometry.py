@@ -307,7 +307,7 @@ class Geometry:
         try:
             split = _split_of(0, self.axis, self.ranks, (part,), self.proportions)
         except ValueError:
-            raise self._undealt(f"the input {name}, {size} elements,", size, (part,)) from None
+            raise self._undealt(f"the size of the input {name}", size, (part,)) from None
         return SplitInput(name=name, place=info.inputs.index(name), dim=int(given["dim"]), split=split)
 
 

@@ -61,8 +61,8 @@ def from_pretrained(
     Args:
         path: a folder, or a name on the hub.
         model_class: a model class or Auto class of transformers.
-        tp_plan: `"auto"` (see `parallel_plans.lookup`), `"builtin"`, a path, a mapping or a `Plan`; None loads the
-            model whole on every rank.
+        tp_plan: `"auto"` (see `parallel_plans.lookup`), `"builtin"`, `"derive"` (found from a step of the model, see
+            docs/deriving.md), a path, a mapping or a `Plan`; None loads the model whole on every rank.
         ep_plan: how experts are dealt over ranks: `"auto"` (as the plan says: routes masked where the ranks share a
             batch, tokens sent where they do not), `"dispatch"` (tokens sent in any case), or rules of its own.
         sp_plan: how the sequence is split between blocks: `"auto"` (as the plan says), a path, or rules; None does not

@@ -24,6 +24,7 @@ from parallel_plans.plan import EXPERT_SECTIONS, SECTIONS, Plan, Rule
 from parallel_plans.styles import get_style
 
 BESIDE_CHECKPOINT = "parallel_plan.yaml"
+DERIVE = "derive"  # for a plan that is found from a step of the model, by those who have the model
 PATH_VARIABLE = "PARALLEL_PLANS_PATH"
 PlanSource = Plan | str | os.PathLike[str] | Mapping[str, Any]
 

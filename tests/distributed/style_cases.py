@@ -10,6 +10,7 @@ from torch import nn
 from toys import (
     FFN,
     HIDDEN,
+    Biased,
     Gated,
     Grouped,
     Heads,
@@ -21,6 +22,7 @@ from toys import (
     Rms,
     Stack,
     Summed,
+    Transposed,
     Words,
     Wrapped,
 )
@@ -197,6 +199,31 @@ def grouped(groups: int, rows: Cut, columns: Cut, means: int) -> Case:
     )
 
 
+SPLIT_INPUTS = Case(
+    make=Biased,
+    plan={
+        "slopes": "replicate",
+        "inner": {"style": "split_inputs", "inputs": {"bias": {"dim": 0, "size": 3}}, "counts": {"count": 1}},
+        "inner.query": {"style": "colwise", "unit": 4},
+        "inner.out": {"style": "rowwise", "unit": 4},
+    },
+    cuts={"inner.query.weight": ROWS_3_BY_4, "inner.query.bias": ROWS_3_BY_4, "inner.out.weight": COLUMNS_3_BY_4},
+    forward=(SUM,),
+    backward=(SUM, GATHER),  # the input's gradient, then that of what was taken in parts
+)
+TRANSPOSED = Case(
+    make=Transposed,
+    plan={"up": "colwise", "down": "rowwise"},
+    cuts={"up.weight": COLUMNS_10, "up.bias": ROWS_10, "down.weight": ROWS_10},
+    forward=(SUM,),
+    backward=(SUM,),
+)
+GATHERED_IN_USE = Case(
+    make=lambda: Only(nn.Linear(HIDDEN, FFN)),
+    plan={"layer": "gathered_in_use"},
+    cuts={"layer.weight": ROWS_10},
+    forward=(GATHER,),
+)
 LATENT = Case(
     make=Latent,
     plan={
@@ -319,6 +346,9 @@ CASES: dict[str, Case] = {
     "replicated_with_grad_allreduce, local_counts": heads(
         lambda: Wrapped(Heads()), "inner.", {"count": 1, "config.heads": 1}
     ),
+    "split_inputs": SPLIT_INPUTS,
+    "colwise, rowwise of [in, out]": TRANSPOSED,
+    "gathered_in_use": GATHERED_IN_USE,
     "mla_kv_a_proj": LATENT,
     "rowwise_for_use, local_counts of a convolution": MIXER,
     "all_reduce": ALL_REDUCE,

@@ -1,4 +1,4 @@
-"""Small modules that use one style each, as models use it, and nothing of transformers."""
+"""Small modules that use one style each, as models use it, and no model of transformers."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 HIDDEN, FFN, VOCAB = 12, 10, 11  # 10 and 11 do not divide by 3
 
@@ -134,6 +135,44 @@ class Heads(nn.Module):
         by_head = self.query(hidden).view(*hidden.shape[:-1], self.count, self.config.size)
         normed = self.norm(by_head).reshape(*hidden.shape[:-1], self.config.heads * 4)
         return self.out(normed)
+
+
+class BiasedHeads(nn.Module):
+    """Three heads of four features, to each of which a number is added that the caller knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 3
+        self.query = nn.Linear(HIDDEN, 12)
+        self.out = nn.Linear(12, HIDDEN)
+
+    def forward(self, hidden: Tensor, mask: Tensor | None, bias: Tensor) -> Tensor:
+        by_head = self.query(hidden).view(*hidden.shape[:-1], self.count, 4)
+        by_head = torch.tanh(by_head + bias.view(hidden.shape[0], 1, self.count, 1))
+        return self.out(by_head.flatten(-2) if mask is None else by_head.flatten(-2) * mask)
+
+
+class Biased(nn.Module):
+    """Heads that are handed what is worked out once, for all heads of all rows of a batch: `[batch * heads]`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slopes = nn.Parameter(torch.ones(3))
+        self.inner = BiasedHeads()
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.inner(hidden, None, bias=self.slopes.repeat(hidden.shape[0]))
+
+
+class Transposed(nn.Module):
+    """Two layers that keep their weights as `[in, out]`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = Conv1D(FFN, HIDDEN), Conv1D(HIDDEN, FFN)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.down(torch.tanh(self.up(hidden)))
 
 
 class Wrapped(nn.Module):

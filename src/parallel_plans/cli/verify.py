@@ -45,7 +45,7 @@ LAST = Level(LEVELS[-1])
 @app.command()
 def verify(
     target: Annotated[str, typer.Argument(help="a checkpoint folder, a config.json, a model type, or module:factory")],
-    plan: Annotated[str, typer.Option(help="auto, builtin, or a plan file")] = "auto",
+    plan: Annotated[str, typer.Option(help="auto, builtin, derive, or a plan file")] = "auto",
     tp: Tp = 2,
     ep: Ep = 1,
     etp: Etp = None,

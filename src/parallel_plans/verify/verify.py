@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from parallel_plans.errors import Finding, PlanError
-from parallel_plans.lookup import PlanSource, carried_by, find_plan, with_experts, with_sequence
+from parallel_plans.lookup import DERIVE, PlanSource, carried_by, find_plan, with_experts, with_sequence
 from parallel_plans.mesh import views_for
 from parallel_plans.model_spec import ModelSpec, config_fields, describe
 from parallel_plans.plan import Plan
@@ -48,7 +48,7 @@ def verify_plan(
 
     Args:
         target: a transformers config, or a model (on any device, `meta` included).
-        plan: as `tp_plan` of `from_pretrained`; a file beside a checkpoint is not looked for.
+        plan: as `tp_plan` of `from_pretrained`, `"derive"` included; a file beside a checkpoint is not looked for.
         tp, ep, etp: ranks by axis, as in `from_pretrained`.
         ep_plan: as in `from_pretrained`.
         sp: whether the plan's `sp_plan` is in use.
@@ -68,6 +68,10 @@ def verify_plan(
     views = views_for(tp, ep, etp)
     model, subject = _model_and_subject(target, inputs)
     spec = describe(model)
+    if plan == DERIVE:
+        from parallel_plans.derive.derive import derive_plan  # which asks this function about what it finds
+
+        plan = derive_plan(target, tp, inputs=inputs).plan
     called = name or spec.model_type or type(model).__name__
     report = Report(target=called, plan=str(plan), mesh=mesh_of(views), splits_sequence=sp, strict=strict, spec=spec)
     try:
