@@ -49,6 +49,7 @@ KINDS = {
     "PP4": ("What the model computes", "None: `verify_plan` reports them."),
     "PP6": ("Checkpoints", "`CheckpointError`."),
     "PP7": ("Launching", "`LaunchError`; for a folder that holds an adapter, PP703 is a `CheckpointError`."),
+    "PP8": ("Plans for other frameworks", "`PlanError`, of `parallel-plans export`."),
 }
 
 
