@@ -16,14 +16,13 @@ from safetensors import safe_open
 from torch import Tensor
 
 from every.rows import ALL_RIGHT, LOAD, PHASES, REFUSED, SHAPES, TOO_FEW, WRONG, Found, Row
-from every.truth import LOADING, Truth
+from every.truth import LOADING, Truth, precisely
 from parallel_plans import ParallelPlansError, from_pretrained, full_gradients, watch_ranks
-from parallel_plans.verify.weights import in_float64
 
 SECONDS = 120.0  # for all that a rank does
 WAIT = 40.0  # seconds for which a rank may keep others waiting
-TOLERANCE = 1e-6  # of a tensor's largest value, in float64
-ZERO = 1e-9  # a gradient below this is zero but for rounding
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-3}  # of a tensor's largest value
+ZERO = {torch.float64: 1e-9, torch.float32: 1e-6}  # a gradient below this is zero but for rounding
 _OF_OTHERS = ("PP705", "PP707", "PP708", "PP709")  # what a rank says where another is to blame
 
 
@@ -69,7 +68,7 @@ def _on_rank(rank: int, row: Row, truth: Truth, port: int) -> _Word | None:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=row.tp, timeout=limit)
     one, phase = _Split(row, truth, truth.folder / str(row)), LOAD
     try:
-        with in_float64(), watch_ranks(WAIT):
+        with precisely(truth.dtype), watch_ranks(WAIT):
             for phase in PHASES:
                 told = getattr(one, phase)()
                 if not _all_well(told == RIGHT):
@@ -109,7 +108,13 @@ class _Split:
         given = str(self.truth.checkpoint)
         # some classes save the config of a part, which the Auto class would not take
         self.model = from_pretrained(
-            given, model_class=self.truth.kind, tp_plan="auto", tp_size=self.row.tp, **experts, **LOADING
+            given,
+            model_class=self.truth.kind,
+            tp_plan="auto",
+            tp_size=self.row.tp,
+            dtype=self.truth.dtype,
+            **experts,
+            **LOADING,
         ).eval()
         return RIGHT
 
@@ -125,10 +130,11 @@ class _Split:
 
     def gradients(self) -> str:
         self.split_loss.backward()
+        dtype = self.truth.dtype
         found, wanted = full_gradients(self.model), self.truth.gradients
         return told_of_gradients(
             {
-                name: compared_gradient(found.get(name), wanted.get(name), TOLERANCE, ZERO)
+                name: compared_gradient(found.get(name), wanted.get(name), TOLERANCE[dtype], ZERO[dtype])
                 for name in dict.fromkeys((*wanted, *found))
             }
         )
@@ -150,7 +156,7 @@ class _Split:
 
 
 def _compared(what: str, found: Tensor, wanted: Tensor) -> str:
-    return compared(what, found, wanted, TOLERANCE)
+    return compared(what, found, wanted, TOLERANCE[found.dtype])
 
 
 def _stored(folder: Path) -> dict[str, Tensor]:

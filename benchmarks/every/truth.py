@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ from torch import Tensor
 from parallel_plans.verify.weights import example_batch, in_float64, random_model
 
 LOADING: dict[str, Any] = {
-    "dtype": torch.float64,
     "attn_implementation": "eager",
     "experts_implementation": "eager",
 }
@@ -28,6 +27,7 @@ class Truth:
 
     Args:
         kind: the model's class.
+        dtype: in which it computes.
         folder: in which the checkpoint is, and others may be written.
         batch: what the model is called with.
         logits, loss: that it gives.
@@ -36,6 +36,7 @@ class Truth:
     """
 
     kind: type[Any]
+    dtype: torch.dtype
     folder: Path
     batch: dict[str, Any]
     logits: Tensor
@@ -55,11 +56,26 @@ class Truth:
 
 
 def truth_of(config: Any, folder: Path) -> Truth:
-    """The truth of a config whose model runs in milliseconds; writes its checkpoint, loads it and runs it."""
-    with in_float64():
-        made = random_model(config)
+    """The truth of a config whose model runs in milliseconds; writes its checkpoint, loads it and runs it.
+
+    In float64, but for a model with parameters that are made as float32 whatever is asked for.
+    """
+    try:
+        return _truth_in(torch.float64, config, folder)
+    except RuntimeError:
+        return _truth_in(torch.float32, config, folder)
+
+
+def precisely(dtype: torch.dtype) -> AbstractContextManager[None]:
+    """Within it nothing of a model in float64 is rounded to float32."""
+    return in_float64() if dtype is torch.float64 else nullcontext()
+
+
+def _truth_in(dtype: torch.dtype, config: Any, folder: Path) -> Truth:
+    made = random_model(config).to(dtype)
+    with precisely(dtype):
         made.save_pretrained(folder / GIVEN)
-        model = type(made).from_pretrained(folder / GIVEN, **LOADING).eval()
+        model = type(made).from_pretrained(folder / GIVEN, dtype=dtype, **LOADING).eval()
         model.save_pretrained(folder / SAVED)
         batch = {**example_batch(config), **_without_cache(model)}
         output = model(**batch)
@@ -70,7 +86,7 @@ def truth_of(config: Any, folder: Path) -> Truth:
             tokens = written(model, batch["input_ids"])
     logits, loss = output.logits.detach(), output.loss.detach()
     given = {"logits": logits, "loss": loss, "gradients": gradients, "tokens": tokens}
-    return Truth(kind=type(made), folder=folder, batch=batch, **given)
+    return Truth(kind=type(made), dtype=dtype, folder=folder, batch=batch, **given)
 
 
 def _without_cache(model: Any) -> dict[str, bool]:

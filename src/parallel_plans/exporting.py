@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
 
@@ -17,11 +18,11 @@ from parallel_plans.layouts import Split
 from parallel_plans.matching import Pattern
 from parallel_plans.plan import Rule
 from parallel_plans.styles import Style, get_style, style_names
-from parallel_plans.table import ParameterEntry, Table, wildcarded
+from parallel_plans.table import ModuleEntry, ParameterEntry, Table, wildcarded
 from parallel_plans.views import EXPERT_AXIS
 
-# options that say when something is done, or what other frameworks find out by themselves; `unit` is held to the splits
-_WITHOUT_EFFECT = ("delay", "unit")
+# options that say when something is done, or where a dim is cut: the cuts themselves are looked at
+_WITHOUT_EFFECT = ("delay", "unit", "shared")
 # style -> what does the same in torch.distributed.tensor.parallel; nothing for what torch leaves as it is
 _OF_TORCH: Mapping[str, str] = {
     "colwise": "ColwiseParallel()",
@@ -172,8 +173,18 @@ def _each_said(table: Table, framework: Framework) -> Iterator[tuple[str, Said, 
                 finding = _finding("PP802", each, name, told, fix="export the plan for a model that ties nothing")
             yield module if of_module else name, each, finding
     for name, acting in table.acting():
+        if _is_idle(acting):
+            continue
         each = Said(style=acting.style, rule=acting.rule, axis=acting.axis)
         yield name, each, _unexpressed(each, name, framework)
+
+
+def _is_idle(acting: ModuleEntry) -> bool:
+    """Whether a rule on what a module counts changes nothing on these ranks."""
+    counts: Any = acting.options.get("counts")
+    if not counts or acting.style.acts_on_forward:
+        return False
+    return all({acting.info.counts.get(name)} == set(per_rank) for name, per_rank in counts.items())
 
 
 def _unexpressed(each: Said, name: str, framework: Framework) -> Finding | None:
