@@ -74,6 +74,8 @@ STANDS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("local_params", "moe_router"), _MODULES),
     "sharded_norm": ("norm", "router"),  # a router's weight has the dims of a norm with a row per head
     "local_counts": ("linear",),  # the one of these modules that keeps the number
+    "split_inputs": (),  # without a word on which
+    "gathered_in_use": _ANYTHING,
     # of a module without parameters nobody knows what it gives
     **dict.fromkeys(("all_reduce", "replicate_input", "moe_block_allreduce", "moe_experts_allreduce"), ("activation",)),
     **dict.fromkeys(("moe_tp_gate_up_colwise", "moe_tp_down_rowwise"), ("experts", "expert weight")),

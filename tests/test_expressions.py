@@ -118,7 +118,15 @@ def test_other_errors_miss_no_field() -> None:
     assert caught.value.missing is None
 
 
-@pytest.mark.parametrize("value", [True, None, 1.0, "64"])
+def test_what_is_true_counts_as_one_and_what_is_false_as_nothing() -> None:
+    expression = parse("switch * heads + (1 - switch) * 2 * heads")
+    assert [expression.evaluate({"heads": 9, "switch": switch}) for switch in (True, False)] == [9, 18]
+    with pytest.raises(ExpressionError, match="is 0, and a size is at least 1"):
+        parse("switch * heads").evaluate({"heads": 9, "switch": False})
+    assert parse("switch * heads").evaluate({"heads": 9, "switch": False}, least=0) == 0
+
+
+@pytest.mark.parametrize("value", [None, 1.0, "64"])
 def test_a_field_that_is_no_integer_is_an_error(value: object) -> None:
     with pytest.raises(ExpressionError, match="not an integer"):
         parse("heads").evaluate({"heads": value})  # type: ignore[dict-item]

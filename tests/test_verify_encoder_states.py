@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import BartConfig, BertConfig, LlamaConfig, WhisperConfig
+import torch
+from torch import Tensor, nn
+from transformers import BartConfig, BertConfig, LlamaConfig, PreTrainedConfig, WhisperConfig
 
 from parallel_plans import verify_plan
 from parallel_plans.lookup import bundled_folder
@@ -37,6 +39,19 @@ def test_states_are_handed_where_more_of_a_model_runs_with_them(config: Any, tak
 
 def test_a_model_without_an_argument_for_them_is_not_run_to_see_that() -> None:
     assert not may_take_states(LlamaConfig())
+
+
+class OfNoWidth(nn.Module):
+    """A model that would take states, whose config does not say how wide they are."""
+
+    config = PreTrainedConfig()
+
+    def forward(self, input_ids: Tensor, encoder_hidden_states: Tensor | None = None) -> Tensor:
+        raise AssertionError("it is not run")
+
+
+def test_a_model_whose_config_says_no_width_is_handed_nothing() -> None:
+    assert taken_states(OfNoWidth(), {"input_ids": torch.zeros(2, 3, dtype=torch.long)}) is None
 
 
 @pytest.mark.parametrize("level", ["layouts", "numerics"])

@@ -42,11 +42,13 @@ MODELS = {
     **dict.fromkeys(EXPERTS, "qwen3_moe"),
     "gradient_summed_beside_nothing_split": "qwen3",
     "buffer_beside_a_split": "minimax",
+    "count_dealt_otherwise_than_the_weights": "phi3",
 }
 CHANGES: dict[str, dict[str, Any]] = {
     "cut_through_a_quantized_block": {"quantization_config": {"quant_method": "fp8", "weight_block_size": [35, 35]}},
 }
 SIZES = {
+    "count_dealt_otherwise_than_the_weights": 3,
     "heads_cut_in_two": 3,
     "queries_without_their_keys": 3,
     "halves_of_an_mlp_in_other_units": 4,
@@ -56,6 +58,7 @@ SIZES = {
 }
 # What makes each of them pass without a word, as its fix says: (what it says, what it should say), or other ranks.
 MENDS: dict[str, list[tuple[str, str]]] = {
+    "count_dealt_otherwise_than_the_weights": [("config.num_attention_heads: 1", "config.num_attention_heads: 2")],
     "sum_of_what_is_whole": [("all_reduce", "replicate")],
     "partial_sums_that_nothing_adds_up": [("down_proj.weight: rowwise", "down_proj: rowwise")],
     "experts_that_nothing_adds_up": [('  "**"', '  model.layers.*.mlp.experts: moe_experts_allreduce\n  "**"')],

@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,12 @@ from every.rows import EXPERTS, FIRST, NO_PLAN, Case, Found, Judged, Row
 from every.theirs import keys_of, their_share
 from every.truth import truth_of
 from parallel_plans import LaunchError, verify_plan
-from parallel_plans.verify.report import Report
+from parallel_plans.verify.report import PASSED, Report
 from parallel_plans.verify.shrink import CannotShrink, shrunken
 
 BUNDLED, CARRIED, NONE = "bundled", "carried", "none"
-# small enough numbers of heads and experts for all rows, where the type has as many
-_SMALL_FOR = ({"tp": 4, "ep": 2}, {"tp": 2})
+# small enough numbers of heads and experts for all rows, where the type has as many; more where a plan wants more
+_SMALL_FOR = ({"tp": 4, "ep": 2}, {"tp": 2}, {"tp": 8, "ep": 2}, {"tp": 16})
 
 
 def judged(kind: str, rows: Sequence[Row], first_only: bool = False) -> Judged:
@@ -73,11 +72,21 @@ def _judged(case: cases.Case, model: Any, rows: Sequence[Row]) -> Case:
 
 
 def small(config: Any) -> Any:
-    """A small config for all rows; raises `CannotShrink` where there is none."""
-    for sizes in _SMALL_FOR[:-1]:
-        with suppress(CannotShrink):
-            return shrunken(config, sizes).config
-    return shrunken(config, _SMALL_FOR[-1]).config
+    """A small config for all rows, the first that its plan fits on the first; raises `CannotShrink` for none at all."""
+    found, problem = [], None
+    for sizes in _SMALL_FOR:
+        try:
+            found.append(shrunken(config, sizes).config)
+        except CannotShrink as error:
+            problem = error
+            continue
+        report = verify_plan(found[-1], "auto", tp=FIRST.tp, level="geometry", cost=None)
+        if report.levels["geometry"] == PASSED:
+            return found[-1]
+    if not found:
+        assert problem is not None
+        raise problem
+    return found[0]
 
 
 def plan_of(case: cases.Case) -> tuple[str, float | None]:

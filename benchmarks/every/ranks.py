@@ -15,7 +15,7 @@ from causal.compare import RIGHT, compared, compared_gradient, told_of_gradients
 from safetensors import safe_open
 from torch import Tensor
 
-from every.rows import ALL_RIGHT, LOAD, PHASES, REFUSED, TOO_FEW, WRONG, Found, Row
+from every.rows import ALL_RIGHT, LOAD, PHASES, REFUSED, SHAPES, TOO_FEW, WRONG, Found, Row
 from every.truth import LOADING, Truth
 from parallel_plans import ParallelPlansError, from_pretrained, full_gradients, watch_ranks
 from parallel_plans.verify.weights import in_float64
@@ -50,7 +50,8 @@ def found_on(row: Row, truth: Truth) -> Found:
         return ALL_RIGHT
     words.sort(key=lambda word: (word.is_of_others, PHASES.index(word.phase)))
     first = words[0]
-    is_refusal = first.phase == LOAD and set(first.codes) == {TOO_FEW}
+    # what is cut differently elsewhere follows from that
+    is_refusal = first.phase == LOAD and TOO_FEW in first.codes and all(code[:3] == SHAPES for code in first.codes)
     return Found(outcome=REFUSED if is_refusal else WRONG, phase=first.phase, told=first.told)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from causal.compare import RIGHT
 
@@ -18,6 +20,7 @@ LOAD, LOGITS, LOSS, GRADIENTS, TOKENS, CHECKPOINT = PHASES = (
 # outcomes: all right; the plan says that the parts do not suffice for so many ranks; no plan says anything of it
 WRONG, REFUSED, NO_PLAN, NOT_RUN = "wrong", "refused", "no plan", "not run"
 TOO_FEW = "PP202"  # the code of the refusal: fewer units than ranks
+SHAPES = "PP2"  # what codes about shapes begin with
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,3 +95,11 @@ class Judged:
     def first(self) -> Case:
         """The type as it is."""
         return self.cases[0]
+
+
+def judged_from(told: Mapping[str, Any]) -> Judged:
+    """What `dataclasses.asdict` made of a `Judged`, as one again."""
+    cases = [
+        Case(**{**case, "rows": {row: Found(**found) for row, found in case["rows"].items()}}) for case in told["cases"]
+    ]
+    return Judged(**{**told, "cases": tuple(cases)})

@@ -12,6 +12,7 @@ from parallel_plans.layouts import Split, scaled, split_dim
 from parallel_plans.model_spec import ModelSpec, ModuleInfo
 from parallel_plans.plan import Rule
 from parallel_plans.styles import Style
+from parallel_plans.styles.buffers import SplitBuffer
 from parallel_plans.styles.inputs import SplitInput
 from parallel_plans.styles.statistics import groups_of
 from parallel_plans.table import ParameterEntry
@@ -180,7 +181,7 @@ class Geometry:
         if part.size % part.unit:
             expected = f"{part.size} a whole number of units of {part.unit}"
             raise CannotSplit("PP201", f"dim {dim}", expected, "correct the unit")
-        if part.share and part.unit % part.share:
+        if not part.has_whole_shares(self.ranks):
             expected = f"a unit of {part.unit} a whole number of shares of {part.share}"
             raise CannotSplit("PP201", f"dim {dim}", expected, "correct `shared`")
         if part.most_ranks is not None and part.most_ranks < self.ranks:
@@ -241,6 +242,19 @@ class Geometry:
                 options[name] = self.size(options[name])
         return options
 
+    def buffer(self, name: str, shape: Sequence[int], given: Mapping[str, Any], style: Style) -> SplitBuffer:
+        """How each part of a buffer of this shape is split."""
+        dim = int(given["dim"])
+        if not -len(shape) <= dim < len(shape):
+            expected = f"a dim between {-len(shape)} and {len(shape) - 1}"
+            raise CannotSplit("PP201", f"dim {dim} of the buffer {name}", expected)
+        dim %= len(shape)
+        parts = self.parts(shape[dim], dim, given)
+        for part in parts:
+            self._check(part, parts, dim, style)
+        splits = tuple(_split_of(dim, self.axis, self.ranks, (part,), self.proportions) for part in parts)
+        return SplitBuffer(name=name, dim=dim, parts=splits)
+
     def _keeps(self, info: ModuleInfo, name: str) -> bool:
         return name.startswith("config.") or name in info.counts
 
@@ -293,7 +307,7 @@ class Geometry:
         try:
             split = _split_of(0, self.axis, self.ranks, (part,), self.proportions)
         except ValueError:
-            raise self._undealt(f"the input {name}, {size} elements,", size, (part,)) from None
+            raise self._undealt(f"the size of the input {name}", size, (part,)) from None
         return SplitInput(name=name, place=info.inputs.index(name), dim=int(given["dim"]), split=split)
 
 

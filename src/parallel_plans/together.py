@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from parallel_plans.accounting import Report, one_per_form
+from parallel_plans.counted import report_counts
 from parallel_plans.errors import Finding, PlanError
 from parallel_plans.pairing import Pairing
 from parallel_plans.sum_rules import report_unsummed, report_whole
@@ -21,6 +22,7 @@ def wrong_cuts(table: Table) -> list[Finding]:
     """The findings about weights that work together and are cut differently."""
     report = Report(table.plan)
     Pairing(report, table).check()
+    report_counts(report, table)
     return in_order(report)
 
 

@@ -10,7 +10,9 @@ from torch import nn
 from toys import (
     FFN,
     HIDDEN,
+    Biased,
     Gated,
+    Grouped,
     Heads,
     Latent,
     Mixer,
@@ -19,9 +21,11 @@ from toys import (
     Only,
     Pair,
     Rms,
+    Scaled,
     Sparse,
     Stack,
     Summed,
+    Transposed,
     Weighed,
     Words,
     Wrapped,
@@ -173,6 +177,59 @@ def heads(make: Callable[[], nn.Module], prefix: str, counts: Mapping[str, Any])
     )
 
 
+SPLIT_INPUTS = Case(
+    make=Biased,
+    plan={
+        "slopes": "replicate",
+        "inner": {"style": "split_inputs", "inputs": {"bias": {"dim": 0, "size": 3}}, "counts": {"count": 1}},
+        "inner.query": {"style": "colwise", "unit": 4},
+        "inner.out": {"style": "rowwise", "unit": 4},
+    },
+    cuts={"inner.query.weight": ROWS_3_BY_4, "inner.query.bias": ROWS_3_BY_4, "inner.out.weight": COLUMNS_3_BY_4},
+    forward=(SUM,),
+    backward=(SUM, GATHER),  # the input's gradient, then that of what was taken in parts
+)
+TRANSPOSED = Case(
+    make=Transposed,
+    plan={"up": "colwise", "down": "rowwise"},
+    cuts={"up.weight": COLUMNS_10, "up.bias": ROWS_10, "down.weight": ROWS_10},
+    forward=(SUM,),
+    backward=(SUM,),
+)
+GATHERED_IN_USE = Case(
+    make=lambda: Only(nn.Linear(HIDDEN, FFN)),
+    plan={"layer": "gathered_in_use"},
+    cuts={"layer.weight": ROWS_10},
+    forward=(GATHER,),
+)
+
+
+def grouped(groups: int, rows: Cut, columns: Cut, means: int) -> Case:
+    """Six heads in groups; where ranks share a group its mean is a sum over the ranks, and so is its back."""
+    split = {"unit": f"size / {groups}", "shared": 2}
+    return Case(
+        make=lambda: Only(Grouped(groups, 6)),
+        plan={
+            "layer": {
+                "style": "split_buffers",
+                "buffers": {"factors": {"dim": 0, "unit": f"size / {groups}", "shared": 1}},
+                "counts": {"heads": {"unit": f"size / {groups}", "shared": 1}},
+            },
+            "layer.up": {"style": "colwise", **split},
+            "layer.norm": {
+                "style": "sharded_norm",
+                **split,
+                "groups": groups,
+                "counts": {"group_size": {"each": groups, "unit": 2}},
+            },
+            "layer.out": {"style": "rowwise", **split},
+        },
+        cuts={"layer.up.weight": rows, "layer.up.bias": rows, "layer.norm.weight": rows, "layer.out.weight": columns},
+        forward=(SUM,) * (means + 1),
+        backward=(SUM,) * (means + 1),
+    )
+
+
 LATENT = Case(
     make=Latent,
     plan={
@@ -278,6 +335,13 @@ NORMED_HEADS = Case(
     forward=(GATHER, SUM),
     backward=(GATHER, SUM),
 )
+SCALED = Case(
+    make=Scaled,
+    plan={"up": "colwise", "scale": "replicate_for_use", "down": "rowwise"},
+    cuts={"up.weight": ROWS_10, "up.bias": ROWS_10, "down.weight": COLUMNS_10},
+    forward=(SUM,),
+    backward=(SUM, SUM),  # of the scale, of the input
+)
 SEQUENCE = Case(
     make=lambda: Only(nn.LayerNorm(HIDDEN)), plan={"layer": "sequence_parallel"}, backward=(SUM,), sequence=True
 )
@@ -336,8 +400,12 @@ CASES: dict[str, Case] = {
     "replicated_with_grad_allreduce, local_counts": heads(
         lambda: Wrapped(Heads()), "inner.", {"count": 1, "config.heads": 1}
     ),
+    "split_inputs": SPLIT_INPUTS,
+    "colwise, rowwise of [in, out]": TRANSPOSED,
+    "gathered_in_use": GATHERED_IN_USE,
     "mla_kv_a_proj": LATENT,
     "rowwise_for_use, local_counts of a convolution": MIXER,
+    "replicate_for_use": SCALED,
     "all_reduce": ALL_REDUCE,
     "sequence_parallel": SEQUENCE,
     "sequence split between blocks": SPLIT_SEQUENCE,
@@ -345,6 +413,8 @@ CASES: dict[str, Case] = {
     "sharded_norm, nn.RMSNorm": normed(lambda: nn.RMSNorm(FFN), 1, "norm.weight"),
     "sharded_norm, nn.RMSNorm with eps": normed(lambda: nn.RMSNorm(FFN, eps=1e-2), 1, "norm.weight"),
     "sharded_norm, nn.LayerNorm": normed(lambda: nn.LayerNorm(FFN), 2, "norm.weight", "norm.bias"),
+    "split_buffers, sharded_norm of one group": grouped(1, Cut(0, (6, 6), (4, 4, 4)), Cut(1, (6, 6), (4, 4, 4)), 1),
+    "split_buffers, sharded_norm of whole groups": grouped(3, Cut(0, (8, 4), (4, 4, 4)), Cut(1, (8, 4), (4, 4, 4)), 0),
     "sharded_statistics": SPARSE,
     "rowwise_scatter_output": WEIGHED,
     "whole_inside": NORMED_HEADS,

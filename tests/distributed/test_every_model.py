@@ -19,8 +19,10 @@ from causal.cases import types  # noqa: E402
 from causal.children import asked  # noqa: E402
 from every import judge, ranks  # noqa: E402
 from every.known import unexplained, wrong_in  # noqa: E402
-from every.rows import FIRST, REFUSED, ROWS, Judged, Row  # noqa: E402
+from every.page import page  # noqa: E402
+from every.rows import EXPERTS, FIRST, REFUSED, ROWS, Case, Found, Judged, Row  # noqa: E402
 from every.today import of_day  # noqa: E402
+from every_model import _write, all_judged, judged_in  # noqa: E402
 
 PAGE = ROOT / "docs" / "every_model.md"
 VARIABLE = "PARALLEL_PLANS_TYPES"  # "gpt2 llama", or "all"
@@ -60,6 +62,33 @@ def test_every_type_has_its_turn_within_a_month_and_a_bit() -> None:
     days = [TODAY + datetime.timedelta(days=day) for day in range(-(-len(types()) // 6))]
     assert {kind for day in days for kind in of_day(day, types())} == set(types())
     assert of_day(TODAY, types()) == of_day(TODAY, types())
+
+
+def made(kind: str, outcome: str, share: float, row: Row = FIRST) -> Judged:
+    """A type of which one row was judged."""
+    found = Found(outcome=outcome, phase="" if outcome == "right" else "loss", told="is off")
+    rows = {str(FIRST): Found(outcome="right"), str(row): found}
+    return Judged(kind=kind, cases=(Case(name="as it is", plan="bundled", share=share, rows=rows),))
+
+
+def test_the_page_says_how_far_it_is_and_what_is_wrong_by_name() -> None:
+    found = [made("one", "right", 0.95), made("two", "wrong", 0.5, EXPERTS), made("three", REFUSED, 0.9, ROWS[1])]
+    found.append(Judged(kind="four", problem="ValueError: none"))
+    text = " ".join(page(found, {}).split())
+    assert "Wanted are 3 of 3 types right in everything" in text
+    assert "1 are right in everything, 2 are not; in 2 at least 90% are split." in text
+    assert "| two | as it is | tp=2 ep=2 | loss: is off | not known |" in text
+    assert "| tp=3 | three |" in text
+    assert "| four | ValueError: none | not known |" in text
+    assert [unexplained(each) for each in found] == [False, True, False, True]
+
+
+def test_types_that_were_judged_before_are_not_judged_again(tmp_path: Path) -> None:
+    file, known = tmp_path / "found.json", {"llama": made("llama", "wrong", 0.5), "gpt2": made("gpt2", "right", 1.0)}
+    assert judged_in(file) == {}
+    _write(file, known)
+    assert judged_in(file) == known
+    assert all_judged(["llama"], ROWS, known=judged_in(file)) == [known["llama"]]
 
 
 QWEN3 = (ROOT / "plans" / "qwen3.yaml").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Small modules that use one style each, as models use it, and nothing of transformers."""
+"""Small modules that use one style each, as models use it, and no model of transformers."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 HIDDEN, FFN, VOCAB = 12, 10, 11  # 10 and 11 do not divide by 3
 
@@ -136,6 +137,44 @@ class Heads(nn.Module):
         return self.out(normed)
 
 
+class BiasedHeads(nn.Module):
+    """Three heads of four features, to each of which a number is added that the caller knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 3
+        self.query = nn.Linear(HIDDEN, 12)
+        self.out = nn.Linear(12, HIDDEN)
+
+    def forward(self, hidden: Tensor, mask: Tensor | None, bias: Tensor) -> Tensor:
+        by_head = self.query(hidden).view(*hidden.shape[:-1], self.count, 4)
+        by_head = torch.tanh(by_head + bias.view(hidden.shape[0], 1, self.count, 1))
+        return self.out(by_head.flatten(-2) if mask is None else by_head.flatten(-2) * mask)
+
+
+class Biased(nn.Module):
+    """Heads that are handed what is worked out once, for all heads of all rows of a batch: `[batch * heads]`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slopes = nn.Parameter(torch.ones(3))
+        self.inner = BiasedHeads()
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.inner(hidden, None, bias=self.slopes.repeat(hidden.shape[0]))
+
+
+class Transposed(nn.Module):
+    """Two layers that keep their weights as `[in, out]`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = Conv1D(FFN, HIDDEN), Conv1D(HIDDEN, FFN)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.down(torch.tanh(self.up(hidden)))
+
+
 class Wrapped(nn.Module):
     """A module below the root, with the root's config, as models have it."""
 
@@ -176,8 +215,51 @@ class Mixer(nn.Module):
         self.out = nn.Linear(FFN, HIDDEN)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        channels = self.conv(self.up(hidden).transpose(1, 2))[..., :-1].transpose(1, 2).tanh()
-        return self.out(channels * (self.shared(channels) @ self.spread.weight.T))
+        channels = self.conv(self.up(hidden).transpose(1, 2))[..., :-1].transpose(1, 2).contiguous().tanh()
+        return self.out(channels * nn.functional.linear(self.shared(channels), self.spread.weight))
+
+
+class Grouped(nn.Module):
+    """Heads of two features with a factor each, kept in a buffer, which are normalized in groups of heads."""
+
+    def __init__(self, groups: int, heads: int) -> None:
+        super().__init__()
+        self.heads, self.groups = heads, groups
+        self.up = nn.Linear(HIDDEN, 2 * heads)
+        self.norm = GroupNorm(2 * heads, 2 * heads // groups)
+        self.out = nn.Linear(2 * heads, HIDDEN)
+        self.factors = nn.Buffer(torch.arange(1, heads + 1) / heads)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        heads = self.up(hidden).unflatten(-1, (self.heads, 2)) * self.factors[:, None]
+        return self.out(self.norm(heads.flatten(-2)).tanh())
+
+
+class GroupNorm(nn.Module):
+    """A norm whose features are divided by the size of those in their group."""
+
+    def __init__(self, wide: int, group_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(wide))
+        self.group_size = group_size
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        groups = hidden.unflatten(-1, (-1, self.group_size))
+        groups = groups * torch.rsqrt(groups.pow(2).mean(-1, keepdim=True) + 1e-3)
+        return self.weight * groups.flatten(-2)
+
+
+class Scaled(nn.Module):
+    """Features that are all scaled by one number of their token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(HIDDEN, FFN)
+        self.scale = nn.Linear(HIDDEN, 1)
+        self.down = nn.Linear(FFN, HIDDEN)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.down(self.up(hidden).tanh() * self.scale(hidden))
 
 
 class Experts(nn.Module):

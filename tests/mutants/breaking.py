@@ -185,7 +185,10 @@ def _wrong_sizes(value: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(value, Mapping):
         for key, size in value.items():
             yield f"without {key}", {name: each for name, each in value.items() if name != key}
-            yield f"doubled at {key}", {**value, key: f"2 * ({size})"}
+            if not isinstance(size, Mapping):
+                yield f"doubled at {key}", {**value, key: f"2 * ({size})"}
+                continue
+            yield from ((f"{key} {told}", {**value, key: other}) for told, other in _wrong_sizes(size))
     elif isinstance(value, Sequence) and not isinstance(value, str):
         yield "in another order", [*value[1:], value[0]]
         yield "without its last", [*value[:-1]]

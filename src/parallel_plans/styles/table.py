@@ -6,6 +6,7 @@ from types import MappingProxyType
 
 from parallel_plans.plan import EXPERT_SECTIONS
 from parallel_plans.styles.base import DELAY, Style, register_style
+from parallel_plans.styles.buffers import BuffersBoundary
 from parallel_plans.styles.inputs import InputsBoundary, WholeInsideBoundary
 from parallel_plans.styles.special import (
     RopePartBoundary,
@@ -174,6 +175,14 @@ register_style(
 )
 register_style(
     Style(
+        name="replicate_for_use",
+        summary="whole on every rank, and each uses the output on what it alone has; the output's gradient is summed",
+        delivers="R",
+        module_only=True,
+    )
+)
+register_style(
+    Style(
         name="mla_kv_a_proj",
         summary="whole on every rank; the gradient of the rope part of the output is summed",
         serves=("linear",),
@@ -215,6 +224,16 @@ register_style(
         options=MappingProxyType({"unit": "units", **SHARED_OUTPUT, "groups": "size", **COUNTS}),
         boundary=ShardedNormBoundary,
         module_only=True,
+    )
+)
+register_style(
+    Style(
+        name="split_buffers",
+        summary="of buffers that hold something for every head or feature a rank takes its part; counts as well",
+        options=MappingProxyType({"buffers": "buffers", **COUNTS}),
+        boundary=BuffersBoundary,
+        module_only=True,
+        wants_split="below",
     )
 )
 register_style(

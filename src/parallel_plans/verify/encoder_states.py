@@ -30,22 +30,27 @@ def taken_states(model: nn.Module, batch: Mapping[str, Any]) -> str | None:
     The model is run to see that, which may be on fake tensors.
     """
     takes = inspect.signature(type(model).forward).parameters
-    without = None
-    for name in TAKEN:
-        if name in takes:
-            without = without or _run(model, batch)
-            with_them = _run(model, {**batch, **states(name, model, batch)})
-            if without < with_them:
-                return name
-    return None
+    names = [name for name in TAKEN if name in takes]
+    if not names or _width(model) is None:
+        return None
+    without = _run(model, batch)
+    return next((name for name in names if without < _run(model, {**batch, **states(name, model, batch)})), None)
 
 
 def states(name: str, model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     """Random states for an argument of a model's forward, as many as there are tokens: some models take no others."""
-    width = model.config.get_text_config().hidden_size  # type: ignore[union-attr, operator]
+    width = _width(model)
+    assert width is not None
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randn((*batch["input_ids"].shape, width), generator=generator, dtype=torch.float64)
     return {name: TAKEN[name](drawn.to(next(model.parameters()).dtype))}
+
+
+def _width(model: nn.Module) -> int | None:
+    """Features of a model's hidden states; None where its config does not say."""
+    config: Any = model.config
+    width = getattr(config.get_text_config(), "hidden_size", None)
+    return width if isinstance(width, int) else None
 
 
 def _run(model: nn.Module, batch: Mapping[str, Any]) -> int:

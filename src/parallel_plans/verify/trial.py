@@ -18,7 +18,7 @@ from parallel_plans.plan import Plan
 from parallel_plans.resolve import resolve
 from parallel_plans.table import Table
 from parallel_plans.verify.compare import RIGHT, reached
-from parallel_plans.verify.encoder_states import may_take_states, states, taken_states
+from parallel_plans.verify.encoder_states import states, taken_states
 from parallel_plans.verify.numerics import ModelFailed, Outcome, Trial, check_numerics, run_trial, truths_of
 from parallel_plans.verify.observed import Inputs
 from parallel_plans.verify.own import OwnModel
@@ -204,7 +204,7 @@ def _states_for(model: Any) -> dict[str, Any]:
     """The states of an encoder, for a model of which more runs with them."""
     batch = example_batch(model.config)
     with in_float64():
-        name = taken_states(model, {**batch, "use_cache": False}) if may_take_states(model.config) else None
+        name = taken_states(model, {**batch, "use_cache": False})
     return {} if name is None else states(name, model, batch)
 
 

@@ -36,7 +36,9 @@ def shard_of(split: Split, over: frozenset[str], rank: int) -> Shard:
     pieces = [[stop - start for start, stop in ranges] for ranges in split.ranges]
     own = pieces[rank]
     if all(len(each) == len(own) for each in pieces):
-        blocks = tuple(Block(size, sum(each[at] for each in pieces)) for at, size in enumerate(own))
+        units = (1 if split.is_disjoint else size for size in own)  # of what ranks share, each has whole units
+        wholes = (sum(each[at] for each in pieces) for at in range(len(own)))
+        blocks = tuple(Block(size, whole, unit=unit) for size, whole, unit in zip(own, wholes, units, strict=True))
     else:
         blocks = (Block(sum(own), split.size),)
     return Shard(over=over, blocks=blocks)
