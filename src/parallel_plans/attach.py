@@ -319,14 +319,15 @@ def _with_adapters(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield from ((joined(name, own) if own else name, each) for own, each in below)
 
 
-_READ = re.compile(r"\bself\.(\w+)\.(\w+)\b")
+_READ = re.compile(r"\bself\.(\w+)\.(?=(\w+)\b)(?=(\w+\.\w+)?)")
 
 
 @functools.cache
 def _reads(method: Any) -> frozenset[tuple[str, str]]:
-    """Every `self.child.name` in a method: some read a child's weight instead of calling it."""
+    """Every `self.child.name` and `self.child.below.name` in a method: some read a weight, and call no layer."""
     with contextlib.suppress(OSError, TypeError):  # code that came without its source
-        return frozenset(_READ.findall(inspect.getsource(method)))
+        found = _READ.findall(inspect.getsource(method))
+        return frozenset((child, name) for child, *names in found for name in names if name)
     return frozenset()
 
 
@@ -351,7 +352,7 @@ def _methods(kind: Any) -> frozenset[str]:
 
 
 def _children_read_by(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The children whose parameters the module's own code reads, each once."""
+    """The children, and those of children, whose parameters the module's own code reads, each once."""
     kinds: list[Any] = [kind for kind in type(module).__mro__ if issubclass(kind, nn.Module)]
     methods = [each for kind in kinds for each in _mentions(kind)]
     for name, child in module.named_children():
@@ -365,6 +366,11 @@ def _children_read_by(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             (name, each) in _reads(method) for method in asked for each in wanted
         ):
             yield name, child
+        for below, grandchild in child.named_children():  # `self.language_model.embed_tokens.weight[row]`
+            own = {own for own, parameter in grandchild._parameters.items() if parameter is not None}
+            asked = (method for method, names in methods if {name, below} <= names and not own.isdisjoint(names))
+            if own and any((name, f"{below}.{each}") in _reads(method) for method in asked for each in own):
+                yield f"{name}.{below}", grandchild
 
 
 def _boundary(entry: ModuleEntry, module: nn.Module, place: Place, sequence: Sequence | None) -> Boundary:
