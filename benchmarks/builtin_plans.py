@@ -21,11 +21,11 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from carried.cases import types
-from carried.children import asked_at_once
 from carried.gather import TOO_LONG, Row, rows_of
 from carried.page import COLUMNS, differing, line_of, page
 from carried.why import UNKNOWN, why
+from causal.cases import types
+from causal.children import asked_at_once
 
 Runs = Mapping[str, Mapping[str, str]]  # key -> phase -> what a run gave
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "builtin_plans.md"

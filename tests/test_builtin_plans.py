@@ -29,8 +29,8 @@ def _benchmarks_are_importable() -> Iterator[None]:
 @cache
 def judged(kind: str, changed: bool, on_experts: bool, level: str) -> Any:
     """The verdict on the plan that a type's class carries, up to a level; `changed` ties its head."""
-    from carried.cases import Case
     from carried.verdict import verdict
+    from causal.cases import Case
 
     case = Case(kind=kind, changes=TIED if changed else {})
     return verdict(case.config(), EXPERTS if on_experts else DENSE, level)
@@ -98,7 +98,7 @@ def _ended(pid: int) -> bool:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere what a child has forked may outlive it")
 def test_a_call_that_takes_too_long_is_ended_with_all_that_it_has_forked(tmp_path: Path) -> None:
-    from carried.children import Child, asked
+    from causal.children import Child, asked
 
     told = tmp_path / "pid"
 

@@ -7,6 +7,7 @@ Comments on the lines before a block say what is done with it:
     <!-- pytest NAME -->    python: lies beside what runs, under this name, and its tests pass
     <!-- file NAME -->      any: lies beside what runs, under this name
     <!-- plan -->           yaml: a plan that loads
+    <!-- piece NAME -->     yaml: rules as they stand in a plan that ships
     <!-- command -->        one command of `parallel-plans`: runs in the root of the repository
     <!-- output -->         text: what the last block that ran has printed
 """
@@ -23,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import yaml
 from ranks import ENDING
 
 from parallel_plans.loader import load_plan
@@ -31,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 WRITTEN = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 MARKED = re.compile(r"((?:^<!-- [^\n]* -->\n)+)^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-MARK = re.compile(r"^<!-- (run|torchrun|pytest|file|plan|command|output)(?: (\S+))? -->$", re.MULTILINE)
+MARK = re.compile(r"^<!-- (run|torchrun|pytest|file|plan|piece|command|output)(?: (\S+))? -->$", re.MULTILINE)
 MESSAGES = re.compile(r"^```text\n.*?^```$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
 END_OF_BLOCK = "=== end of block ==="
@@ -121,6 +123,15 @@ def test_the_plans_on_a_page_load(page: Path, tmp_path: Path) -> None:
             path = tmp_path / f"{number}.yaml"
             path.write_text(block.text, encoding="utf-8")
             assert load_plan(path).rules("tp_plan")
+
+
+def test_pieces_of_plans_stand_in_these_plans() -> None:
+    pieces = [block for page in PAGES for block in blocks(page) if block.mark == "piece"]
+    assert pieces
+    for block in pieces:
+        shown = yaml.safe_load(block.text)
+        rules = yaml.safe_load((ROOT / f"plans/{block.argument}.yaml").read_text(encoding="utf-8"))["tp_plan"]
+        assert {name: rules.get(name) for name in shown} == shown
 
 
 @pytest.mark.parametrize("page", WRITTEN, ids=lambda page: page.stem)

@@ -49,8 +49,8 @@ WRONG = (
     ("phi3", 6, 3, (OF_THE_PHI, "unit: 4"), "PP205", "packed_colwise cuts a head in two", "unit: [16, 8, 8]`"),
     ("phi3", 6, 3, (OF_THE_PHI, "unit: head_dim"), "PP204", "queries without their keys and values",
      "give `parts: [48, 24, 24], unit: [16, 8, 8]`"),
-    ("phi3", 6, 3, (r"style: packed_colwise\n    parts: .*\n    unit: .*", "style: colwise\n    unit: 8"), "PP204",
-     "queries without their keys and values", "`parts: [48, 24, 24], unit: [16, 8, 8]` with `packed_colwise`"),
+    ("phi3", 6, 3, (r"style: packed_colwise\n    parts: .*\n    unit: .*\n    shared.*", "style: colwise\n    unit: 8"),
+     "PP204", "queries without their keys and values", "`parts: [48, 24, 24], unit: [16, 8, 8]` with `packed_colwise`"),
     ("dbrx", 6, 3, (r"unit: \[d_model / attn_config.kv_n_heads, .*\]", "unit: 4"), "PP205", "cuts a head in two",
      "unit: [16, 8, 8]`"),
 )  # fmt: skip

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from parallel_plans.dealing import Range, deal
+from parallel_plans.dealing import WHOLE, Range, deal
 from parallel_plans.layouts import Layout, Split, blocks, merged, nested, split_dim
 
 DEALS = [(count, ranks) for count in range(25) for ranks in range(1, 9)]
@@ -344,3 +344,43 @@ def test_blocks_are_the_rectangles_of_a_region() -> None:
     ]
     assert list(blocks(((), ((0, 4),)))) == []
     assert list(blocks(())) == [((), ())]
+
+
+@pytest.mark.parametrize("ranks", range(1, 13))
+@pytest.mark.parametrize("groups", range(1, 5))
+@pytest.mark.parametrize("each", range(1, 5))
+def test_ranks_that_share_a_group_have_its_head_whole_and_its_queries_once(ranks: int, groups: int, each: int) -> None:
+    width = 2
+    if groups * each < ranks:
+        with pytest.raises(ValueError, match=f"{groups * each} units of {width} for {ranks} ranks"):
+            split_dim(dim=0, size=groups * each * width, axis="tp", ranks=ranks, units=(each * width,), shares=(width,))
+        return
+    keys = split_dim(dim=0, size=groups * width, axis="tp", ranks=ranks, units=(width,), shares=(WHOLE,))
+    queries = split_dim(
+        dim=0, size=groups * each * width, axis="tp", ranks=ranks, units=(each * width,), shares=(width,)
+    )
+    assert queries.is_disjoint
+    assert min(queries.local_sizes) >= width
+    for own, met in zip(queries.ranges, keys.ranges, strict=True):
+        heads = {index // width // each for start, stop in own for index in range(start, stop)}
+        assert heads == {index // width for start, stop in met for index in range(start, stop)}
+        assert all(edge % width == 0 for piece in own for edge in piece)
+    counted = [keys.take(torch.arange(keys.size), rank) for rank in range(ranks)]
+    once = [part[start:stop] for rank, part in enumerate(counted) for start, stop in keys.counted(rank)]
+    assert torch.cat(once).sort().values.tolist() == list(range(keys.size))
+    for rank in range(ranks):
+        for members, pieces in keys.holders(rank).items():
+            assert rank in members
+            held = [counted[rank][start:stop].tolist() for start, stop in pieces]
+            assert all(set(held[0]) <= set(counted[other].tolist()) for other in members)
+
+
+@pytest.mark.parametrize("proportions", [(2, 1), (1, 1, 5), (9, 1, 1, 1), (3, 2, 2)])
+@pytest.mark.parametrize("count", [4, 7, 30, 49152])
+def test_proportions_are_met_as_nearly_as_whole_units_can(proportions: tuple[int, ...], count: int) -> None:
+    shares = deal(count, len(proportions), proportions)
+    assert sum(shares) == count
+    assert min(shares) >= 1
+    for given, wanted in zip(shares, proportions, strict=True):
+        exact = count * wanted / sum(proportions)
+        assert abs(given - exact) < 1 or given == 1 or 1 in shares

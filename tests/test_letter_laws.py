@@ -191,3 +191,15 @@ def test_strides_that_cut_a_box_out_of_a_value_are_stretches_of_its_dims() -> No
     args = [value, [6, 5, 2], list(value.stride()), 1]
     with pytest.raises(Mismatch, match="cuts through the parts of a dim"):
         said(operation, args, {0: lay(None, None, shard(16))}, operation(*args))
+
+
+def test_a_view_of_no_elements_keeps_the_parts_behind_and_has_no_rule_for_others() -> None:
+    value, operation = torch.zeros(0, 8), ATEN.view.default
+    for rank in range(RANKS):
+        own = of_rank(value, lay(None, shard(8)), rank)
+        args = [own, [0, 7, own.shape[1]]]
+        (found,) = said(operation, args, {0: lay(None, shard(8))}, operation(*args))
+        assert found.shards == (None, None, shard(8))
+        args = [own, [0, 7, 2, own.shape[1] // 2]]
+        with pytest.raises(NoRule):
+            said(operation, args, {0: lay(None, shard(8))}, operation(*args))

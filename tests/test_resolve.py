@@ -300,18 +300,43 @@ def test_a_size_is_that_of_the_layer_it_is_asked_for() -> None:
     assert sizes[1, "q_proj"] == sizes[1, "k_proj"] == sizes[3, "q_proj"] == (48, 48, 32)  # 8 heads of 16
 
 
-def test_a_layer_with_fewer_heads_than_ranks_is_refused_by_its_own_number() -> None:
+def test_a_layer_with_fewer_heads_than_ranks_shares_its_own() -> None:
     with torch.device("meta"):
         config = tiny_config("gemma4_text", tied=False, num_global_key_value_heads=2)
         described = describe(AutoModelForCausalLM.from_config(config))
+    table = resolve(load_plan(bundled_folder() / "gemma4_text.yaml"), described, {"tp": 4})
+    sliding, full = (
+        table.parameters[f"model.layers.{layer}.self_attn.k_proj.weight"].layout.splits[0] for layer in (0, 1)
+    )
+    assert sliding.is_disjoint
+    assert full.ranges == (((0, 16),), ((0, 16),), ((16, 32),), ((16, 32),))
+
+
+def refusal_of(rules: dict[str, object], tp: int) -> list[tuple[str, str, str | None]]:
     with pytest.raises(PlanError) as caught:
-        resolve(load_plan(bundled_folder() / "gemma4_text.yaml"), described, {"tp": 4})
-    assert {finding.name for finding in caught.value.findings if "k_proj" in (finding.rule or "")} == {
-        "model.layers.1.self_attn.k_proj.weight"
-    }
-    assert {finding.expected for finding in caught.value.findings if "k_proj" in (finding.rule or "")} == {
-        "at least one unit per rank: 2 units of 16, tp = 4"
-    }
+        resolve(load_plan({**rules, "**": "replicate"}), spec(), {"tp": tp})
+    return [(finding.code, finding.message, finding.expected) for finding in caught.value.findings]
+
+
+def test_there_must_be_a_share_for_every_rank() -> None:
+    attention = "model.layers.*.self_attn"
+    query = {"style": "colwise", "unit": "head_dim * num_attention_heads / num_key_value_heads"}
+    assert refusal_of({f"{attention}.q_proj": {**query, "shared": "head_dim"}}, 16)[0] == (
+        "PP202",
+        "colwise cannot split dim 0",
+        "at least one unit per rank: 8 units of 6, tp = 16",
+    )
+    assert refusal_of({f"{attention}.q_proj": {**query, "shared": 5}}, 8)[0] == (
+        "PP201",
+        "colwise cannot split dim 0",
+        "a unit of 12 a whole number of shares of 5",
+    )
+    counts = {"num_key_value_groups": {"each": "num_key_value_heads"}}
+    assert refusal_of({attention: {"style": "local_counts", "counts": counts}}, 16)[0] == (
+        "PP203",
+        "num_key_value_groups = 2 for each of 4 cannot be dealt over 16 ranks",
+        "at least 16 whole units of 1",
+    )
 
 
 def test_tied_tensors_are_counted_once() -> None:

@@ -144,6 +144,7 @@ OPERATIONS: dict[str, tuple[Callable[..., Tensor], tuple[Given, ...]]] = {
     "unbind 0": (lambda a: a.unbind(0)[0], (A,)),
     "flip 0": (lambda a: a.flip(0), (A,)),
     "roll 0": (lambda a: a.roll(1, 0), (A,)),
+    "unfold 0": (lambda a: a.unfold(0, 2, 1), (A,)),
     "tril": (torch.tril, (A,)),
     "embedding": (lambda table, ids: F.embedding(ids, table), (A, IDS)),
     "index_select 0": (lambda a, ids: a.index_select(0, ids), (A, FEW)),
@@ -155,6 +156,7 @@ PICKS = "indices pick elements of every summand alike; they ask the indices to b
 LATE = "the contraction leaves a sum, to which a sum may be added; they look at the letters before they contract"
 BLOCKS = "each rank has a part of every block, in order; they have parts of one block only"
 AGAIN = "it starts anew on every rank, so it is no part of the whole one; they ask DTensor, which lets it through"
+WINDOWS = "windows along one dim leave the others as they are; they ask DTensor, which has no rule for it"
 ONE = "einsum moves a dim of which a rank has one element, and a view that brings it back is not recognised here"
 
 # operation -> letters of its arguments -> ours, theirs, why
@@ -177,6 +179,7 @@ DIFFERENCES: dict[str, dict[tuple[Letter, ...], tuple[Letter, Letter, str]]] = {
     "gather 0": {("P", "R"): ("P", REFUSED, PICKS), ("P", "I"): ("P", REFUSED, PICKS)},
     "cat 0": {(0, 0): (0, REFUSED, BLOCKS)},
     "flatten": {(1,): (0, REFUSED, BLOCKS)},
+    "unfold 0": {(1,): (1, REFUSED, WINDOWS)},
     "cumsum -1": {(1,): (REFUSED, 1, AGAIN)},
     "einsum": {(0, "R"): (REFUSED, 0, ONE)},
 }

@@ -157,6 +157,6 @@ def test_a_model_that_keeps_a_part_of_its_config_is_judged_to_the_end() -> None:
 
 @pytest.mark.parametrize("model_type", sorted(LACKING))
 def test_a_type_whose_default_config_makes_no_model_that_runs_can_be_asked_about(model_type: str) -> None:
-    status, report = ran(model_type, "--plan", "builtin", "--level", "geometry", "--no-cost")
+    status, report = ran(model_type, "--level", "geometry", "--no-cost")
     assert status in (0, 1)
     assert report["levels"]["accounting"] == "passed"

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
-import os
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -14,9 +12,10 @@ from typing import Any
 
 import torch
 import transformers
+from causal.cases import Case, cases_of
+from causal.children import Answer, asked, in_one_line
+from causal.quiet import be_quiet
 
-from carried.cases import Case, cases_of
-from carried.children import Answer, asked, in_one_line
 from carried.run import PHASES, run
 from carried.verdict import SOUND, UNFIT, UNJUDGED, Verdict, verdict
 from parallel_plans.verify.shrink import CannotShrink, shrunken
@@ -60,28 +59,20 @@ def rows_of(kind: str, with_runs: bool, known: Mapping[str, Mapping[str, str]]) 
 
     `known` are runs of before, by key.
     """
-    _quiet()
+    be_quiet()
     rows, end = [], time.monotonic() + PATIENCE
     try:
         for case, model in cases_of(kind):
             if not model.tp_plan and not model.ep_plan:
                 return None
-            for sizes in _sizes(case, model):
+            for sizes in ranks_of(case, model):
                 rows.append(_row(case, sizes, with_runs, known) if time.monotonic() < end else _left(case, sizes))
     except Exception as error:  # the code of a model raises any kind
         return in_one_line(error)
     return rows or None
 
 
-def _quiet() -> None:
-    """Keeps what libraries tell of their own to themselves: a table is made of answers."""
-    os.environ["PYTHONWARNINGS"] = "ignore"
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("parallel_plans").setLevel(logging.ERROR)
-
-
-def _sizes(case: Case, model: Any) -> Iterator[Mapping[str, int]]:
+def ranks_of(case: Case, model: Any) -> Iterator[Mapping[str, int]]:
     """The ranks on which there is something to judge: for experts where the class has a plan for the model's."""
     if model.tp_plan:
         yield DENSE

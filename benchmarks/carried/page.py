@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 import transformers
+from causal.compare import RIGHT
+from causal.tables import cut, table, wildcarded_words, wrapped
 
 from carried.gather import DENSE, EXPERTS, TOO_LONG, Row
-from carried.run import OTHERWISE, RIGHT
+from carried.run import OTHERWISE
 from carried.verdict import SOUND, UNFIT, UNJUDGED, WRONG, Verdict
 from carried.why import why
 from parallel_plans.table import wildcarded
 
-WIDTH = 120
-LONGEST = 200  # characters of a message in a table
 NOTICE = "<!-- Written by `python benchmarks/builtin_plans.py`; edit benchmarks/carried/page.py, not this page. -->"
 Found = Mapping[str, Sequence[Row]]
 INTRODUCTION = (
@@ -57,9 +56,9 @@ def page(found: Found, unbuilt: Mapping[str, str]) -> str:
         ("Not judged", "", (*case, "why"), _unjudged(rows, unbuilt)),
         ("Every type", _EVERY, COLUMNS, every),
     ]
-    parts = ["# The plans that transformers carries", NOTICE, f"{head}.", *map(_wrapped, INTRODUCTION)]
+    parts = ["# The plans that transformers carries", NOTICE, f"{head}.", *map(wrapped, INTRODUCTION)]
     for heading, text, columns, lines in sections:
-        parts += [f"## {heading}", *([_wrapped(text)] if text else []), _table(columns, lines)]
+        parts += [f"## {heading}", *([wrapped(text)] if text else []), table(columns, lines)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -190,27 +189,18 @@ def finding_of(found: Verdict) -> str:
         return ""
     rule = "" if first["rule"] in (None, "**") else f" (rule `{first['rule']}`)"
     name = "" if first.get("name") is None else f"`{wildcarded(first['name'])}`: "
-    return f"{first['code']} {name}{_cut(wildcarded_words(first['message']))}{rule}".strip()
-
-
-def wildcarded_words(text: str) -> str:
-    """The text with `*` for the numbers in its dotted names."""
-    return " ".join(wildcarded(word) if "." in word.strip(".") else word for word in text.split())
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= LONGEST else text[: LONGEST - 3].rstrip() + "..."
+    return f"{first['code']} {name}{cut(wildcarded_words(first['message']))}{rule}".strip()
 
 
 def _run(row: Row) -> str:
     """The first thing that is wrong in the run."""
     if not was_run(row):
-        return _cut(row.run["alone"]) if row.run else "none"
+        return cut(row.run["alone"]) if row.run else "none"
     wrong = next(((phase, told) for phase, told in row.run.items() if told != RIGHT), None)
     if wrong is None:
         return RIGHT
     otherwise = f"; {RIGHT} {row.run[OTHERWISE]}" if OTHERWISE in row.run else ""
-    return f"{wrong[0]}: {_cut(wildcarded_words(wrong[1]))}{otherwise}"
+    return f"{wrong[0]}: {cut(wildcarded_words(wrong[1]))}{otherwise}"
 
 
 def wrong_lines(rows: Sequence[Row]) -> Iterator[tuple[str, ...]]:
@@ -274,15 +264,4 @@ def _unjudged(rows: Sequence[Row], unbuilt: Mapping[str, str]) -> Iterator[tuple
     for group in _grouped(unjudged, lambda row: (row.kind, finding_of(row.verdict))):
         yield group[0].kind, _variants(group), _ranks(group), finding_of(group[0].verdict)
     for kind, told in sorted(unbuilt.items()):
-        yield kind, "", "", f"no model: {_cut(told)}"
-
-
-def _wrapped(text: str) -> str:
-    return textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False)
-
-
-def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    if not (rows := list(rows)):
-        return "None."
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+        yield kind, "", "", f"no model: {cut(told)}"

@@ -6,8 +6,7 @@ The only thing that is taken from here is a config. Weights are random, norms, b
 from __future__ import annotations
 
 import os
-import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,20 +15,19 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from causal.children import asked, free_port, in_one_line
+from causal.compare import RIGHT, compared, compared_gradient, told_of_gradients, written
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
-from carried.children import asked, in_one_line
-
 RANKS = 2
 SECONDS = 60.0  # for all that a rank does
 PATIENCE = 15.0  # seconds that a rank waits for the other after a phase
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 2e-3}  # of a tensor's largest value
-ZERO = 1e-6  # a gradient below this is zero but for rounding
-RIGHT, OTHERWISE = "right", "otherwise"
+OTHERWISE = "otherwise"
 PHASES = ("alone", "load", "outputs", "loss", "gradients", "tokens", "checkpoint")
 
 
@@ -71,7 +69,7 @@ def run(config: Any, sizes: Mapping[str, int], folder: str) -> dict[str, str]:
 
 
 def _in_way(way: Way, config: Any, sizes: Mapping[str, int], folder: str) -> dict[str, str]:
-    port = _free_port()
+    port = free_port()
     calls = [(rank, port, way, config, sizes, folder) for rank in range(RANKS)]
     first, *others = asked(_rank, calls, RANKS, SECONDS)
     found: dict[str, str] = dict(first.value or {})
@@ -84,12 +82,6 @@ def _in_way(way: Way, config: Any, sizes: Mapping[str, int], folder: str) -> dic
         last = next((phase for phase in PHASES if phase not in found), PHASES[-1])
         found[last] = f"hangs: {problem}"
     return found
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _rank(rank: int, port: int, way: Way, config: Any, sizes: Mapping[str, int], folder: str) -> dict[str, str]:
@@ -200,24 +192,19 @@ class _Run:
         self.split_loss.backward()
         split = dict(self.model.named_parameters())
         told = {name: self._gradient(split[name].grad, p.grad) for name, p in self.whole.named_parameters()}
-        wrong = [f"that of {name} {each}" for name, each in told.items() if each != RIGHT]
-        return f"{len(wrong)} of {len(told)}, among them {wrong[-1]}" if wrong else RIGHT
+        return told_of_gradients(told)
 
     def _gradient(self, found: Tensor | None, wanted: Tensor | None) -> str:
-        if found is not None and wanted is not None:
-            return self._compared("", found, wanted).strip()
-        is_zero = [each is None or not _whole(each).any() for each in (found, wanted)]
-        if all(is_zero):
-            return RIGHT
-        return "is missing" if found is None else "is there, and one process has none"
+        both = [None if each is None else _whole(each) for each in (found, wanted)]
+        return compared_gradient(*both, TOLERANCE[self.dtype])
 
     def tokens(self) -> str:
         tokens = self.batch["input_ids"]
         try:
-            wanted = _written(self.whole, tokens)
+            wanted = written(self.whole, tokens)
         except Exception:  # it cannot write alone either
             return RIGHT
-        found = None if wanted is None else _written(self.model, tokens)
+        found = None if wanted is None else written(self.model, tokens)
         return RIGHT if wanted is None or (found is not None and found.equal(wanted)) else "other tokens"
 
     def checkpoint(self) -> str:
@@ -230,13 +217,7 @@ class _Run:
         return f"{len(wrong)} of {len(wanted)} weights differ, among them {wrong[0]}" if wrong else RIGHT
 
     def _compared(self, what: str, found: Tensor, wanted: Tensor) -> str:
-        found, wanted = _whole(found).double(), _whole(wanted).double()
-        if found.shape != wanted.shape:
-            return f"{what} has shape {list(found.shape)}, not {list(wanted.shape)}"
-        error, scale = float((found - wanted).abs().max()), float(wanted.abs().max())
-        if error <= TOLERANCE[self.dtype] * scale or max(error, scale) < ZERO:
-            return RIGHT
-        return f"{what} is off by {error / max(scale, ZERO):.0%} of the largest value"
+        return compared(what, _whole(found), _whole(wanted), TOLERANCE[self.dtype])
 
 
 def _random(model: Any) -> Any:
@@ -274,12 +255,3 @@ def _part(whole: Tensor, like: Tensor) -> Tensor:
 
 def _whole(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
-
-
-def _written(model: Any, tokens: Tensor) -> Tensor | None:
-    """What a model writes after these tokens; None for one that does not write."""
-    if not model.can_generate():
-        return None
-    lengths: dict[str, Any] = {"min_new_tokens": 4, "max_new_tokens": 4, "do_sample": False}
-    generate: Callable[..., Tensor] = model.generate
-    return generate(tokens, attention_mask=torch.ones_like(tokens), **lengths)

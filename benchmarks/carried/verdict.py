@@ -49,11 +49,11 @@ def verdict(config: Any, sizes: Mapping[str, int], level: str = LEVELS[-1]) -> V
     # a level that was due and was not run has said why among the findings
     was_run = report.levels[level] != "not run"
     outcome = WRONG if failed is not None else SOUND if was_run else UNJUDGED
-    share = None if report.table is None else _share(report.table)
+    share = None if report.table is None else share_of(report.table)
     return Verdict(outcome=outcome, findings=tuple(findings), share=share, level=failed, seconds=seconds)
 
 
-def _share(table: Table) -> float:
+def share_of(table: Table) -> float:
     """The share of the layers' bytes that the plan splits."""
     # what stands in a list is named by its number there: layers, and not the embeddings, the last norm, the head
     entries = [entry for name, entry in table.parameters.items() if any(part.isdigit() for part in name.split("."))]

@@ -13,6 +13,7 @@ from parallel_plans.auto import (
 )
 from parallel_plans.checkpoint.save import save_pretrained
 from parallel_plans.data_parallel.fully_sharded import fully_shard
+from parallel_plans.derive.derive import Derived, derive_plan
 from parallel_plans.errors import CheckpointError, Finding, LaunchError, ParallelPlansError, PlanError
 from parallel_plans.gradients import average_gradients, clip_grad_norm_
 from parallel_plans.hub import from_pretrained
@@ -36,6 +37,7 @@ __all__ = [
     "AutoModelForSequenceClassification",
     "AutoModelForTokenClassification",
     "CheckpointError",
+    "Derived",
     "Finding",
     "LaunchError",
     "MasterWeights",
@@ -47,6 +49,7 @@ __all__ = [
     "__version__",
     "average_gradients",
     "clip_grad_norm_",
+    "derive_plan",
     "from_pretrained",
     "full_gradients",
     "full_state_dict",

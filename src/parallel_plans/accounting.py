@@ -117,6 +117,9 @@ def report_misplaced(report: Report) -> None:
             if section not in sections:
                 fix = f"move it to {' or '.join(sections)}, or use a style that acts here"
                 report.add("PP105", f"{rule.style} cannot stand in {section}", rule, fix=fix)
+            elif "buffers" in get_style(rule.style).options and "buffers" not in rule.options:
+                fix = "give `buffers: {NAME: {dim: DIM}}`, those that are split, or use `local_counts`"
+                report.add("PP105", f"{rule.style} stands on a module together with buffers", rule, fix=fix)
             elif get_style(rule.style).only_counts and "counts" not in rule.options:
                 fix = "give `counts: {NAME: SIZE}`, the numbers that the module keeps, or remove the rule"
                 report.add("PP105", f"{rule.style} stands on a module together with its counts", rule, fix=fix)

@@ -5,7 +5,7 @@ A rank that raised takes part once more and says so; then every rank raises. Nob
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -38,13 +38,17 @@ class Agreement:
         self.is_over = False
 
     def _exchange(self, word: _Word) -> list[_Word]:
-        """The words of all ranks: along the first axis, then along the next what those along the first have said."""
-        words = [word]
+        """The words of all ranks, in their order."""
+        return sorted(self._of_all(word), key=lambda each: each.rank)
+
+    def _of_all(self, own: Any) -> list[Any]:
+        """What every rank has: along the first axis, then along the next what those along the first have."""
+        values = [own]
         for axis in self.axes:
             told: list[Any] = [None] * axis.size
-            dist.all_gather_object(told, words, group=axis.group)
-            words = [each for several in told for each in several]
-        return sorted(words, key=lambda each: each.rank)
+            dist.all_gather_object(told, values, group=axis.group)
+            values = [each for several in told for each in several]
+        return values
 
     def confirm(self, step: str, **facts: str) -> None:
         """Returns when every rank has come here well and with the same facts.
@@ -63,6 +67,16 @@ class Agreement:
             if len(set(values)) > 1:
                 self.is_over = True
                 raise print_once(differs(fact, {word.rank: value for word, value in zip(words, values, strict=True)}))
+
+    def shared(self, step: str, is_first: bool, make: Callable[[], str]) -> str:
+        """What the first rank makes, on every rank.
+
+        Raises:
+            LaunchError: PP705 where making it failed there.
+        """
+        own = make() if is_first else ""
+        self.confirm(step)
+        return next(text for text in self._of_all(own) if text)
 
     @contextmanager
     def amid_others(self, step: str, is_in_order: bool) -> Iterator[None]:

@@ -89,9 +89,13 @@ class Part:
     @property
     def most_ranks(self) -> int | None:
         """Over how many ranks it can be dealt; None for any number."""
-        if self.share is None:
+        if self.share is None or self.unit % (self.share or 1):
             return self.size // self.unit
         return None if self.share == WHOLE else self.size // self.share
+
+    def has_whole_shares(self, ranks: int) -> bool:
+        """Whether a unit is a whole number of shares, where ranks share units."""
+        return not self.share or self.size // self.unit >= ranks or self.unit % self.share == 0
 
     def ranges(self, ranks: int, proportions: Sequence[int] | None = None) -> tuple[Range, ...]:
         """For every rank, which of its elements it has.
@@ -101,7 +105,7 @@ class Part:
         """
         if self.size % self.unit:
             raise ValueError(f"a part of {self.size} is not a whole number of units of {self.unit}")
-        if self.share and self.unit % self.share:
+        if not self.has_whole_shares(ranks):
             raise ValueError(f"a unit of {self.unit} is not a whole number of shares of {self.share}")
         if self.most_ranks is not None and self.most_ranks < ranks:
             raise ValueError(f"{self.most_ranks} units of {self.share or self.unit} for {ranks} ranks")

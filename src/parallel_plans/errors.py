@@ -124,6 +124,9 @@ CODES: dict[str, str] = {
     "PP745": "an option or a parameter of fully_shard cannot be combined with a plan",
     "PP746": "gradients would be averaged over batches twice",
     "PP747": "FullyShardedDataParallel is asked to take a model under a plan",
+    # Plans for other frameworks (PP8xx)
+    "PP801": "another framework has no style or option that does this",
+    "PP802": "another framework would lay a parameter out in another way",
 }
 
 

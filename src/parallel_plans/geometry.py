@@ -12,7 +12,9 @@ from parallel_plans.layouts import Split, scaled, split_dim
 from parallel_plans.model_spec import ModelSpec, ModuleInfo
 from parallel_plans.plan import Rule
 from parallel_plans.styles import Style
+from parallel_plans.styles.buffers import SplitBuffer
 from parallel_plans.styles.inputs import SplitInput
+from parallel_plans.styles.statistics import groups_of
 from parallel_plans.table import ParameterEntry
 
 
@@ -89,6 +91,13 @@ def _sizes_for(axis: str, parts: Parts) -> str:
             return False
 
     return sizes_that_do(axis, does)
+
+
+def _can_be_dealt(part: Part, ranks: int) -> bool:
+    try:
+        return bool(part.ranges(ranks))
+    except ValueError:
+        return False
 
 
 class Geometry:
@@ -172,7 +181,7 @@ class Geometry:
         if part.size % part.unit:
             expected = f"{part.size} a whole number of units of {part.unit}"
             raise CannotSplit("PP201", f"dim {dim}", expected, "correct the unit")
-        if part.share and part.unit % part.share:
+        if not part.has_whole_shares(self.ranks):
             expected = f"a unit of {part.unit} a whole number of shares of {part.share}"
             raise CannotSplit("PP201", f"dim {dim}", expected, "correct `shared`")
         if part.most_ranks is not None and part.most_ranks < self.ranks:
@@ -228,10 +237,23 @@ class Geometry:
         inputs = options.get("inputs")
         if isinstance(inputs, Mapping):
             options["inputs"] = {name: self._input(info, name, given) for name, given in inputs.items()}
-        for name in ("rope", "align_size"):
+        for name in ("rope", "align_size", "groups"):
             if name in options:
                 options[name] = self.size(options[name])
         return options
+
+    def buffer(self, name: str, shape: Sequence[int], given: Mapping[str, Any], style: Style) -> SplitBuffer:
+        """How each part of a buffer of this shape is split."""
+        dim = int(given["dim"])
+        if not -len(shape) <= dim < len(shape):
+            expected = f"a dim between {-len(shape)} and {len(shape) - 1}"
+            raise CannotSplit("PP201", f"dim {dim} of the buffer {name}", expected)
+        dim %= len(shape)
+        parts = self.parts(shape[dim], dim, given)
+        for part in parts:
+            self._check(part, parts, dim, style)
+        splits = tuple(_split_of(dim, self.axis, self.ranks, (part,), self.proportions) for part in parts)
+        return SplitBuffer(name=name, dim=dim, parts=splits)
 
     def _keeps(self, info: ModuleInfo, name: str) -> bool:
         return name.startswith("config.") or name in info.counts
@@ -244,25 +266,34 @@ class Geometry:
             owner = "its config" if name.startswith("config.") else f"the {info.type}"
             raise CannotSplit("PP203", f"{owner} keeps no whole number called {field}", fix="correct the name")
         more = given if isinstance(given, Mapping) else {"unit": given}
-        count, unit = where[field], self.size(more.get("unit", 1), of=where[field])
+        count = where[field]
         if "each" in more:
-            part = Part(size=count * self.size(more["each"]), unit=count, share=unit)
+            own = self.size(more.get("unit", 1), of=count)
+            parts: Parts = (Part(size=count * self.size(more["each"]), unit=count, share=own),)
         else:
-            (share,) = self._shares((unit,), 0, more.get("shared", False))
-            part = Part(size=count, unit=unit, share=share)
+            parts = self._count_parts(name, count, more)
         try:
-            ranges = part.ranges(self.ranks, self.proportions)
+            ranges = [part.ranges(self.ranks, self.proportions) for part in parts]
         except ValueError:
-            raise self._undealt(name, count, part) from None
-        if "each" in more and self.ranks <= part.size // part.unit:
+            raise self._undealt(name, count, parts) from None
+        if "each" in more and self.ranks <= parts[0].size // parts[0].unit:
             return (count,) * self.ranks  # whole things on every rank, each with all that it has
-        return tuple(stop - start for start, stop in ranges)
+        return tuple(sum(stop - start for start, stop in held) for held in zip(*ranges, strict=True))
 
-    def _undealt(self, name: str, count: int, part: Part) -> CannotSplit:
+    def _count_parts(self, name: str, count: int, given: Mapping[str, Any]) -> Parts:
+        try:
+            return self.parts(count, 0, given)
+        except CannotSplit as problem:
+            code = "PP203" if problem.code == "PP201" else problem.code
+            what = f"{name} = {count}" if problem.what == "dim 0" else problem.what
+            raise CannotSplit(code, what, problem.expected, problem.fix) from None
+
+    def _undealt(self, name: str, count: int, parts: Parts) -> CannotSplit:
+        part = next(part for part in parts if not _can_be_dealt(part, self.ranks))
         unit = part.share or part.unit
-        told = f"{name} = {count}" if count == part.size else f"{name} = {count} for each of {part.size // count}"
+        told = f"{name} = {count}" if count >= part.size else f"{name} = {count} for each of {part.size // count}"
         divides = part.size % unit == 0 and part.unit % unit == 0
-        fix = f"{_sizes_for(self.axis, (part,))}, or correct the unit" if divides else "correct the unit"
+        fix = f"{_sizes_for(self.axis, parts)}, or correct the unit" if divides else "correct the unit"
         expected = f"at least {self.ranks} whole units of {unit}"
         return CannotSplit("PP203", f"{told} cannot be dealt over {self.ranks} ranks", expected, fix)
 
@@ -276,7 +307,7 @@ class Geometry:
         try:
             split = _split_of(0, self.axis, self.ranks, (part,), self.proportions)
         except ValueError:
-            raise self._undealt(f"the size of the input {name}", size, part) from None
+            raise self._undealt(f"the size of the input {name}", size, (part,)) from None
         return SplitInput(name=name, place=info.inputs.index(name), dim=int(given["dim"]), split=split)
 
 
@@ -305,3 +336,18 @@ def shared_out(split: Split | None, own: Sequence[ParameterEntry]) -> Split:
         fix = f"give `unit: {split.size // outputs}`, the inputs for one output" if split.size % outputs == 0 else None
         raise CannotSplit("PP201", what, "for every rank's share of the inputs a whole number of outputs", fix)
     return dealt
+
+
+def check_groups(groups: Any, split: Split | None) -> None:
+    """Raises where features are normalized in groups, and a rank has of one more than of another."""
+    if groups is None or split is None:
+        return
+    if split.size % groups:
+        expected = f"{split.size} divisible into {groups} groups"
+        raise CannotSplit("PP201", f"dim {split.dim} in groups", expected, "correct `groups`")
+    for rank in range(split.ranks):
+        widths = set(groups_of(split, rank, groups).values())
+        if len(widths) > 1:
+            expected = f"whole groups of {split.size // groups} on each rank, or parts of one group"
+            fix = f"write `unit: {split.size // groups}`, and `shared` where there are fewer groups than ranks"
+            raise CannotSplit("PP201", f"dim {split.dim} in groups", expected, fix)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -28,6 +28,7 @@ from parallel_plans.loading import Loading
 from parallel_plans.lookup import PlanSource, Sources
 from parallel_plans.mesh import Place, check_sizes, place_on, start_place, started_ranks, this_rank
 from parallel_plans.messages import print_once
+from parallel_plans.proportions import checked_proportions
 from parallel_plans.quantized.schemes import check_scheme
 from parallel_plans.storage import STORAGES, Storage
 
@@ -53,6 +54,7 @@ def from_pretrained(
     ep_size: int | None = None,
     etp_size: int | None = None,
     mesh: DeviceMesh | None = None,
+    proportions: Sequence[int] | None = None,
     storage: Storage = "dtensor",
     **kwargs: Any,
 ) -> Any:
@@ -61,8 +63,8 @@ def from_pretrained(
     Args:
         path: a folder, or a name on the hub.
         model_class: a model class or Auto class of transformers.
-        tp_plan: `"auto"` (see `parallel_plans.lookup`), `"builtin"`, a path, a mapping or a `Plan`; None loads the
-            model whole on every rank.
+        tp_plan: `"auto"` (see `parallel_plans.lookup`), `"builtin"`, `"derive"` (found from a step of the model, see
+            docs/deriving.md), a path, a mapping or a `Plan`; None loads the model whole on every rank.
         ep_plan: how experts are dealt over ranks: `"auto"` (as the plan says: routes masked where the ranks share a
             batch, tokens sent where they do not), `"dispatch"` (tokens sent in any case), or rules of its own.
         sp_plan: how the sequence is split between blocks: `"auto"` (as the plan says), a path, or rules; None does not
@@ -72,6 +74,8 @@ def from_pretrained(
             may be larger than `tp_size`: ranks with batches of their own then share experts.
         etp_size: ranks that split each expert; defaults to `tp_size`, and to 1 where experts are dealt.
         mesh: a mesh of your own with an axis `tp`, instead of one of all ranks.
+        proportions: how much each rank of `tp` gets, `[2, 1]`: heads, features and vocabulary are dealt in whole units
+            as near to that as they can be, at least one to every rank; None deals all alike.
         storage: how parameters are kept, `dtensor` or `local` (see `parallelize`).
         kwargs: what transformers' `from_pretrained` takes, with the same meaning.
 
@@ -94,13 +98,15 @@ def from_pretrained(
         facts = {"storage": storage, "dtype": kwargs.get("dtype"), "model_class": model_class.__name__}
         place = None if mesh is None else place_on(mesh, ep_size, etp_size, **facts)
         views = check_sizes(tp_size, ep_size, etp_size, world=world) if place is None else place.views
+        shares = checked_proportions(proportions, views.tp)
         if views.holders > 1 and place is None:
             place = start_place(views, **facts)
     except ParallelPlansError as error:
         raise print_once(error) from None
     if place is None or views.holders == 1:
         return model_class.from_pretrained(path, *model_args, **kwargs)
-    sources = Sources(dense=tp_plan, experts="auto" if ep_plan is None else ep_plan, sequence=sp_plan)
+    experts = "auto" if ep_plan is None else ep_plan
+    sources = Sources(dense=tp_plan, experts=experts, sequence=sp_plan, proportions=shares)
     return _load(path, model_args, model_class, sources, place, storage, kwargs)
 
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Container, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from parallel_plans.checkpoint.files import Checkpoint, open_checkpoint, resolve
 from parallel_plans.checkpoint.lazy import LazyTensor, Leaf
 from parallel_plans.checkpoint.load import Loaded, compare, misfit, read_parts
 from parallel_plans.checkpoint.sources import TensorSource
+from parallel_plans.derive.asked import plan_asked_for
 from parallel_plans.errors import Finding, LaunchError
 from parallel_plans.lookup import BESIDE_CHECKPOINT, Sources, carried_by
 from parallel_plans.mesh import Place, device_of
@@ -125,7 +127,8 @@ class Loading:
 
     def _resolve(self, model: Any) -> Table:
         spec = describe(model)
-        plan = self.sources.plan(spec, carried_by(model), self._plan_beside)
+        dense = plan_asked_for(self.sources.dense, model, self.place, self.agreement)
+        plan = replace(self.sources, dense=dense).plan(spec, carried_by(model), self._plan_beside)
         return check_together(resolve(plan, spec, self.place.sizes, dispatch=self.sources.dispatches))
 
     def _plan_beside(self) -> str | None:

@@ -24,6 +24,7 @@ from parallel_plans.plan import EXPERT_SECTIONS, SECTIONS, Plan, Rule
 from parallel_plans.styles import get_style
 
 BESIDE_CHECKPOINT = "parallel_plan.yaml"
+DERIVE = "derive"  # for a plan that is found from a step of the model, by those who have the model
 PATH_VARIABLE = "PARALLEL_PLANS_PATH"
 PlanSource = Plan | str | os.PathLike[str] | Mapping[str, Any]
 
@@ -55,11 +56,15 @@ def carried_by(model: Any) -> Carried:
 
 @dataclass(frozen=True, kw_only=True)
 class Sources:
-    """Where the parts of a plan come from: `tp_plan`, `ep_plan` and `sp_plan` of `from_pretrained`."""
+    """Where the parts of a plan come from: `tp_plan`, `ep_plan` and `sp_plan` of `from_pretrained`.
+
+    `proportions` are checked ones (see `parallel_plans.proportions`).
+    """
 
     dense: PlanSource
     experts: PlanSource = "auto"
     sequence: PlanSource | None = None
+    proportions: tuple[int, ...] | None = None
 
     @property
     def dispatches(self) -> bool:
@@ -69,7 +74,8 @@ class Sources:
     def plan(self, spec: ModelSpec, carried: Carried, beside: Callable[[], str | None]) -> Plan:
         """The plan for a model, put together of its parts; see `find_plan` for the arguments and the errors."""
         whole = with_experts(find_plan(self.dense, spec, carried, beside), self.experts)
-        return with_sequence(whole, self.sequence)
+        found = with_sequence(whole, self.sequence)
+        return found if self.proportions is None else replace(found, proportions=self.proportions)
 
 
 def find_plan(source: PlanSource, spec: ModelSpec, carried: Carried, beside: Callable[[], str | None]) -> Plan:

@@ -149,7 +149,7 @@ def _sizes(values: Mapping[str, Any]) -> dict[str, int]:
 def config_fields(config: Any) -> dict[str, int]:
     """The whole numbers and switches of a transformers config (its text part), by field name; empty for None.
 
-    Those of a config within it go by both names, `ffn_config.moe_num_experts`.
+    Those of a config within it, or of a tower beside the text part, go by both names, `ffn_config.moe_num_experts`.
 
     Where a config leaves them out, `head_dim` and `num_key_value_heads` are what model code takes them for: the hidden
     size over the heads, and as many as there are heads.
@@ -157,11 +157,17 @@ def config_fields(config: Any) -> dict[str, int]:
     if config is None:
         return {}
     text = _text_part(config)
-    fields = _sizes(_as_dict(text))
-    for part in getattr(text, "sub_configs", {}):
-        inner = getattr(text, part, None)
-        if inner is not None:
-            fields |= {f"{part}.{name}": value for name, value in _sizes(inner.to_dict()).items()}
+    fields = _with_heads(_sizes(_as_dict(text)))
+    for owner in (text, config):  # towers beside the text part, and what that itself is made of
+        for part in getattr(owner, "sub_configs", {}):
+            inner = getattr(owner, part, None)
+            if inner is not None and inner is not text:
+                fields |= {f"{part}.{name}": value for name, value in _with_heads(_sizes(_as_dict(inner))).items()}
+    return fields
+
+
+def _with_heads(fields: dict[str, int]) -> dict[str, int]:
+    """The fields, with those that a config of attention may leave out."""
     if "num_attention_heads" in fields:
         fields.setdefault("num_key_value_heads", fields["num_attention_heads"])
         if "hidden_size" in fields:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from parallel_plans.expressions import MAX_DIGITS, Expression, ExpressionError, parse
 from parallel_plans.nodes import Fields, Items, Node, Scalar, shown
@@ -29,10 +29,14 @@ EXPECTED: dict[str, str] = {
     "units": "a size, or a list of sizes, one per part",
     "shares": "true, false, a size, or a list of these, one per part",
     "flag": "true or false",
-    "counts": "a mapping from an attribute of the module to a size, or to a mapping with unit, shared, each",
+    "counts": "a mapping from an attribute of the module to a size, or to a mapping with parts, unit, shared, each",
+    "buffers": "a mapping from a buffer of the module to `{dim: ...}`, with parts, unit and shared where needed",
     "inputs": "a mapping from an input of the module to `{dim: ..., size: ...}`, with unit and shared where needed",
     "name": "a name, as text",
 }
+
+
+Checkers = Mapping[str, Callable[[Node], object]]
 
 
 class OptionError(ValueError):
@@ -157,31 +161,41 @@ def _counts(node: Node) -> dict[str, object]:
     return counts
 
 
-_OF_INPUT: dict[str, Callable[[Node], object]] = {"dim": _dim, "size": _size, "unit": _size, "shared": _size}
+def _parted(node: Node, kind: str, checkers: Checkers, needed: set[str]) -> dict[str, dict[str, object]]:
+    """What is split, by name, and how: a mapping for each, which says at least what is `needed`."""
+    if not isinstance(node, Fields) or not node.entries:
+        raise OptionError(node, EXPECTED[kind])
+    found: dict[str, dict[str, object]] = {}
+    for key, value in node.entries:
+        if not isinstance(key, Scalar) or key.kind != "str" or not key.text.isidentifier():
+            raise OptionError(key, EXPECTED[kind])
+        found[key.text] = given = _said(value, kind, checkers)
+        if not needed <= given.keys():
+            raise OptionError(value, EXPECTED[kind])
+    return found
+
+
+def _said(node: Node, kind: str, checkers: Checkers) -> dict[str, object]:
+    if not isinstance(node, Fields):
+        raise OptionError(node, EXPECTED[kind])
+    given: dict[str, object] = {}
+    for key, value in node.entries:
+        if not isinstance(key, Scalar) or key.text not in checkers:
+            raise OptionError(key, EXPECTED[kind])
+        given[key.text] = checkers[key.text](value)
+    return given
 
 
 def _inputs(node: Node) -> dict[str, dict[str, object]]:
-    if not isinstance(node, Fields) or not node.entries:
-        raise OptionError(node, EXPECTED["inputs"])
-    inputs: dict[str, dict[str, object]] = {}
-    for key, value in node.entries:
-        if not isinstance(key, Scalar) or key.kind != "str" or not key.text.isidentifier():
-            raise OptionError(key, EXPECTED["inputs"])
-        inputs[key.text] = _input(value)
-    return inputs
+    return _parted(node, "inputs", _OF_INPUT, {"dim", "size"})
 
 
-def _input(node: Node) -> dict[str, object]:
-    if not isinstance(node, Fields):
-        raise OptionError(node, EXPECTED["inputs"])
-    given: dict[str, object] = {}
-    for key, value in node.entries:
-        if not isinstance(key, Scalar) or key.text not in _OF_INPUT:
-            raise OptionError(key, EXPECTED["inputs"])
-        given[key.text] = _OF_INPUT[key.text](value)
-    if not {"dim", "size"} <= given.keys():
-        raise OptionError(node, EXPECTED["inputs"])
-    return given
+def _buffers(node: Node) -> dict[str, dict[str, object]]:
+    return _parted(node, "buffers", _OF_BUFFER, {"dim"})
+
+
+_OF_INPUT: Checkers = {"dim": _dim, "size": _size, "unit": _size, "shared": _size}
+_OF_BUFFER: Checkers = {"dim": _dim, "parts": _parts, "unit": _units, "shared": _shares}
 
 
 def _name(node: Node) -> str:
@@ -190,7 +204,7 @@ def _name(node: Node) -> str:
     return node.text
 
 
-_COUNT: dict[str, Callable[[Node], object]] = {"unit": _size, "shared": _share, "each": _size}
+_COUNT: dict[str, Callable[[Node], object]] = {"parts": _parts, "unit": _units, "shared": _shares, "each": _size}
 CHECKERS: dict[str, Callable[[Node], object]] = {
     "dim": _dim,
     "size": _size,
@@ -199,6 +213,7 @@ CHECKERS: dict[str, Callable[[Node], object]] = {
     "shares": _shares,
     "flag": _flag,
     "counts": _counts,
+    "buffers": _buffers,
     "inputs": _inputs,
     "name": _name,
 }

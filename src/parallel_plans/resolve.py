@@ -18,13 +18,13 @@ from parallel_plans.accounting import (
 )
 from parallel_plans.errors import PlanError
 from parallel_plans.expert_rules import ExpertRules, report_differing, report_incomplete
-from parallel_plans.geometry import CannotSplit, Geometry, check_rope, shared_out
+from parallel_plans.geometry import CannotSplit, Geometry, check_groups, check_rope, shared_out
 from parallel_plans.layouts import Layout, Split, nested
 from parallel_plans.matching import Assignment, Pattern, assign
 from parallel_plans.model_spec import ModelSpec, ModuleInfo, ParameterInfo
 from parallel_plans.plan import Plan, Rule
 from parallel_plans.sequence_rules import report_sequence
-from parallel_plans.standing import can_stand, report_unserved
+from parallel_plans.standing import STAND_IN, can_stand, report_unserved
 from parallel_plans.staying import StayingTokens
 from parallel_plans.styles import Style, get_style
 from parallel_plans.table import ModuleEntry, ParameterEntry, Table, Use
@@ -178,13 +178,15 @@ class _Resolver:
         is_misplaced = rule.section not in style.sections or (style.serves and info.kind not in style.serves)
         if not acts or is_misplaced or not all(name in parameters for name in info.parameters):
             return None  # all but the first were reported, of the rule or of the module's parameters
-        if rule.optional and not self._keeps(info, rule) and self._is_kept_elsewhere(rule):
+        is_stand_in = style.shards and info.type == STAND_IN
+        if rule.optional and (is_stand_in or (not self._keeps(info, rule) and self._is_kept_elsewhere(rule))):
             return None  # a module of another kind under the same name
         own = [parameters[name] for name in info.parameters]
         try:
             if style.shards and not self._suits(info, own, style, rule, axis):
                 return None
             options = self.geometry(info.name, axis).options(info, style, rule)
+            options.update(self._buffers(info, rule, axis))
             check_rope(options.get("rope"), own)
             options.update(self.experts.options(info.name, style))
             options.update(self.staying.options(info.name, style))
@@ -193,18 +195,37 @@ class _Resolver:
             split = self._dealt(info.name, style, axis, own)
             if (style.leaves[0], style.delivers[0]) == ("P", "S") and style.shards:
                 split = shared_out(split, own)
+            check_groups(options.get("groups"), split)
         except CannotSplit as problem:
             self.report.unfit(problem, problem.what, rule, info.name, None)
             return None
         over = self._over(info.name, style, axis)
         return ModuleEntry(info=info, style=style, rule=rule, axis=axis, over=over, split=split, options=options)
 
-    @staticmethod
-    def _keeps(info: ModuleInfo, rule: Rule) -> bool:
-        """Whether a module keeps all the numbers that the rule names."""
-        counts = rule.options.get("counts")
-        names = counts if isinstance(counts, Mapping) else ()
-        return all(name in info.counts for name in names if not name.startswith("config."))
+    def _buffers(self, info: ModuleInfo, rule: Rule, axis: str) -> dict[str, object]:
+        """The rule's option about buffers, with how each is split."""
+        given, style = rule.options.get("buffers"), get_style(rule.style)
+        if not isinstance(given, Mapping):
+            return {}
+        found = {}
+        for name, how in given.items():
+            buffer = self.spec.buffers.get(f"{info.name}.{name}")
+            if buffer is None and rule.optional:
+                continue
+            if buffer is None:
+                raise CannotSplit("PP203", f"the {info.type} keeps no buffer called {name}", fix="correct the name")
+            found[name] = self.geometry(info.name, axis).buffer(name, buffer.shape, how, style)
+        return {"buffers": found}
+
+    def _keeps(self, info: ModuleInfo, rule: Rule) -> bool:
+        """Whether a module keeps all the numbers and buffers that the rule names."""
+        counts, buffers = (rule.options.get(kind, {}) for kind in ("counts", "buffers"))
+        assert isinstance(counts, Mapping)
+        assert isinstance(buffers, Mapping)
+        numbers = (name for name in counts if not name.startswith("config."))
+        return all(name in info.counts for name in numbers) and all(
+            f"{info.name}.{name}" in self.spec.buffers for name in buffers
+        )
 
     def _is_kept_elsewhere(self, rule: Rule) -> bool:
         pattern = Pattern.of(rule.pattern)

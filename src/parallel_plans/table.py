@@ -100,6 +100,11 @@ class Table:
         entries = self.parameters.items()
         return sum(entry.info.bytes for name, entry in entries if entry.is_sharded and name not in self.spec.tied)
 
+    @property
+    def shares_units(self) -> bool:
+        """Whether several ranks hold some of a parameter."""
+        return any(not split.is_disjoint for entry in self.parameters.values() for split in entry.layout.splits)
+
     def by_form(self) -> dict[str, list[ParameterEntry]]:
         """The entries, tied ones once, by their names with `*` for the layer's number, where they are alike."""
         forms: dict[str, list[ParameterEntry]] = {}

@@ -359,6 +359,12 @@ def take_own(value: Tensor, axis: Axis, split: Split, dim: int) -> Tensor:
     return _TakeOwn.apply(value, axis, split, dim) if _needs_gradient(value) else _own(value, axis, split, dim)
 
 
+def take_held(value: Tensor, axis: Axis, split: Split, dim: int) -> Tensor:
+    """This rank's slice of what takes no gradient; other ranks may have it, too."""
+    assert not value.requires_grad
+    return _own(value, axis, split, dim)
+
+
 def gather_for_use(local: Tensor, axis: Axis, split: Split, dim: int) -> Tensor:
     """S(dim) -> R: the whole value, used differently per rank; the gradient is summed and scattered."""
     if _needs_gradient(local):

@@ -12,16 +12,21 @@ from toys import (
     HIDDEN,
     Biased,
     Gated,
+    Grouped,
     Heads,
     Latent,
     Mixer,
     Mixture,
+    NormedHeads,
     Only,
     Pair,
     Rms,
+    Scaled,
+    Sparse,
     Stack,
     Summed,
     Transposed,
+    Weighed,
     Words,
     Wrapped,
 )
@@ -197,6 +202,34 @@ GATHERED_IN_USE = Case(
     cuts={"layer.weight": ROWS_10},
     forward=(GATHER,),
 )
+
+
+def grouped(groups: int, rows: Cut, columns: Cut, means: int) -> Case:
+    """Six heads in groups; where ranks share a group its mean is a sum over the ranks, and so is its back."""
+    split = {"unit": f"size / {groups}", "shared": 2}
+    return Case(
+        make=lambda: Only(Grouped(groups, 6)),
+        plan={
+            "layer": {
+                "style": "split_buffers",
+                "buffers": {"factors": {"dim": 0, "unit": f"size / {groups}", "shared": 1}},
+                "counts": {"heads": {"unit": f"size / {groups}", "shared": 1}},
+            },
+            "layer.up": {"style": "colwise", **split},
+            "layer.norm": {
+                "style": "sharded_norm",
+                **split,
+                "groups": groups,
+                "counts": {"group_size": {"each": groups, "unit": 2}},
+            },
+            "layer.out": {"style": "rowwise", **split},
+        },
+        cuts={"layer.up.weight": rows, "layer.up.bias": rows, "layer.norm.weight": rows, "layer.out.weight": columns},
+        forward=(SUM,) * (means + 1),
+        backward=(SUM,) * (means + 1),
+    )
+
+
 LATENT = Case(
     make=Latent,
     plan={
@@ -261,6 +294,54 @@ MIXER = Case(
     forward=(SUM, SUM),
     backward=(SUM, SUM, SUM),  # of what all channels take, of the bias in it, of the input
 )
+SPARSE = Case(
+    make=lambda: Only(Sparse()),
+    plan={
+        "layer": {"style": "sharded_statistics", "of": "up"},
+        "layer.up": "colwise",
+        "layer.down": "rowwise",
+    },
+    cuts={"layer.up.weight": ROWS_10, "layer.up.bias": ROWS_10, "layer.down.weight": COLUMNS_10},
+    forward=(SUM,) * 6,  # of the mean, two of the deviation, two of the variance; the output
+    backward=(SUM,) * 6,
+)
+WEIGHED = Case(
+    make=Weighed,
+    plan={
+        "values": {"style": "colwise", "unit": 4},
+        "weights": {"style": "rowwise_scatter_output", "unit": 4},
+        "weights.bias": "colwise",
+        "out": {"style": "rowwise", "unit": 4},
+    },
+    cuts={
+        "values.weight": ROWS_3_BY_4,
+        "values.bias": ROWS_3_BY_4,
+        "weights.weight": COLUMNS_3_BY_4,
+        "weights.bias": Cut(0, (2, 1), (1, 1, 1)),
+        "out.weight": COLUMNS_3_BY_4,
+    },
+    forward=(SCATTER, SUM),
+    backward=(GATHER, SUM),
+)
+NORMED_HEADS = Case(
+    make=NormedHeads,
+    plan={
+        "query": {"style": "colwise", "unit": 4},
+        "each": {"style": "whole_inside", "inputs": {"states": {"dim": 1, "size": 3}}},
+        "out": {"style": "rowwise", "unit": 4},
+        "**": "replicate",
+    },
+    cuts={"query.weight": ROWS_3_BY_4, "query.bias": ROWS_3_BY_4, "out.weight": COLUMNS_3_BY_4},
+    forward=(GATHER, SUM),
+    backward=(GATHER, SUM),
+)
+SCALED = Case(
+    make=Scaled,
+    plan={"up": "colwise", "scale": "replicate_for_use", "down": "rowwise"},
+    cuts={"up.weight": ROWS_10, "up.bias": ROWS_10, "down.weight": COLUMNS_10},
+    forward=(SUM,),
+    backward=(SUM, SUM),  # of the scale, of the input
+)
 SEQUENCE = Case(
     make=lambda: Only(nn.LayerNorm(HIDDEN)), plan={"layer": "sequence_parallel"}, backward=(SUM,), sequence=True
 )
@@ -324,6 +405,7 @@ CASES: dict[str, Case] = {
     "gathered_in_use": GATHERED_IN_USE,
     "mla_kv_a_proj": LATENT,
     "rowwise_for_use, local_counts of a convolution": MIXER,
+    "replicate_for_use": SCALED,
     "all_reduce": ALL_REDUCE,
     "sequence_parallel": SEQUENCE,
     "sequence split between blocks": SPLIT_SEQUENCE,
@@ -331,5 +413,10 @@ CASES: dict[str, Case] = {
     "sharded_norm, nn.RMSNorm": normed(lambda: nn.RMSNorm(FFN), 1, "norm.weight"),
     "sharded_norm, nn.RMSNorm with eps": normed(lambda: nn.RMSNorm(FFN, eps=1e-2), 1, "norm.weight"),
     "sharded_norm, nn.LayerNorm": normed(lambda: nn.LayerNorm(FFN), 2, "norm.weight", "norm.bias"),
+    "split_buffers, sharded_norm of one group": grouped(1, Cut(0, (6, 6), (4, 4, 4)), Cut(1, (6, 6), (4, 4, 4)), 1),
+    "split_buffers, sharded_norm of whole groups": grouped(3, Cut(0, (8, 4), (4, 4, 4)), Cut(1, (8, 4), (4, 4, 4)), 0),
+    "sharded_statistics": SPARSE,
+    "rowwise_scatter_output": WEIGHED,
+    "whole_inside": NORMED_HEADS,
     "moe_experts_allreduce, moe_identity_expert": MIXTURE,
 }

@@ -215,8 +215,51 @@ class Mixer(nn.Module):
         self.out = nn.Linear(FFN, HIDDEN)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        channels = self.conv(self.up(hidden).transpose(1, 2))[..., :-1].transpose(1, 2).tanh()
-        return self.out(channels * (self.shared(channels) @ self.spread.weight.T))
+        channels = self.conv(self.up(hidden).transpose(1, 2))[..., :-1].transpose(1, 2).contiguous().tanh()
+        return self.out(channels * nn.functional.linear(self.shared(channels), self.spread.weight))
+
+
+class Grouped(nn.Module):
+    """Heads of two features with a factor each, kept in a buffer, which are normalized in groups of heads."""
+
+    def __init__(self, groups: int, heads: int) -> None:
+        super().__init__()
+        self.heads, self.groups = heads, groups
+        self.up = nn.Linear(HIDDEN, 2 * heads)
+        self.norm = GroupNorm(2 * heads, 2 * heads // groups)
+        self.out = nn.Linear(2 * heads, HIDDEN)
+        self.factors = nn.Buffer(torch.arange(1, heads + 1) / heads)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        heads = self.up(hidden).unflatten(-1, (self.heads, 2)) * self.factors[:, None]
+        return self.out(self.norm(heads.flatten(-2)).tanh())
+
+
+class GroupNorm(nn.Module):
+    """A norm whose features are divided by the size of those in their group."""
+
+    def __init__(self, wide: int, group_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(wide))
+        self.group_size = group_size
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        groups = hidden.unflatten(-1, (-1, self.group_size))
+        groups = groups * torch.rsqrt(groups.pow(2).mean(-1, keepdim=True) + 1e-3)
+        return self.weight * groups.flatten(-2)
+
+
+class Scaled(nn.Module):
+    """Features that are all scaled by one number of their token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(HIDDEN, FFN)
+        self.scale = nn.Linear(HIDDEN, 1)
+        self.down = nn.Linear(FFN, HIDDEN)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.down(self.up(hidden).tanh() * self.scale(hidden))
 
 
 class Experts(nn.Module):
@@ -244,3 +287,52 @@ class Mixture(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         return hidden + self.experts(hidden, weights=self.router(hidden).softmax(-1))
+
+
+class Sparse(nn.Module):
+    """Keeps the features that are more than a deviation above their mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(HIDDEN, FFN), nn.Linear(FFN, HIDDEN)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        wide = self.up(hidden)
+        limit = torch.mean(wide, dim=-1, keepdim=True) + wide.std(-1, keepdim=True, unbiased=False)
+        return self.down(torch.nn.functional.relu(wide - limit / wide.var(-1, keepdim=True).add(1)))
+
+
+class Weighed(nn.Module):
+    """Three heads of four, each weighed by a number that is made of all of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values, self.weights, self.out = nn.Linear(HIDDEN, 12), nn.Linear(12, 3), nn.Linear(12, HIDDEN)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        values = self.values(hidden)
+        weighed = values.unflatten(-1, (-1, 4)) * self.weights(values).unsqueeze(-1)
+        return self.out(weighed.flatten(-2))
+
+
+class PerHead(nn.Module):
+    """A norm for every head, of [batch, heads, sequence, head_dim]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(4) for _ in range(3))
+
+    def forward(self, states: Tensor) -> Tensor:
+        return torch.cat([norm(each) for norm, each in zip(self.norms, states.split(1, dim=1), strict=True)], dim=1)
+
+
+class NormedHeads(nn.Module):
+    """Three heads of four with a norm each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.each, self.out = nn.Linear(HIDDEN, 12), PerHead(), nn.Linear(12, HIDDEN)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        states = self.query(hidden).unflatten(-1, (-1, 4)).transpose(1, 2)
+        return self.out(self.each(states).transpose(1, 2).flatten(-2))

@@ -1,4 +1,4 @@
-"""`parallel-plans`: which plans there are, what one makes of a model, and an ordinary checkpoint of a training state.
+"""`parallel-plans`: plans that there are, a plan derived, what one makes of a model, other frameworks', checkpoints.
 
 Exit status: 0 done, 1 the plan is wrong for the model and the ranks, 2 the question could not be asked.
 """
@@ -12,12 +12,15 @@ from rich.console import Console
 from rich.table import Table as Rows
 
 from parallel_plans.cli.consolidate import consolidate
+from parallel_plans.cli.derive import derive
 from parallel_plans.cli.show import show
+from parallel_plans.cli.translate import export_plan, import_plan
 from parallel_plans.loader import load_plan
 from parallel_plans.lookup import bundled_folder, bundled_types
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 app.command()(consolidate)
+app.command()(derive)
 PAPER = 200  # columns where no terminal says how many there are
 
 
@@ -33,6 +36,8 @@ def list_plans() -> None:
 
 
 app.command()(show)
+app.command("import")(import_plan)
+app.command("export")(export_plan)
 
 
 def main() -> None:

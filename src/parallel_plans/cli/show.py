@@ -13,12 +13,14 @@ from rich.table import Table as Rows
 from rich.text import Text
 
 from parallel_plans.cli.refusal import asking
-from parallel_plans.cli.sizes import Ep, Etp, Sp, Tp
+from parallel_plans.cli.sizes import Ep, Etp, Proportions, Sp, Tp
 from parallel_plans.cli.target import Target, read_target
 from parallel_plans.cli.tree import Line, gathered, lines_of
+from parallel_plans.derive.derive import derive_plan
 from parallel_plans.loader import load_plan
-from parallel_plans.lookup import Sources
+from parallel_plans.lookup import DERIVE, Sources
 from parallel_plans.mesh import views_for
+from parallel_plans.proportions import checked_proportions
 from parallel_plans.resolve import resolve
 from parallel_plans.table import Table, wildcarded
 from parallel_plans.verify.own import config_of
@@ -37,11 +39,12 @@ def show(
     target: Annotated[
         str, typer.Argument(help="a checkpoint folder, a config.json, a model type, or a plan file that names one")
     ],
-    plan: Annotated[str, typer.Option(help="auto, builtin, or a plan file")] = "auto",
+    plan: Annotated[str, typer.Option(help="auto, builtin, derive, or a plan file")] = "auto",
     tp: Tp = 2,
     ep: Ep = 1,
     etp: Etp = None,
     sp: Sp = False,
+    proportions: Proportions = None,
     tokens: Tokens = 512,
     no_cost: NoCost = False,
 ) -> None:
@@ -50,7 +53,9 @@ def show(
         target, plan = _of_plan_file(target, plan)
         subject = read_target(target)
         views = views_for(tp, ep, etp)
-        sources = Sources(dense=plan, sequence="auto" if sp else None)
+        source = derive_plan(subject.model, tp, inputs=subject.inputs).plan if plan == DERIVE else plan
+        shares = checked_proportions(proportions, views.tp)
+        sources = Sources(dense=source, sequence="auto" if sp else None, proportions=shares)
         found = sources.plan(subject.spec, subject.carried, subject.plan_beside)
         table = resolve(found, subject.spec, views.sizes)
         step = "not asked for" if no_cost else _traced(table, views, subject, tokens)

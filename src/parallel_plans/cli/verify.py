@@ -29,7 +29,7 @@ from parallel_plans.cli.costs import (
 )
 from parallel_plans.cli.refusal import asking, refuse_unaskable
 from parallel_plans.cli.screen import Screen, console_for
-from parallel_plans.cli.sizes import Ep, Etp, Sp, Tp
+from parallel_plans.cli.sizes import Ep, Etp, Proportions, Sp, Tp
 from parallel_plans.cli.target import TargetError, read_target
 from parallel_plans.verify.cost import CostQuestion
 from parallel_plans.verify.link import Link
@@ -45,11 +45,12 @@ LAST = Level(LEVELS[-1])
 @app.command()
 def verify(
     target: Annotated[str, typer.Argument(help="a checkpoint folder, a config.json, a model type, or module:factory")],
-    plan: Annotated[str, typer.Option(help="auto, builtin, or a plan file")] = "auto",
+    plan: Annotated[str, typer.Option(help="auto, builtin, derive, or a plan file")] = "auto",
     tp: Tp = 2,
     ep: Ep = 1,
     etp: Etp = None,
     sp: Sp = False,
+    proportions: Proportions = None,
     settings: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="a config field")] = None,
     level: Annotated[Level, typer.Option(help="the last level to run")] = LAST,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")] = False,
@@ -91,6 +92,7 @@ def verify(
             ep=ep,
             etp=etp,
             sp=sp,
+            proportions=proportions,
             level=str(level),
             name=target,
             strict=strict,

@@ -16,9 +16,9 @@ from typing import Any
 
 from torch import Tensor
 
-from parallel_plans.boundary import Arguments, Boundary, Forward, Keywords
+from parallel_plans.boundary import Arguments, Boundary, Forward, Keywords, change_output
 from parallel_plans.layouts import Split
-from parallel_plans.transitions import take_own
+from parallel_plans.transitions import gather, take_own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,3 +67,22 @@ class InputsBoundary(Boundary):
         if found == size:
             return take_own(value, axis, each.split, dim)
         return take_own(value.unflatten(dim, (-1, size)), axis, each.split, dim + 1).flatten(dim, dim + 1)
+
+
+class WholeInsideBoundary(Boundary):
+    """`whole_inside`: an input that comes in parts is gathered, and the output dealt again as that input was.
+
+    For code that has a module for every head, say, and cannot do with some of them.
+    """
+
+    def __call__(self, forward: Forward, args: Arguments, kwargs: Keywords) -> Any:
+        inputs: Mapping[str, SplitInput] = self.site.options["inputs"]
+        axis = self.site.axis
+        for name, each in inputs.items():
+            if name in kwargs:
+                kwargs = {**kwargs, name: gather(kwargs[name], axis, each.split, each.dim)}
+            else:
+                whole = gather(args[each.place], axis, each.split, each.dim)
+                args = (*args[: each.place], whole, *args[each.place + 1 :])
+        first = next(iter(inputs.values()))
+        return change_output(lambda value: take_own(value, axis, first.split, first.dim), forward(*args, **kwargs))

@@ -4,6 +4,12 @@ olmo2 normalizes its queries over all heads at once. Gathering them costs an all
 thing a rank does not know is one number per token, the mean of squares. So the module runs as it is on its own part,
 and every mean over the sharded dim is summed over the ranks. gemma3n does the same within an MLP: it keeps the features
 of the gate that are so many deviations above their mean.
+
+A norm may take its features in groups, each with a mean of its own, as the gated norms of state space models do. Where
+every rank has whole groups it knows their means. Where ranks share a group, each puts its sum in that group's place:
+
+    2 groups of 6 on 4 ranks    0: 3 of group 0    1: 3 of group 0    2: 3 of group 1    3: 3 of group 1
+    summed over the ranks       [a, 0]             [b, 0]             [0, c]             [0, d]
 """
 
 from __future__ import annotations
@@ -17,7 +23,24 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from parallel_plans.boundary import Arguments, Boundary, Forward, Keywords, Site
+from parallel_plans.layouts import Split
 from parallel_plans.transitions import reduce_for_use
+
+
+def groups_of(split: Split, rank: int, groups: int) -> dict[int, int]:
+    """Group -> how many of its features a rank has, of those that it has some of."""
+    size, found = split.size // groups, dict[int, int]()
+    for start, stop in split.ranges[rank]:
+        for group in range(start // size, -(-stop // size)):
+            inside = min(stop, (group + 1) * size) - max(start, group * size)
+            found[group] = found.get(group, 0) + inside
+    return found
+
+
+def shares_groups(split: Split, groups: int) -> bool:
+    """Whether any rank has a part of a group only."""
+    every = (groups_of(split, rank, groups).values() for rank in range(split.ranks))
+    return any(width != split.size // groups for widths in every for width in widths)
 
 
 def _holders(site: Site) -> int:
@@ -35,15 +58,25 @@ class _MeansOverRanks(TorchFunctionMode):
 
     def __init__(self, site: Site) -> None:
         super().__init__()
-        self.site, self.width, self.taken = site, site.local_size, 0
         assert site.split is not None
-        self.whole = site.split.size
+        self.site, self.taken = site, 0
+        self.groups = int(site.options.get("groups", 1))
+        own = groups_of(site.split, site.own.rank, self.groups)
+        self.width, self.whole = next(iter(own.values())), site.split.size // self.groups
+        self.first, self.count = min(own), len(own)
         self.holders = _holders(site)  # of several ranks that have the same, each adds its share
 
     def mean(self, value: Tensor, keepdim: bool = True) -> Tensor:
         self.taken += 1
-        own = value.sum(-1, keepdim=keepdim)
-        return reduce_for_use(own if self.holders == 1 else own / self.holders, self.site.axis) / self.whole
+        own = value.sum(-1, keepdim=True)
+        own = own if self.holders == 1 else own / self.holders
+        if self.groups == 1:
+            mean = reduce_for_use(own, self.site.axis) / self.whole
+        else:
+            after = self.groups - self.first - self.count
+            places = reduce_for_use(F.pad(own, (0, 0, self.first, after)), self.site.axis) / self.whole
+            mean = places.narrow(-2, self.first, self.count)
+        return mean if keepdim else mean.squeeze(-1)
 
     def _mean(self, value: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Tensor:
         if not self._is_over_part(value, dim):
@@ -70,7 +103,8 @@ class _MeansOverRanks(TorchFunctionMode):
 
     def _is_over_part(self, value: Tensor, dim: Any) -> bool:
         dims = tuple(dim) if isinstance(dim, (tuple, list)) else (dim,)
-        return dims in ((-1,), (value.dim() - 1,)) and value.shape[-1] == self.width
+        is_of_groups = self.groups == 1 or (value.dim() > 1 and value.shape[-2] == self.count)
+        return dims in ((-1,), (value.dim() - 1,)) and value.shape[-1] == self.width and is_of_groups
 
     def _rms_norm(self, value: Tensor, shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
         wide = value.to(torch.promote_types(value.dtype, torch.float32))  # torch too rounds once, at the end
@@ -116,8 +150,12 @@ class ShardedNormBoundary(Boundary):
     def __init__(self, site: Site, module: nn.Module) -> None:
         super().__init__(site, module)
         self.kind = type(module).__name__
+        assert site.split is not None
+        self.is_shared = shares_groups(site.split, int(site.options.get("groups", 1)))
 
     def __call__(self, forward: Forward, args: Arguments, kwargs: Keywords) -> Any:
+        if not self.is_shared:
+            return forward(*args, **kwargs)
         means = _MeansOverRanks(self.site)
         with means:  # what `with` gives is lost on torch.compile
             output = forward(*args, **kwargs)

@@ -6,7 +6,8 @@ from types import MappingProxyType
 
 from parallel_plans.plan import EXPERT_SECTIONS
 from parallel_plans.styles.base import DELAY, Style, register_style
-from parallel_plans.styles.inputs import InputsBoundary
+from parallel_plans.styles.buffers import BuffersBoundary
+from parallel_plans.styles.inputs import InputsBoundary, WholeInsideBoundary
 from parallel_plans.styles.special import (
     RopePartBoundary,
     VocabularyBoundary,
@@ -174,6 +175,14 @@ register_style(
 )
 register_style(
     Style(
+        name="replicate_for_use",
+        summary="whole on every rank, and each uses the output on what it alone has; the output's gradient is summed",
+        delivers="R",
+        module_only=True,
+    )
+)
+register_style(
+    Style(
         name="mla_kv_a_proj",
         summary="whole on every rank; the gradient of the rope part of the output is summed",
         serves=("linear",),
@@ -203,7 +212,7 @@ register_style(
 register_style(
     Style(
         name="sharded_norm",
-        summary="a norm over a sharded dim; its statistics are taken over all ranks",
+        summary="a norm over a sharded dim, or groups of it; statistics are taken over all ranks that share it",
         matrix=-1,
         vector=-1,
         arrives="S(-1)",
@@ -212,9 +221,19 @@ register_style(
         delivers="S(-1)",
         ndims=(1, 2),
         serves=("other",),
-        options=MappingProxyType({"unit": "units", **SHARED_OUTPUT}),
+        options=MappingProxyType({"unit": "units", **SHARED_OUTPUT, "groups": "size", **COUNTS}),
         boundary=ShardedNormBoundary,
         module_only=True,
+    )
+)
+register_style(
+    Style(
+        name="split_buffers",
+        summary="of buffers that hold something for every head or feature a rank takes its part; counts as well",
+        options=MappingProxyType({"buffers": "buffers", **COUNTS}),
+        boundary=BuffersBoundary,
+        module_only=True,
+        wants_split="below",
     )
 )
 register_style(
@@ -234,6 +253,15 @@ register_style(
         boundary=InputsBoundary,
         module_only=True,
         wants_split="around",
+    )
+)
+register_style(
+    Style(
+        name="whole_inside",
+        summary="a module between parts that wants the whole: an input is gathered, the output dealt again like it",
+        options=MappingProxyType({"inputs": "inputs"}),
+        boundary=WholeInsideBoundary,
+        module_only=True,
     )
 )
 register_style(

@@ -5,7 +5,7 @@ A plan that cannot be resolved does not come this far: what is wrong with one ru
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from parallel_plans.accounting import Report
 from parallel_plans.errors import Finding
@@ -150,7 +150,12 @@ class _Warnings:
     def _check_buffers(self, name: str, module: ModuleInfo) -> None:
         """Warns of buffers with an element for each head, feature or expert of which a rank has a part only."""
         positions = {value for field, value in self.spec.fields_at(name).items() if "position" in field}
+        acting = self.table.modules.get(name, ())
+        given = [each for entry in acting if isinstance(each := entry.options.get("buffers"), Mapping)]
+        split = {buffer for each in given for buffer in each}
         for buffer in self._buffers.get(name, ()):
+            if buffer.name.rpartition(".")[2] in split:
+                continue
             for size, entry in self._split_sizes(name, module):
                 if size in buffer.shape and size > 1 and size not in positions:
                     self._warn(

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 from parallel_plans.errors import Finding
 from parallel_plans.plan import Plan
 from parallel_plans.styles import get_style
+from parallel_plans.verify.encoder_states import may_take_states, states, taken_states
 from parallel_plans.verify.layouts import Layouts, check_layouts
 from parallel_plans.verify.own import OwnModel
-from parallel_plans.verify.real_size import FewLayers, Subject, causal_lm, few_layers, tokens_of
+from parallel_plans.verify.real_size import FewLayers, Subject, causal_lm, few_layers, tokens_of, whole_model
 from parallel_plans.verify.shrink import CannotShrink, shrunken
 from parallel_plans.verify.trial import trial_views
-from parallel_plans.verify.weights import example_batch, random_model
+from parallel_plans.verify.weights import example_batch, in_float64, random_model
 from parallel_plans.views import Views
 
 TOKENS = (2, 32)  # batch and sequence: values lie the same way whatever these are
@@ -34,10 +36,12 @@ def followed(plan: Plan, subject: Any, views: Views, dispatch: bool) -> Layouts:
     def run(config: Any, ranks: Views, *, computes: bool) -> Subject:
         make = (lambda: random_model(config)) if computes else (lambda: causal_lm(config))  # the same every time
         inputs = {**example_batch(config), "use_cache": False} if computes else tokens_of(*_tokens(plan, ranks), config)
-        return Subject(plan=plan, views=ranks, make=make, inputs=inputs, dispatch=dispatch, computes=computes)
+        usual = Subject(plan=plan, views=ranks, make=make, inputs=inputs, dispatch=dispatch, computes=computes)
+        return _with_states(usual, config)
 
     subject_at_size = run(few.config, views, computes=False)
-    shorter = replace(subject_at_size, inputs=tokens_of(*SHORT, few.config), is_short=True)
+    short = tokens_of(*SHORT, few.config)
+    shorter = _with_states(replace(subject_at_size, inputs=short, is_short=True), few.config)
     found = check_layouts(subject_at_size, _times(few), None if _splits_tokens(plan) else shorter)
     if not found.depends_on_values:
         return found
@@ -50,6 +54,18 @@ def followed(plan: Plan, subject: Any, views: Views, dispatch: bool) -> Layouts:
     # what other ranks send is not there, so that code may fail which it would not fail with
     has_failed = any(finding.code == "PP405" for finding in again.findings)
     return found if has_failed or found.errors else again
+
+
+def _with_states(subject: Subject, config: Any) -> Subject:
+    """The subject, handed the states of an encoder where more of its model runs with them."""
+    if not may_take_states(config):
+        return subject
+    with whole_model(subject) as running, in_float64() if subject.computes else nullcontext():
+        name = taken_states(running.model, running.inputs)
+    model = running.model
+    return (
+        subject if name is None else replace(subject, inputs={**subject.inputs, **states(name, model, subject.inputs)})
+    )
 
 
 def _splits_tokens(plan: Plan) -> bool:

@@ -118,12 +118,13 @@ def _blocks(table: Table, name: str, split: Split, shard: Shard, rank: int) -> I
     begin = 0
     for part in parts:
         held = [sum(max(0, min(b, begin + part.size) - max(a, begin)) for a, b in ranges) for ranges in split.ranges]
-        is_shared = part.size // part.unit < split.ranks
-        # where ranks share a unit, each stands for as many as it were if all had as much: what they share counts often
-        whole = held[rank] * split.ranks if is_shared else part.size
-        unit = part.share or part.unit if is_shared else part.unit
-        beside = len(parts) > 1 and part.share == WHOLE and part.size == part.unit  # one head of all, beside their own
-        yield Block(held[rank], whole, unit=unit, is_shared=is_shared and beside)
+        count = part.size // part.unit
+        # Where ranks share a unit, it is as if each had one of its own, with as much that goes with it. Of a single one
+        # there is one more: no view of the whole model, where it is whole, is to be taken for what a rank sees.
+        times = split.ranks + (count == 1)
+        whole, unit = (held[rank] * times, held[rank]) if count < split.ranks else (part.size, part.unit)
+        is_beside = count == 1 and len(parts) > 1 and part.share == WHOLE  # one head of all, beside each rank's own
+        yield Block(held[rank], whole, unit=unit, is_shared=is_beside)
         begin += part.size
 
 

@@ -106,13 +106,26 @@ def _truth(model: Any, inputs: Inputs) -> Observed:
     try:
         with in_float64():
             backward(whole, inputs, observed)
-            write(whole, inputs, observed)
+            observed.caches = _writes_with_cache(whole, inputs, observed)
     except Exception as error:  # it is somebody else's code
         told = str(error) if isinstance(error, StepFailed) else f"{type(error).__name__}: {error}"
         raise ModelFailed(told) from error
     observed.gradients = {name: p.grad for name, p in whole.named_parameters() if p.grad is not None}
     observed.state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     return _detached(observed)
+
+
+def _writes_with_cache(whole: Any, inputs: Inputs, observed: Observed) -> bool:
+    """Has it write on; False where it could not with its cache, and did without.
+
+    Some cannot make one of their config.
+    """
+    try:
+        write(whole, inputs, observed)
+    except Exception:  # told by the second try where that fails too
+        write(whole, replace(inputs, caches=False), observed)
+        return False
+    return True
 
 
 def _detached(observed: Observed) -> Observed:
@@ -128,6 +141,8 @@ def run_trial(trial: Trial, truths: Sequence[Observed], until: int = RIGHT) -> R
         table = resolve(trial.plan, describe(trial.model), trial.views.sizes, dispatch=trial.dispatch)
     except PlanError as error:
         return Run(truths=truths, failure=error)
+    batches = [replace(each, caches=truth.caches) for each, truth in zip(trial.batches, truths, strict=True)]
+    trial = replace(trial, batches=batches)
     seen = [Observed() for _ in range(trial.views.world)]
     failure: Exception | None = None
     with record_collectives() as calls, tempfile.TemporaryDirectory() as folder:

@@ -20,13 +20,15 @@ Event = tuple[str, Literal["arrives", "delivers"]]  # a module's name, and wheth
 class Inputs:
     """What a model is called with: its arguments, and whether it is a language model that gives a loss of its own.
 
-    `prompt` is what a greedy continuation begins with; None writes nothing.
+    `prompt` is what a greedy continuation begins with; None writes nothing. `caches` says whether it goes on with its
+    cache, or begins again for every token.
     """
 
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     gives_loss: bool = True
     prompt: Tensor | None = None
+    caches: bool = True
 
 
 @dataclass(kw_only=True)
@@ -40,6 +42,7 @@ class Observed:
         gradients: parameter -> its whole gradient.
         input_gradient: that of the embeddings' output, or of the first float tensor among the inputs.
         written: the tokens of a greedy continuation.
+        caches: whether it was written with the cache.
         state: name -> whole tensor, gathered from the ranks.
         kept: what is wrong with the weights after they were saved and loaded again, by name.
     """
@@ -51,6 +54,7 @@ class Observed:
     gradients: dict[str, Tensor] = field(default_factory=dict)
     input_gradient: Tensor | None = None
     written: Tensor | None = None
+    caches: bool = True
     state: dict[str, Tensor] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)
 
@@ -185,7 +189,7 @@ def backward(model: Any, inputs: Inputs, observed: Observed) -> None:
 
 
 def write(model: Any, inputs: Inputs, observed: Observed) -> None:
-    """Has a language model write on from the prompt, with its cache."""
+    """Has a language model write on from the prompt."""
     if inputs.prompt is None or not getattr(model, "can_generate", lambda: False)():
         return
     with torch.no_grad():
@@ -195,4 +199,5 @@ def write(model: Any, inputs: Inputs, observed: Observed) -> None:
             max_new_tokens=NEW_TOKENS,
             do_sample=False,
             attention_mask=torch.ones_like(inputs.prompt),
+            **({} if inputs.caches else {"use_cache": False}),
         )

@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
-
 from parallel_plans.collectives import Call
 from parallel_plans.errors import Finding, PlanError
 from parallel_plans.model_spec import ModelSpec, describe
@@ -20,6 +18,7 @@ from parallel_plans.plan import Plan
 from parallel_plans.resolve import resolve
 from parallel_plans.table import Table
 from parallel_plans.verify.compare import RIGHT, reached
+from parallel_plans.verify.encoder_states import states, taken_states
 from parallel_plans.verify.numerics import ModelFailed, Outcome, Trial, check_numerics, run_trial, truths_of
 from parallel_plans.verify.observed import Inputs
 from parallel_plans.verify.own import OwnModel
@@ -27,12 +26,13 @@ from parallel_plans.verify.shrink import CannotShrink, Shrunken, shrunken
 from parallel_plans.verify.shrinking.kinds import on_meta
 from parallel_plans.verify.shrinking.roles import role_of
 from parallel_plans.verify.shrinking.tree import config_from, each_number, fields_of
-from parallel_plans.verify.weights import example_batch, random_model
+from parallel_plans.verify.weights import example_batch, in_float64, random_model
 from parallel_plans.views import EXPERT_AXIS, Views
 
 TWO = Views(world=2, tp=2, etp=2)
 ODD_ROLES = ("width", "expert width")
 MORE = 4  # times as many heads
+MOST_SHARING = 6  # ranks of a trial in which some share units; small models have no more than 4 key/value heads
 SEEDS, FEW = 12, 2  # short batches to choose from, and their tokens, where no more ranks split a sequence
 
 
@@ -59,6 +59,36 @@ def trial_views(views: Views) -> Views:
     elif tp > etp:
         ep = 2 * tp // etp  # tokens leave their tp group
     return Views(world=max(tp, ep * etp), tp=tp, ep=ep, etp=etp)
+
+
+def sharing_views(small: Views, resolved: Callable[[Views], Table | None]) -> Views:
+    """The fewest ranks from these on upwards on which some ranks share units; these where there are none."""
+    for tp in range(small.tp, MOST_SHARING + 1):
+        etp = tp if small.ep == 1 else small.etp
+        views = replace(small, world=max(tp, small.ep * etp), tp=tp, etp=etp)
+        table = resolved(views) if views.fits else None
+        if table is not None and table.shares_units:
+            return views
+    return small
+
+
+def _proportions(plan: Plan, ranks: int) -> Plan:
+    """The plan, with proportions for so many ranks that are as unlike as its own."""
+    given = plan.proportions
+    return plan if given is None else replace(plan, proportions=(max(given), *[min(given)] * (ranks - 1)))
+
+
+def _views_for(plan: Plan, table: Table, views: Views, model: Any, dispatch: bool) -> Views:
+    """The ranks of the trials of a model."""
+    small, spec = trial_views(views), describe(model)
+
+    def resolved(ranks: Views) -> Table | None:
+        try:
+            return resolve(_proportions(plan, ranks.tp), spec, ranks.sizes, dispatch=dispatch)
+        except PlanError:
+            return None
+
+    return sharing_views(small, resolved) if table.shares_units else small
 
 
 def tried(plan: Plan, table: Table, subject: Any, views: Views, dispatch: bool) -> Outcome:
@@ -102,17 +132,19 @@ Trials = Iterator[tuple[Trial, Trial | None]]  # each with the same in even size
 
 
 def _of_config(plan: Plan, table: Table, config: Any, views: Views, dispatch: bool) -> Trials:
-    small = trial_views(views)
     try:
-        small_one = _small_one(plan, config, small, dispatch)
+        small_one = _small_one(plan, config, trial_views(views), dispatch)
     except CannotShrink as error:
         raise CannotTry(str(error)) from None
     tiny = small_one.config
-    texts = [_text(example_batch(tiny, seed=index)) for index in range(small.world // small.tp)]
+    model = random_model(tiny)
+    small = _views_for(plan, table, views, model, dispatch)
+    more = _states_for(model)
+    texts = [_text({**example_batch(tiny, seed=index), **more}) for index in range(small.world // small.tp)]
     usual = Trial(
-        plan=plan,
+        plan=_proportions(plan, small.tp),
         views=small,
-        model=random_model(tiny),
+        model=model,
         batches=texts,
         dispatch=dispatch,
         layers=small_one.layers,
@@ -150,14 +182,14 @@ def _fitting(spec: ModelSpec, views: Views, dispatch: bool) -> Callable[[Plan], 
 
 
 def _of_own(plan: Plan, table: Table, own: OwnModel, views: Views, dispatch: bool) -> Trials:
-    small = trial_views(views)
     try:
         model, inputs = own.made_real()
     except ValueError as error:
         raise CannotTry(str(error)) from None
+    small = _views_for(plan, table, views, model, dispatch)
     yield (
         Trial(
-            plan=plan,
+            plan=_proportions(plan, small.tp),
             views=small,
             model=model,
             batches=[inputs] * (small.world // small.tp),
@@ -168,7 +200,15 @@ def _of_own(plan: Plan, table: Table, own: OwnModel, views: Views, dispatch: boo
     )
 
 
-def _text(batch: Mapping[str, Tensor], prompt: int | None = None) -> Inputs:
+def _states_for(model: Any) -> dict[str, Any]:
+    """The states of an encoder, for a model of which more runs with them."""
+    batch = example_batch(model.config)
+    with in_float64():
+        name = taken_states(model, {**batch, "use_cache": False})
+    return {} if name is None else states(name, model, batch)
+
+
+def _text(batch: Mapping[str, Any], prompt: int | None = None) -> Inputs:
     return Inputs(kwargs=batch, prompt=batch["input_ids"][:, :prompt])
 
 
@@ -176,7 +216,7 @@ def _seldom(usual: Trial, config: Any, table: Table) -> tuple[Trial, Trial | Non
     """The second trial, as much of it as the model allows, and the same in even sizes."""
     even, uneven = usual, Views(world=3, tp=3, etp=3)  # what was made small for 2 ranks is dealt unevenly over 3
     if usual.views.sizes == TWO.sizes and _is_uneven("", table) and _resolves(usual, usual.model, uneven):
-        usual = replace(usual, views=uneven)
+        usual = replace(usual, views=uneven, plan=_proportions(usual.plan, uneven.tp))
     odd = _odd_model(usual, config)
     trial = replace(usual, saves=True, model=usual.model if odd is None else odd)
     few = _few_tokens(trial)
@@ -222,9 +262,8 @@ def _few_tokens(trial: Trial) -> Inputs | None:
     best: tuple[int, Inputs] | None = None
     for seed in range(SEEDS if experts else 1):
         few = max(FEW, trial.views.tp) if trial.plan.splits_sequence else FEW
-        example = example_batch(trial.model.config, seed=seed)
-        batch = {name: each[:1, :few] if each.dim() == 2 else each[:1] for name, each in example.items()}
-        inputs = _text(batch, prompt=1)
+        batch = {**trial.batches[0].kwargs, **example_batch(trial.model.config, seed=seed)}
+        inputs = _text({name: _cut(value, few) for name, value in batch.items()}, prompt=1)
         try:
             truth = truths_of(replace(trial, batches=[replace(inputs, prompt=None)]))[0]
         except ModelFailed:
@@ -241,6 +280,13 @@ def _few_tokens(trial: Trial) -> Inputs | None:
         if idle or trial.views.ep == 1:
             break
     return None if best is None else best[1]
+
+
+def _cut(value: Any, few: int) -> Any:
+    """So many tokens of one row, of a tensor or of each of several; an image is left as it is."""
+    if isinstance(value, tuple):
+        return tuple(_cut(each, few) for each in value)
+    return value[:1, :few] if value.dim() < 4 else value[:1]
 
 
 def _weighed(findings: Sequence[Finding], even: Trial | None, table: Table) -> list[Finding]:

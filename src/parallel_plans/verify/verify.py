@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,10 +10,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from parallel_plans.errors import Finding, PlanError
-from parallel_plans.lookup import PlanSource, carried_by, find_plan, with_experts, with_sequence
+from parallel_plans.lookup import DERIVE, PlanSource, carried_by, find_plan, with_experts, with_sequence
 from parallel_plans.mesh import views_for
 from parallel_plans.model_spec import ModelSpec, config_fields, describe
 from parallel_plans.plan import Plan
+from parallel_plans.proportions import with_proportions
 from parallel_plans.resolve import resolve
 from parallel_plans.table import Table
 from parallel_plans.verify.accounting import check_accounting
@@ -38,6 +39,7 @@ def verify_plan(
     etp: int | None = None,
     ep_plan: PlanSource = "auto",
     sp: bool = False,
+    proportions: Sequence[int] | None = None,
     level: str = LEVELS[-1],
     name: str | None = None,
     strict: bool = False,
@@ -48,10 +50,11 @@ def verify_plan(
 
     Args:
         target: a transformers config, or a model (on any device, `meta` included).
-        plan: as `tp_plan` of `from_pretrained`; a file beside a checkpoint is not looked for.
+        plan: as `tp_plan` of `from_pretrained`, `"derive"` included; a file beside a checkpoint is not looked for.
         tp, ep, etp: ranks by axis, as in `from_pretrained`.
         ep_plan: as in `from_pretrained`.
         sp: whether the plan's `sp_plan` is in use.
+        proportions: as in `from_pretrained`.
         level: the last level to run, one of `LEVELS`.
         name: what to call the target in the report.
         strict: whether warnings make the plan unsound.
@@ -61,18 +64,22 @@ def verify_plan(
         cost: what is asked about the cost, which is worked out where the geometry passes; None for nothing.
 
     Raises:
-        LaunchError: the sizes do not fit together (PP702), or there is no plan (PP704).
+        LaunchError: the sizes or proportions do not fit together (PP702), or there is no plan (PP704).
     """
     if level not in LEVELS:
         raise ValueError(f"level is {level!r}; it can be {', '.join(LEVELS)}")
     views = views_for(tp, ep, etp)
     model, subject = _model_and_subject(target, inputs)
     spec = describe(model)
+    if plan == DERIVE:
+        from parallel_plans.derive.derive import derive_plan  # which asks this function about what it finds
+
+        plan = derive_plan(target, tp, inputs=inputs).plan
     called = name or spec.model_type or type(model).__name__
     report = Report(target=called, plan=str(plan), mesh=mesh_of(views), splits_sequence=sp, strict=strict, spec=spec)
     try:
         whole = with_experts(find_plan(plan, spec, carried_by(model), lambda: None), ep_plan)
-        found = with_sequence(whole, "auto" if sp else None)
+        found = with_proportions(with_sequence(whole, "auto" if sp else None), proportions, views.tp)
     except PlanError as error:
         report.settle("accounting", error.findings)
         return report

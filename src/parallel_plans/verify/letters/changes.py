@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -24,12 +25,20 @@ def mesh_dims(views: Views) -> dict[str, frozenset[str]]:
     }
 
 
+def ranks_over(over: frozenset[str]) -> int:
+    """How many ranks there are over these dims of the finest mesh."""
+    steps = (dim.split("/") for dim in over)
+    return math.prod(int(high) // int(low) for high, low in steps)
+
+
 def shard_of(split: Split, over: frozenset[str], rank: int) -> Shard:
     """The shard that a rank has of a dim: its ranges are its blocks, each of what all ranks have in that place."""
     pieces = [[stop - start for start, stop in ranges] for ranges in split.ranges]
     own = pieces[rank]
     if all(len(each) == len(own) for each in pieces):
-        blocks = tuple(Block(size, sum(each[at] for each in pieces)) for at, size in enumerate(own))
+        units = (1 if split.is_disjoint else size for size in own)  # of what ranks share, each has whole units
+        wholes = (sum(each[at] for each in pieces) for at in range(len(own)))
+        blocks = tuple(Block(size, whole, unit=unit) for size, whole, unit in zip(own, wholes, units, strict=True))
     else:
         blocks = (Block(sum(own), split.size),)
     return Shard(over=over, blocks=blocks)

@@ -158,7 +158,8 @@ def _refined(one: Sequence[Block], other: Sequence[Block], ends: Sequence[int]) 
     for start, stop in pairwise(ends):
         (mine, _), (theirs, _) = _at(one, start), _at(other, start)
         known = theirs if mine.free else mine
-        unit = min(mine.unit, theirs.unit) if not (mine.free or theirs.free) else known.unit
+        units = [block.unit for block in (mine, theirs) if not block.free and block.unit > 1]  # 1 says nothing
+        unit = min(units, default=known.unit)
         yield Block(stop - start, 0 if known.free else known.whole, known.free, unit, known.is_shared)
 
 

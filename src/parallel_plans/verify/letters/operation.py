@@ -26,7 +26,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 class Operation:
     """An operation of torch's inner set: its name, its arguments, what it gave, how its arguments lie.
 
-    `whole_shape` is what a view gives in the whole model, where that is known.
+    `whole_shape` is what a view gives in the whole model, where that is known; `is_backward`: whether backward runs it.
     """
 
     name: str
@@ -35,6 +35,7 @@ class Operation:
     output: Any
     lay_of: Callable[[Tensor], Lay]
     whole_shape: tuple[int, ...] | None = None
+    is_backward: bool = False
 
     @property
     def tensors(self) -> list[Tensor]:

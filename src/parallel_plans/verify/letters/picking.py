@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from parallel_plans.verify.letters.lay import NOTHING, Lay, Mismatch, Shard, one_shard
+from parallel_plans.verify.letters.changes import ranks_over
+from parallel_plans.verify.letters.lay import NOTHING, Block, Lay, Mismatch, Shard, one_shard
 from parallel_plans.verify.letters.operation import Operation
 
 
@@ -136,6 +137,8 @@ def joined(op: Operation) -> Lay:
     lays = [op.lay(tensor) for tensor in tensors]
     dim = op.get(1, "dim", 0) % op.result.dim()
     if len({lay.partial for lay in lays if not lay.is_zero}) > 1:
+        if op.is_backward and (mixed := _summands_behind_parts(op, tensors, lays, dim)) is not None:
+            return mixed
         pieces = tuple((tensor.shape[dim], lay) for tensor, lay in zip(tensors, lays, strict=True))
         return Lay(shards=(None,) * op.result.dim(), pieces=(dim, pieces))
     partial = _one_partial(op, lays)
@@ -144,6 +147,25 @@ def joined(op: Operation) -> Lay:
         own = [lay.shards[at] for lay in lays if not (lay.is_zero or lay.is_uniform) or lay.shards[at] is not None]
         shards.append(_behind(op, own) if at == dim and any(own) else beside(op, own))
     return Lay(shards=tuple(shards), partial=partial, is_zero=all(lay.is_zero for lay in lays))
+
+
+def _summands_behind_parts(op: Operation, tensors: list[Tensor], lays: list[Lay], dim: int) -> Lay | None:
+    """What gradients make of which some are parts of a dim, and others each rank's summand; None for anything else.
+
+    So it is where ranks share a part of a weight and split the rest. Each summand counts as elements of its rank's own:
+    all that follows in backward is linear, and what is shared is summed at the weight.
+    """
+    over = NOTHING.union(*(lay.partial for lay in lays))
+    if any(bool(lay.partial) == (lay.part(dim) is not None) for lay in lays):
+        return None
+    if any(lay.partial not in (NOTHING, over) or (lay.over and lay.over != over) for lay in lays):
+        return None
+    blocks: list[Block] = []
+    for tensor, lay in zip(tensors, lays, strict=True):
+        size, shard = tensor.shape[dim], lay.part(dim)
+        blocks += [Block(size, size * ranks_over(over), unit=size)] if shard is None else shard.blocks
+    whole_elsewhere = (None,) * op.result.dim()
+    return Lay(shards=whole_elsewhere).with_dim(dim, Shard(over=over, blocks=tuple(blocks)))
 
 
 def _behind(op: Operation, shards: list[Shard | None]) -> Shard | None:

@@ -13,6 +13,8 @@ from parallel_plans.verify.letters.operation import Operation, first
 def viewed(op: Operation) -> Lay:
     """`view` and `reshape`: dims are taken apart and put together, and a shard must stay one."""
     value, lay = first(op)
+    if not value.numel() and value.dim() != op.result.dim():
+        return _viewed_nothing(op)
     shards: list[Shard | None] = [None] * op.result.dim()
     old, new = tuple(value.shape), tuple(op.result.shape)
     if op.whole_shape is not None:  # where a rank has one head, only the whole model shows which dim it is in
@@ -29,6 +31,22 @@ def viewed(op: Operation) -> Lay:
         for dim, shard in zip(after, _taken_apart(merged, sizes, wholes, op.name), strict=True):
             shards[dim] = shard
     return replace(lay, shards=tuple(shards))
+
+
+def _viewed_nothing(op: Operation) -> Lay:
+    """A view of no elements: of its dims those are known that are as before, from the last one on.
+
+    Raises:
+        NoRule: another dim is a part.
+    """
+    value, lay = first(op)
+    behind = 0
+    while behind < min(value.dim(), op.result.dim()) and value.shape[-1 - behind] == op.result.shape[-1 - behind]:
+        behind += 1
+    if any(lay.part(dim) is not None for dim in range(value.dim() - behind)):
+        raise NoRule
+    kept = lay.shards[value.dim() - behind :]
+    return replace(lay, shards=(*(None,) * (op.result.dim() - behind), *kept))
 
 
 def _view_alike(

@@ -34,6 +34,8 @@ RULES: dict[str, Rule] = {
     "select_backward": stretches.select_gradient,
     "constant_pad_nd": views.padded,
     **dict.fromkeys(("flip", "roll"), views.flipped),
+    "unfold": views.unfolded,
+    "unfold_backward": views.unfold_gradient,
     **dict.fromkeys(("tril", "triu"), views.triangle),
     **dict.fromkeys(("mm", "bmm", "mv", "dot"), contractions.product),
     **dict.fromkeys(("addmm", "baddbmm", "addmv"), contractions.added_product),

@@ -107,7 +107,15 @@ class Tracker(TorchDispatchMode):
         name = func._schema.name.partition("::")[2]
         self._note_numbers(func, name, args)
         shape = self._whole_shape(name, args, output)
-        op = Operation(name=name, args=args, kwargs=kwargs, output=output, lay_of=self.lay, whole_shape=shape)
+        op = Operation(
+            name=name,
+            args=args,
+            kwargs=kwargs,
+            output=output,
+            lay_of=self.lay,
+            whole_shape=shape,
+            is_backward=self.where.is_backward,
+        )
         self._follow(func, op)
         return output
 
@@ -212,7 +220,9 @@ class Tracker(TorchDispatchMode):
         if lay != before:
             self.put(target, lay)
         if place in self._slices:
-            self._write_into(op, *self._slices[place], lay)
+            base, dim = self._slices[place]
+            if lay != before or lay.part(dim) is None:  # a part that lies as what it takes the place of changes nothing
+                self._write_into(op, base, dim, lay)
         elif lay != before:
             for other in self._storages.get(place[0], set()) - {place}:
                 if self._lays[other] != lay or not lay.is_plain:

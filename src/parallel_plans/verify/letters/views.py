@@ -69,6 +69,22 @@ def flipped(op: Operation) -> Lay:
     return lay
 
 
+def unfolded(op: Operation) -> Lay:
+    """`unfold`: windows along a dim, which must be whole, with their elements in a new last dim."""
+    _, lay = first(op)
+    if lay.part(op.args[1]) is not None:
+        raise Mismatch("PP303", f"{op.name} along a dim of which each rank has a part: {lay.shards[op.args[1]]}")
+    return replace(lay, shards=(*lay.shards, None))
+
+
+def unfold_gradient(op: Operation) -> Lay:
+    """`unfold_backward`: each element's gradient is the sum of those in its windows."""
+    _, lay = first(op)
+    if lay.part(op.args[2] % len(op.args[1])) is not None or lay.part(-1) is not None:
+        raise Mismatch("PP303", f"{op.name}: windows of which each rank has a part")
+    return replace(lay, shards=lay.shards[:-1])
+
+
 def triangle(op: Operation) -> Lay:
     """`tril`, `triu`: of the last two dims, which must be whole."""
     _, lay = first(op)

@@ -33,7 +33,7 @@ _ROWS = (
     ("choices", r"(moe_)?(num_)?(experts_per_(tok|token)|top_?k)(_experts)?|moe_k"),
     ("expert groups", r"n_group|num_expert_groups?"),
     ("chosen groups", r"topk_groups?"),
-    ("heads", r"(.*_)?(n_?|num_?)(.*_)?heads?|.*_heads|.*n_?groups|num_query_groups|.*_kv_n_heads"),
+    ("heads", r"(.*_)?(n_?|num_?)(.*_)?heads?|.*_heads|.*n_?groups|o_groups|num_query_groups|.*_kv_n_heads"),
     ("head width", r"(.*_)?(head_?dim|head_size|d_head|dim_head)|d_kv|kv_channels|query_pre_attn_scalar"),
     ("kept", r".*(theta|base|freq|seed|scal|factor|alpha|beta|cycle|iter|limit|threshold|round_up).*"),
     ("kept", r"chunk_size_feed_forward"),

@@ -6,6 +6,7 @@ import ctypes
 import os
 import pickle
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -82,6 +83,13 @@ def _end_with_parent() -> None:
 def in_one_line(error: BaseException) -> str:
     """An exception for a table."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens at now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def asked(function: Callable[..., Any], calls: Iterable[Sequence[Any]], jobs: int, seconds: float) -> Iterator[Answer]:

@@ -1,0 +1,80 @@
+"""What one process makes of a small model with random weights, in float64: what ranks are held against."""
+
+from __future__ import annotations
+
+import inspect
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from causal.compare import written
+from torch import Tensor
+
+from parallel_plans.verify.weights import example_batch, in_float64, random_model
+
+LOADING: dict[str, Any] = {
+    "dtype": torch.float64,
+    "attn_implementation": "eager",
+    "experts_implementation": "eager",
+}
+GIVEN, SAVED = "given", "saved"  # the folders of the checkpoint, and of what one process saves of it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Truth:
+    """A checkpoint, and what its model gives.
+
+    Args:
+        kind: the model's class.
+        folder: in which the checkpoint is, and others may be written.
+        batch: what the model is called with.
+        logits, loss: that it gives.
+        gradients: name -> gradient, for every parameter that has one.
+        tokens: a greedy continuation; None where the model does not write in one process either.
+    """
+
+    kind: type[Any]
+    folder: Path
+    batch: dict[str, Any]
+    logits: Tensor
+    loss: Tensor
+    gradients: dict[str, Tensor]
+    tokens: Tensor | None
+
+    @property
+    def checkpoint(self) -> Path:
+        """The folder of the checkpoint."""
+        return self.folder / GIVEN
+
+    @property
+    def saved(self) -> Path:
+        """The folder of what one process saves, once it has loaded that: the same but for dtypes of its own."""
+        return self.folder / SAVED
+
+
+def truth_of(config: Any, folder: Path) -> Truth:
+    """The truth of a config whose model runs in milliseconds; writes its checkpoint, loads it and runs it."""
+    with in_float64():
+        made = random_model(config)
+        made.save_pretrained(folder / GIVEN)
+        model = type(made).from_pretrained(folder / GIVEN, **LOADING).eval()
+        model.save_pretrained(folder / SAVED)
+        batch = {**example_batch(config), **_without_cache(model)}
+        output = model(**batch)
+        output.loss.backward()
+        gradients = {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
+        tokens = None
+        with suppress(Exception), torch.no_grad():  # the code of a model raises any kind
+            tokens = written(model, batch["input_ids"])
+    logits, loss = output.logits.detach(), output.loss.detach()
+    given = {"logits": logits, "loss": loss, "gradients": gradients, "tokens": tokens}
+    return Truth(kind=type(made), folder=folder, batch=batch, **given)
+
+
+def _without_cache(model: Any) -> dict[str, bool]:
+    """What tells a model to keep no cache, where it can be told: not every layer has one."""
+    takes = inspect.signature(model.forward).parameters.values()
+    is_told = any(given.name == "use_cache" or given.kind is inspect.Parameter.VAR_KEYWORD for given in takes)
+    return {"use_cache": False} if is_told else {}

@@ -1,0 +1,302 @@
+"""From groups to the rules of a plan: the style of every module and parameter, with its options."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from parallel_plans.derive.groups import Cut, Group, Part
+from parallel_plans.derive.learning import EMBEDDED, GIVEN, HANDED, Bound, Learned, Summed
+from parallel_plans.derive.naming import Names
+from parallel_plans.model_spec import ModelSpec, ModuleInfo
+from parallel_plans.table import wildcarded
+
+FEW_ROWS = 32  # of a table, or features of a head: fewer are not worth a collective
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """A rule to be written, the shape that its comment shows, and what is to be said above it."""
+
+    pattern: str
+    style: str
+    options: Mapping[str, object] = field(default_factory=dict)
+    shape: str = ""
+    note: str = ""
+
+    @property
+    def value(self) -> object:
+        """What stands behind its name in a plan."""
+        return {"style": self.style, **self.options} if self.options else self.style
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """A model of the kind that is asked about, what a step of it says, and the groups in it that are taken."""
+
+    learned: Learned
+    spec: ModelSpec
+    groups: Sequence[Group] = ()
+
+    def cut(self, name: str) -> Cut | None:
+        """How a parameter is split; None where it stays whole."""
+        return next((group.cuts[name] for group in self.groups if name in group.cuts), None)
+
+
+class Unwritable(Exception):
+    """A size that no expression in the config's fields has."""
+
+
+class Ruling:
+    """The rules of one model.
+
+    Args:
+        first: the model that is asked about.
+        others: small ones of its kind, by which sizes are named.
+        counts: module pattern -> attribute -> how much of it makes a unit, by sample.
+        why_whole: parameter -> why it is not split, where more is to be said than that nothing asks for it.
+    """
+
+    def __init__(
+        self,
+        first: Sample,
+        others: Sequence[Sample],
+        names: Names,
+        counts: Mapping[str, Mapping[str, tuple[int, ...]]],
+        why_whole: Callable[[str], str | None] = lambda name: None,
+    ) -> None:
+        self.first, self.others, self.names, self.counts = first, others, names, counts
+        self.spec, self.why_whole = first.spec, why_whole
+        self.whole = frozenset().union(*(group.whole for group in first.groups))
+        self.norms = frozenset().union(*(group.norms for group in first.groups))
+
+    def lines(self) -> list[Line]:
+        """The rules of `tp_plan`, in the order of the model's modules."""
+        made: dict[str, Line] = {}
+        for module in self.spec.modules.values():
+            own = list(module.parameters)
+            for line in self._of_module(module, own) if own else ():
+                made.setdefault(line.pattern, line)
+            pattern = wildcarded(module.name)
+            if pattern in self.counts and pattern not in made:
+                made[pattern] = Line(pattern=pattern, style="local_counts", options={"counts": self._counts(pattern)})
+        return list(made.values())
+
+    def _of_module(self, module: ModuleInfo, own: Sequence[str]) -> Iterator[Line]:
+        cuts = {name: cut for name in own if (cut := self.first.cut(name)) is not None}
+        pattern = wildcarded(module.name)
+        if any(len(self.spec.parameters[name].shape) == 3 for name in cuts) and module.kind == "other":
+            yield from self._of_experts(pattern, own, cuts)
+        elif cuts and module.name in self.norms:
+            unit = self._unit(own[0], cuts[own[0]])
+            options = {} if unit is None else {"unit": unit}
+            yield Line(pattern=pattern, style="sharded_norm", options=options, shape=self._shape(own[0]))
+        elif cuts and self._is_run(module) and (weight := f"{module.name}.weight") in cuts:
+            yield self._linear(pattern, weight, cuts[weight])
+        elif cuts:
+            for name in own:
+                yield self._bare(name, cuts.get(name))
+        else:
+            yield from self._of_whole(module, pattern, own)
+
+    def _is_run(self, module: ModuleInfo) -> bool:
+        """Whether a module is a linear layer that runs as one: some code takes its weight and multiplies by itself."""
+        return module.kind == "linear" and module.name in self.first.learned.step.called
+
+    def _of_whole(self, module: ModuleInfo, pattern: str, own: Sequence[str]) -> Iterator[Line]:
+        summed = [name in self.whole for name in own]
+        style = "replicated_with_grad_allreduce"
+        if all(summed):
+            note = "every rank uses all of it on its own part, so its gradient is the sum over the ranks"
+            yield Line(pattern=pattern, style=style, shape=self._shape(own[0]), note=note)
+        elif any(summed):
+            for name, is_summed in zip(own, summed, strict=True):
+                yield Line(pattern=wildcarded(name), style=style if is_summed else "replicate", shape=self._shape(name))
+        elif self._is_large_table(module, own):
+            yield Line(pattern=pattern, style="embedding_rowwise", shape=self._shape(own[0], 0))
+        elif self._is_head(module):
+            yield Line(pattern=pattern, style="colwise_gather_output", shape=self._shape(f"{module.name}.weight", 0))
+        else:
+            yield self._replicate(pattern, own)
+
+    def _replicate(self, pattern: str, own: Sequence[str]) -> Line:
+        """The rule of a module whose parameters stay whole, with the shape of the largest, and why it is not split."""
+        largest = max(own, key=lambda name: self.spec.parameters[name].bytes)
+        if len(self.spec.parameters[largest].shape) < 2:
+            return Line(pattern=pattern, style="replicate")
+        why = self.why_whole(largest)
+        note = "" if why is None else f"whole: {why}"
+        return Line(pattern=pattern, style="replicate", shape=self._shape(largest), note=note)
+
+    # -- modules around the layers
+
+    def _is_large_table(self, module: ModuleInfo, own: Sequence[str]) -> bool:
+        """Whether an embedding looks up what comes into the model, in a table of many rows."""
+        if module.kind != "embedding" or "*" in wildcarded(module.name):
+            return False
+        step = self.first.learned.step
+        given = {id(tensor) for tensor in step.inputs}
+        is_asked = any(id(tensor) in given for handed, _ in step.called.get(module.name, ()) for tensor in handed)
+        is_tied = own[0] in self.spec.tied or own[0] in self.spec.tied.values()
+        return (is_tied or is_asked) and self.spec.parameters[own[0]].shape[0] >= FEW_ROWS
+
+    def _is_head(self, module: ModuleInfo) -> bool:
+        """Whether a linear layer gives what the model gives, as wide as a vocabulary."""
+        if module.kind != "linear" or "*" in wildcarded(module.name):
+            return False
+        weight = f"{module.name}.weight"
+        if self.spec.parameters[weight].shape[0] < FEW_ROWS:
+            return False
+        if weight in self.spec.tied or weight in self.spec.tied.values():
+            return True
+        gives = self.first.learned.parameters[weight][self.spec.is_transposed(weight)]
+        why = {mark.why for mark in _marks(gives) if isinstance(mark, Bound)}
+        return GIVEN in why and not why & {EMBEDDED, HANDED}
+
+    # -- styles that split
+
+    def _linear(self, pattern: str, weight: str, cut: Cut) -> Line:
+        style = ("colwise", "rowwise")[cut.dim ^ self.spec.is_transposed(weight)]
+        options = self._options(weight, cut)
+        style = f"packed_{style}" if len(cut.parts) > 1 else style
+        return Line(pattern=pattern, style=style, options=options, shape=self._shape(weight))
+
+    def _bare(self, name: str, cut: Cut | None) -> Line:
+        """A rule on a parameter of a module that is no layer, or a convolution."""
+        if cut is None:
+            style = "replicated_with_grad_allreduce" if name in self.whole else "replicate"
+            return Line(pattern=wildcarded(name), style=style)
+        count = len(self.spec.parameters[name].shape)
+        options: dict[str, object] = {} if cut.dim == max(0, count - 2) else {"dim": cut.dim}
+        style = "packed_colwise" if len(cut.parts) > 1 else "colwise"
+        options |= self._options(name, cut)
+        return Line(pattern=wildcarded(name), style=style, options=options, shape=self._shape(name))
+
+    def _options(self, name: str, cut: Cut) -> dict[str, object]:
+        options: dict[str, object] = {}
+        sizes = [part.size for part in cut.parts]
+        if len(sizes) > 1 and len(set(cut.parts)) > 1:
+            options["parts"] = [self._named(name, at, "size") for at in range(len(sizes))]
+        elif len(sizes) > 2:
+            options["parts"] = len(sizes)
+        unit = self._unit(name, cut)
+        return options if unit is None else {**options, "unit": unit}
+
+    def _unit(self, name: str, cut: Cut) -> object | None:
+        if all(part.unit == 1 for part in cut.parts):
+            return None
+        if len(set(cut.parts)) == 1:
+            return self._named(name, 0, "unit")
+        return [self._named(name, at, "unit") for at in range(len(cut.parts))]
+
+    def _named(self, name: str, at: int, what: str) -> str | int:
+        """A size of a part as a plan writes it.
+
+        Raises:
+            Unwritable: no expression has it in all models.
+        """
+        values = self._values(name, at, what)
+        text = self.names.text(values, is_head=True)
+        if text is None:
+            raise Unwritable(f"no expression in the config's fields is {values} for {name}")
+        return text
+
+    def _values(self, name: str, at: int, what: str) -> tuple[int, ...]:
+        found = [getattr(self._part(self.first, name, at), what)]
+        for other in self.others:
+            twin = _twin(name, other.spec.parameters)
+            if twin is not None and (cut := other.cut(twin)) is not None and at < len(cut.parts):
+                found.append(getattr(cut.parts[at], what))
+        return tuple(found) if len(found) == 1 + len(self.others) else (found[0],) * (1 + len(self.others))
+
+    @staticmethod
+    def _part(sample: Sample, name: str, at: int) -> Part:
+        cut = sample.cut(name)
+        assert cut is not None
+        return cut.parts[at]
+
+    # -- experts
+
+    def _of_experts(self, pattern: str, own: Sequence[str], cuts: Mapping[str, Cut]) -> Iterator[Line]:
+        summed = {
+            mark.parameter
+            for group in self.first.groups
+            for extent in group.extents
+            for mark in extent.marks
+            if isinstance(mark, Summed)
+        }
+        for name in own:
+            if name not in cuts:
+                yield Line(pattern=wildcarded(name), style="moe_tp_down_rowwise", shape=self._shape(name))
+                continue
+            cut, count = cuts[name], len(self.spec.parameters[name].shape)
+            style = "moe_tp_down_rowwise" if name in summed else "moe_tp_gate_up_colwise"
+            usual = count - 1 if name in summed or count == 2 else count - 2
+            options: dict[str, object] = {} if cut.dim == usual else {"dim": cut.dim - count}
+            if name not in summed:
+                options |= self._fused(cut)
+            yield Line(pattern=wildcarded(name), style=style, options=options, shape=self._shape(name))
+        counted = {"counts": self._counts(pattern)} if pattern in self.counts else {}
+        yield Line(pattern=pattern, style="moe_experts_allreduce", options=counted)
+
+    @staticmethod
+    def _fused(cut: Cut) -> dict[str, object]:
+        if len(cut.parts) != 1:
+            return {} if len(cut.parts) == 2 else {"parts": len(cut.parts)}
+        return {"interleaved": True} if cut.parts[0].unit == 2 else {"parts": 1}
+
+    # -- comments and counts
+
+    def _counts(self, pattern: str) -> dict[str, object]:
+        result: dict[str, object] = {}
+        for attribute, values in self.counts[pattern].items():
+            text = 1 if set(values) == {1} else self.names.text(values, is_head=True)
+            if text is None:
+                raise Unwritable(f"no expression in the config's fields is {values} for {pattern}.{attribute}")
+            result[attribute] = text
+        return result
+
+    def shape_over(self, name: str, at: int, axis: str) -> str:
+        """The shape of a parameter of which a dim is split over an axis, and nothing else."""
+        count = len(self.spec.parameters[name].shape)
+        words = [self.names.short(self._dim(name, dim)) + f"@{axis}" * (dim == at) for dim in range(count)]
+        return f"[{', '.join(words)}]"
+
+    def _shape(self, name: str, split: int | None = None) -> str:
+        """The shape of a parameter as comments write it; `split` is a dim that its style splits by itself."""
+        cut = self.first.cut(name)
+        cut = cut if split is None else Cut(dim=split, parts=())
+        shown = []
+        for at in range(len(self.spec.parameters[name].shape)):
+            is_cut = cut is not None and cut.dim == at
+            if cut is not None and is_cut and len(cut.parts) > 1:
+                shown.append(self._sum(name, cut))
+            else:
+                is_head = cut is not None and is_cut and any(part.unit > 1 for part in cut.parts)
+                shown.append(self.names.short(self._dim(name, at), is_head) + "@tp" * is_cut)
+        return f"[{', '.join(shown)}]"
+
+    def _sum(self, name: str, cut: Cut) -> str:
+        parts = [self.names.short(self._values(name, at, "size"), is_head=True) for at in range(len(cut.parts))]
+        counted = {part: parts.count(part) for part in parts}
+        return " + ".join(f"{part if times == 1 else f'{times}*{part}'}@tp" for part, times in counted.items())
+
+    def _dim(self, name: str, at: int) -> tuple[int, ...]:
+        found = [self.spec.parameters[name].shape[at]]
+        for other in self.others:
+            twin = _twin(name, other.spec.parameters)
+            found.append(found[0] if twin is None else other.spec.parameters[twin].shape[at])
+        return tuple(found)
+
+
+def _twin(name: str, among: Iterable[str]) -> str | None:
+    """The parameter of another model of the kind that has the same place in a layer."""
+    pattern = wildcarded(name)
+    return next((other for other in among if wildcarded(other) == pattern), None)
+
+
+def _marks(extent: object) -> set[object]:
+    from parallel_plans.derive.extents import Extent, leaves
+
+    assert isinstance(extent, Extent)
+    return {mark for leaf in leaves(extent) for mark in leaf.marks}

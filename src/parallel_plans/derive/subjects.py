@@ -1,0 +1,87 @@
+"""What is traced: a model at its real widths with few layers, a small one of its kind, or a model of one's own."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from parallel_plans.derive.learning import learned
+from parallel_plans.derive.ruling import Sample
+from parallel_plans.derive.step import Step, recorded
+from parallel_plans.mesh import views_for
+from parallel_plans.model_spec import describe
+from parallel_plans.plan import Plan
+from parallel_plans.verify.followed import TOKENS
+from parallel_plans.verify.own import OwnModel
+from parallel_plans.verify.real_size import Subject, causal_lm, few_layers, tokens_of
+from parallel_plans.verify.shrink import CannotShrink, shrunken
+from parallel_plans.verify.weights import example_batch, random_model
+
+# ranks that small models are made for: what is one number by chance in one of them is none in the other
+SMALL: tuple[dict[str, int], ...] = ({"tp": 2}, {"tp": 3, "ep": 5})
+_NOTHING = Plan(source="nothing", sections={"tp_plan": ()})
+
+
+def samples(subject: Any) -> list[Sample]:
+    """What a step says of the model that is asked about, and of small ones of its kind, where there are any.
+
+    Args:
+        subject: the config of a causal language model of transformers, or an `OwnModel`.
+
+    Raises:
+        Exception: whatever the model raises.
+    """
+    if isinstance(subject, OwnModel):
+        model, inputs = subject.made_real()
+        make = lambda: copy.deepcopy(model)  # noqa: E731
+        return [_sample(_subject(make, inputs.kwargs, inputs.args, computes=True))]
+    small, *more = [_small(subject, sizes) for sizes in SMALL]
+    first = _at_size(few_layers(subject).config)
+    if first is None:
+        first = None if small is None else _computed(small)
+    if first is None:
+        raise ValueError("its code looks at values, and no small model of its kind runs")
+    return [first, *(_small_sample(config) for config in (small, *more) if config is not None)]
+
+
+def _small_sample(config: Any) -> Sample:
+    try:
+        found = _at_size(config)
+    except Exception:  # kernels that want wider rows than a small model has
+        found = None
+    return found or _computed(config)
+
+
+def _small(config: Any, sizes: Mapping[str, int]) -> Any:
+    try:
+        return shrunken(config, sizes).config
+    except CannotShrink:
+        return None
+
+
+def _subject(
+    make: Callable[[], Any], inputs: Mapping[str, Any], positional: tuple[Any, ...] = (), *, computes: bool
+) -> Subject:
+    views = views_for(1, 1, None)
+    return Subject(plan=_NOTHING, views=views, make=make, inputs=dict(inputs), positional=positional, computes=computes)
+
+
+def _at_size(config: Any) -> Sample | None:
+    """What a step on shapes alone says; None where the code looks at values."""
+    inputs = {name: value for name, value in tokens_of(*TOKENS).items() if name != "labels"}
+    step = recorded(_subject(lambda: causal_lm(config), inputs, computes=False))
+    return None if step.stopped else _of(step)
+
+
+def _computed(config: Any) -> Sample:
+    inputs = {name: value for name, value in example_batch(config).items() if name != "labels"}
+    return _sample(_subject(lambda: random_model(config), {**inputs, "use_cache": False}, computes=True))
+
+
+def _sample(subject: Subject) -> Sample:
+    return _of(recorded(subject))
+
+
+def _of(step: Step) -> Sample:
+    return Sample(learned=learned(step), spec=describe(step.model))

@@ -1,0 +1,78 @@
+"""What ranks share is proven as all else is: right plans pass, and what breaks it is found."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from transformers import AutoConfig
+
+from parallel_plans import sharing, verify_plan
+from parallel_plans.loader import load_plan
+from parallel_plans.lookup import bundled_folder
+from parallel_plans.plan import Plan
+from parallel_plans.transitions import reduce_together
+from parallel_plans.verify.report import Report
+
+SMALL = {"num_hidden_layers": 2, "hidden_size": 72, "intermediate_size": 64, "vocab_size": 96}
+HEADS = {"num_attention_heads": 9, "num_key_value_heads": 3}
+ATTENTION = "model.layers.*.self_attn"
+
+
+def judged(plan: Plan | str = "auto", tp: int = 4, **more: Any) -> Report:
+    return verify_plan(AutoConfig.for_model("llama", **SMALL, **HEADS), plan, tp=tp, cost=None, **more)
+
+
+def changed(name: str, **options: Any) -> Plan:
+    """The bundled plan with other options in one of its rules."""
+    plan = load_plan(bundled_folder() / "llama.yaml")
+    rules = {rule.pattern: {"style": rule.style, **rule.options} for rule in plan.rules("tp_plan")}
+    kept = {**rules[f"{ATTENTION}{name}"], **options}
+    rules[f"{ATTENTION}{name}"] = {option: value for option, value in kept.items() if value is not None}
+    return load_plan({"tp_plan": rules})
+
+
+def codes(report: Report) -> set[str]:
+    return {finding.code for finding in report.findings if finding.severity == "error"}
+
+
+def test_a_plan_is_proven_on_ranks_that_share_heads() -> None:
+    report = judged()
+    assert report.levels == dict.fromkeys(report.levels, "passed")
+    assert report.simulated is not None
+    assert report.simulated.ranks["tp"] == 3  # two key/value heads of the small model, the first held by two ranks
+
+
+def test_a_plan_is_proven_in_proportions() -> None:
+    report = judged(tp=2, proportions=(2, 1))
+    assert report.levels == dict.fromkeys(report.levels, "passed")
+    assert report.parameters is not None
+    more, less = report.parameters.per_rank_bytes
+    assert 1.9 < more / less < 2.1
+
+
+def test_a_gradient_that_nobody_sums_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharing, "_summed", lambda gradients: [gradient for _, gradient in gradients])
+    assert "PP402" in codes(judged())
+
+
+def test_a_gradient_that_is_summed_over_all_ranks_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def over_all(values: Any, axis: Any) -> Any:
+        return tuple(2 * each for each in reduce_together(values, axis))  # as if others had had the same
+
+    monkeypatch.setattr(sharing, "reduce_together", over_all)
+    assert "PP402" in codes(judged())
+
+
+def test_queries_on_ranks_that_have_another_key_are_found() -> None:
+    plan = changed(".q_proj", unit="head_dim", shared=None)  # 3, 2, 2 and 2 of them, whatever their key
+    assert codes(judged(plan, level="geometry")) == {"PP204"}
+
+
+def test_keys_that_no_rank_may_share_are_refused() -> None:
+    assert codes(judged(changed(".k_proj", shared=None), level="geometry")) == {"PP202"}
+
+
+def test_queries_of_a_key_that_are_not_counted_are_found() -> None:
+    report = judged(changed("", counts={"num_key_value_groups": 1}), level="numerics")
+    assert not report.ok
