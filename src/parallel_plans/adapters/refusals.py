@@ -98,7 +98,8 @@ def _can_carry(here: Standing, table: Table) -> bool:
     if entry is None or base_dims(here.module) is None or len(entry.info.shape) != 2:
         return False
     axes = {use.axis for use in entry.uses}
-    return all(split.axis in axes for split in entry.layout.splits) and not entry.axes("P")
+    is_used_in_parts = not any(use.style.gathers for use in entry.uses)
+    return is_used_in_parts and all(split.axis in axes for split in entry.layout.splits) and not entry.axes("P")
 
 
 def check_model(model: nn.Module) -> None:

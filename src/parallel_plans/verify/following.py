@@ -119,15 +119,12 @@ def _blocks(table: Table, name: str, split: Split, shard: Shard, rank: int) -> I
     for part in parts:
         held = [sum(max(0, min(b, begin + part.size) - max(a, begin)) for a, b in ranges) for ranges in split.ranges]
         count = part.size // part.unit
-        is_beside = len(parts) > 1 and part.share == WHOLE and count == 1 < split.ranks  # one head, beside their own
-        if is_beside:
-            yield Block(held[rank], held[rank] * split.ranks, unit=part.unit, is_shared=True)
-        else:
-            # Where ranks share a unit, it is as if each had one of its own, with as much that goes with it. Of a single
-            # one there is one more: no view of the whole model, where it is whole, is to be taken for what a rank sees.
-            times = split.ranks + (count == 1)
-            whole, unit = (held[rank] * times, held[rank]) if count < split.ranks else (part.size, part.unit)
-            yield Block(held[rank], whole, unit=unit)
+        # Where ranks share a unit, it is as if each had one of its own, with as much that goes with it. Of a single one
+        # there is one more: no view of the whole model, where it is whole, is to be taken for what a rank sees.
+        times = split.ranks + (count == 1)
+        whole, unit = (held[rank] * times, held[rank]) if count < split.ranks else (part.size, part.unit)
+        is_beside = count == 1 and len(parts) > 1 and part.share == WHOLE  # one head of all, beside each rank's own
+        yield Block(held[rank], whole, unit=unit, is_shared=is_beside)
         begin += part.size
 
 
