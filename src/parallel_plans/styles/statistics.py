@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from parallel_plans.boundary import Arguments, Boundary, Forward, Keywords, Site
 from parallel_plans.layouts import Split
-from parallel_plans.transitions import reduce_for_use
+from parallel_plans.transitions import reduce_for_use, vouch
 
 
 def groups_of(split: Split, rank: int, groups: int) -> dict[int, int]:
@@ -70,8 +70,9 @@ class _MeansOverRanks(TorchFunctionMode):
         self.taken += 1
         own = value.sum(-1, keepdim=True)
         own = own if self.holders == 1 else own / self.holders
-        if self.groups == 1:
-            mean = reduce_for_use(own, self.site.axis) / self.whole
+        if self.groups == 1:  # a part of the one group, wherever code has put its features
+            total = reduce_for_use(vouch(own, self.site.axis, "P", "I"), self.site.axis)
+            mean = vouch(total, self.site.axis, "I", "P") / self.whole
         else:
             after = self.groups - self.first - self.count
             places = reduce_for_use(F.pad(own, (0, 0, self.first, after)), self.site.axis) / self.whole
