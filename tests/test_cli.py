@@ -47,7 +47,7 @@ def test_show_gives_every_parameter_its_shape_style_and_bytes() -> None:
     done = CliRunner().invoke(app, ["show", str(config), "--tp", "8", "--no-cost"])
     assert done.exit_code == 0, done.output
     rows = rows_of(done.stdout)
-    assert "down_proj.weight 32 [4096, 14336@tp] S@tp; out P -> I@tp rowwise 939,524,096 line 13" in rows
+    assert "down_proj.weight 32 [4096, 14336@tp] S@tp; out P -> I@tp rowwise 939,524,096 line 14" in rows
     tree = [row.split()[0] for row in rows[rows.index("") + 2 :] if row]
     assert tree[:6] == ["llama", "model", "embed_tokens.weight", "layers.*", "self_attn", "q_proj.weight"]
     assert "whole model 32,121,044,992 bytes, 100.0% of them split" in rows
@@ -105,7 +105,7 @@ def test_show_says_how_experts_are_dealt_and_by_which_rules() -> None:
     assert "ranks 4 hold it once: tp = 4, ep = 2, etp = 2" in rows
     assert (
         "gate_up_proj 32 [8@ep, 28672@etp, 4096] S@etp S@ep moe_tp_gate_up_colwise and grouped_gemm"
-        " 30,064,771,072 line 12 and 21" in rows
+        " 30,064,771,072 line 13 and 22" in rows
     )
     assert "a rank holds 46,706,737,152 bytes at most, 25.0% of the whole" in rows
 
@@ -149,9 +149,9 @@ def test_show_ends_with_1_where_the_plan_deals_no_experts() -> None:
 
 def test_show_ends_with_1_where_the_plan_does_not_fit_and_says_why() -> None:
     config = next(path for path in CONFIGS if path.stem == "gemma-3-1b")
-    done = CliRunner().invoke(app, ["show", str(config), "--tp", "2"])
+    done = CliRunner().invoke(app, ["show", str(config), "--tp", "8"])
     assert done.exit_code == 1
-    assert "expected  at least one unit per rank: 1 unit of 256, tp = 2" in done.stderr
+    assert "expected  at least one unit per rank: 4 units of 256, tp = 8" in done.stderr
     assert done.stdout == ""
 
 
