@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from torch import Tensor
 
 from parallel_plans.derive.extents import PRODUCT, SUM, Extent, found, leaves
 from parallel_plans.derive.learning import EMBEDDED, GIVEN, HANDED, Bound, Learned, Normed, Summed
+from parallel_plans.derive.origins import origin_of
 from parallel_plans.derive.step import Operation
 from parallel_plans.model_spec import ModelSpec
 from parallel_plans.table import wildcarded
@@ -42,6 +43,7 @@ class Group:
         norms: the modules whose statistics are then taken over the ranks.
         whole: the parameters that every rank has whole and uses on its part, so that their gradients are summed.
         bytes: of all parameters that it splits.
+        uses: linear layer -> how many of its last output features every rank has whole and uses on its part.
     """
 
     extents: frozenset[Extent]
@@ -50,6 +52,7 @@ class Group:
     norms: frozenset[str]
     whole: frozenset[str]
     bytes: int
+    uses: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def collectives(self) -> int:
@@ -124,9 +127,10 @@ class Groups:
         marks = {mark for extent in extents for mark in extent.marks}
         sums = frozenset(mark.module for mark in marks if isinstance(mark, Summed))
         norms = frozenset(mark.module for mark in marks if isinstance(mark, Normed))
-        whole = frozenset(self._whole(extents, cuts, norms))
+        uses: dict[str, int] = {}
+        whole = frozenset(self._whole(extents, cuts, norms, uses))
         size = sum(self.spec.parameters[name].bytes for name in cuts if name not in self.spec.tied)
-        return Group(extents=extents, cuts=cuts, sums=sums, norms=norms, whole=whole, bytes=size)
+        return Group(extents=extents, cuts=cuts, sums=sums, norms=norms, whole=whole, bytes=size, uses=uses)
 
     def _closed(self, leaf: Extent) -> frozenset[Extent]:
         """The extent, with those that stand beside it in fused parameters: they are split on their own, all of them."""
@@ -144,8 +148,14 @@ class Groups:
 
     # -- what meets what is split
 
-    def _whole(self, extents: frozenset[Extent], cuts: dict[str, Cut], norms: frozenset[str]) -> Iterator[str]:
-        """The whole parameters that meet something split; raises where another value does whose gradient would be."""
+    def _whole(
+        self, extents: frozenset[Extent], cuts: dict[str, Cut], norms: frozenset[str], uses: dict[str, int]
+    ) -> Iterator[str]:
+        """The whole parameters that meet something split; `uses` is filled with the layers whose output does.
+
+        Raises:
+            Refusal: another value does, whose gradient would be a part of the sum on each rank.
+        """
         for op in self.learned.step.operations:
             tensors = op.tensors
             touched = [self._holds(each, extents) for each in tensors]
@@ -161,7 +171,11 @@ class Groups:
                 if name is not None and not summed:
                     yield name
                 elif name is None and not self._is_handed_over(op, tensors, cuts):
-                    raise Refusal(f"`{op.name}` meets a value that stays whole", module=op.module)
+                    origin = origin_of(self.learned, self.spec, tensor)
+                    if origin is None:
+                        raise Refusal(f"`{op.name}` meets a value that stays whole", module=op.module)
+                    yield from origin.parameters
+                    uses[origin.module] = max(origin.features, uses.get(origin.module, 0))
 
     def _holds(self, tensor: Tensor, extents: frozenset[Extent]) -> bool:
         """Whether a tensor has a dim, or part of one, that is among these."""

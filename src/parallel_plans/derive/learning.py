@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor, nn
 
@@ -60,6 +61,15 @@ class Learned:
                 self.put(parameter, [Extent(size) for size in parameter.shape])
                 self.source[id(parameter)] = name
             self.parameters[name] = self.dims[id(parameter)]
+
+    @cached_property
+    def producers(self) -> dict[int, Operation]:
+        """Id of a tensor -> the operation that gave it, the first of several."""
+        found: dict[int, Operation] = {}
+        for op in self.step.operations:
+            for result in op.results:
+                found.setdefault(id(result), op)
+        return found
 
     def of(self, tensor: Tensor) -> Dims:
         """The dims of a tensor; one that comes from nowhere is what every rank has whole."""

@@ -70,6 +70,7 @@ class Ruling:
         self.first, self.others, self.names, self.counts = first, others, names, counts
         self.spec, self.why_whole, self.splits_around = first.spec, why_whole, splits_around
         self.whole = frozenset().union(*(group.whole for group in first.groups))
+        self.uses = {name: size for group in first.groups for name, size in group.uses.items()}
         self.norms = frozenset().union(*(group.norms for group in first.groups))
 
     def lines(self) -> list[Line]:
@@ -93,6 +94,8 @@ class Ruling:
             unit = self._unit(own[0], cuts[own[0]])
             options = {} if unit is None else {"unit": unit}
             yield Line(pattern=pattern, style="sharded_norm", options=options, shape=self._shape(own[0]))
+        elif module.name in self.uses:
+            yield self._used(module, pattern)
         elif cuts and self._is_run(module) and (weight := f"{module.name}.weight") in cuts:
             yield self._linear(pattern, weight, cuts[weight])
         elif cuts:
@@ -100,6 +103,23 @@ class Ruling:
                 yield self._bare(name, cuts.get(name))
         else:
             yield from self._of_whole(module, pattern, own)
+
+    def _used(self, module: ModuleInfo, pattern: str) -> Line:
+        """The rule of a linear layer of whose output each rank uses the same on its own part."""
+        weight = f"{module.name}.weight"
+        cut = self.first.cut(weight)
+        if cut is not None:  # it sums over what is split
+            unit = self._options(weight, cut)
+            return Line(pattern=pattern, style="rowwise_for_use", options=unit, shape=self._shape(weight))
+        values = [self.uses[module.name]]
+        for other in self.others:
+            uses = {name: size for group in other.groups for name, size in group.uses.items()}
+            twin = next((name for name in uses if wildcarded(name) == pattern), None)
+            values.append(values[0] if twin is None else uses[twin])
+        text = self.names.text(tuple(values), is_head=True)
+        if text is None:
+            raise Unwritable(f"no expression in the config's fields is {values} for {module.name}")
+        return Line(pattern=pattern, style="mla_kv_a_proj", options={"rope": text}, shape=self._shape(weight))
 
     def _is_run(self, module: ModuleInfo) -> bool:
         """Whether a module is a linear layer that runs as one: some code takes its weight and multiplies by itself."""
