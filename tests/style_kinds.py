@@ -64,7 +64,16 @@ _LINEAR = ("linear", "linear's weight", "bare parameter", "expert weight")
 # that splits sequences, or gathers them.
 STANDS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(
-        ("colwise", "rowwise", "colwise_gather_output", "rowwise_split_input", "packed_colwise", "packed_rowwise"),
+        (
+            "colwise",
+            "rowwise",
+            "colwise_gather_output",
+            "rowwise_split_input",
+            "packed_colwise",
+            "packed_rowwise",
+            "rowwise_for_use",
+            "rowwise_scatter_output",
+        ),
         _LINEAR,
     ),
     "embedding_rowwise": ("embedding",),
@@ -74,7 +83,9 @@ STANDS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("local_params", "moe_router"), _MODULES),
     "sharded_norm": ("norm", "router"),  # a router's weight has the dims of a norm with a row per head
     "local_counts": ("linear",),  # the one of these modules that keeps the number
-    "split_inputs": (),  # without a word on which
+    # without a word on which inputs or buffers, or of what
+    **dict.fromkeys(("split_inputs", "whole_inside", "split_buffers", "sharded_statistics"), ()),
+    "replicate_for_use": _MODULES,
     "gathered_in_use": _ANYTHING,
     # of a module without parameters nobody knows what it gives
     **dict.fromkeys(("all_reduce", "replicate_input", "moe_block_allreduce", "moe_experts_allreduce"), ("activation",)),

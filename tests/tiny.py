@@ -167,7 +167,6 @@ _LEFT_WHOLE: dict[str, tuple[str, ...]] = {
     "deepseek_v2": ("q_a_proj", "kv_a_proj_with_mqa"),
     "deepseek_v3": ("q_a_proj", "kv_a_proj_with_mqa"),
     "longcat_flash": ("q_a_proj", "kv_a_proj_with_mqa"),
-    "minimax": ("qkv_proj", "output_gate", "out_proj"),
     "gemma4_text": ("router.proj", "per_layer_input_gate", "per_layer_projection"),
 }
 
