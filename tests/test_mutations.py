@@ -77,8 +77,8 @@ def test_the_text_of_a_plan_knows_every_rule_with_its_line(model_type: str) -> N
 
 @pytest.mark.parametrize("model_type", TYPES)
 def test_a_mutant_differs_from_the_plan_in_what_it_says_it_touches(model_type: str) -> None:
-    def rules(text: str) -> dict[tuple[str, str], Any]:
-        return {(rule.section, rule.pattern): (rule.style, rule.options) for rule in PlanText(text).rules}
+    def rules(text: str) -> dict[tuple[str, str], Any]:  # options by their words: True equals 1
+        return {(rule.section, rule.pattern): (rule.style, repr(rule.options)) for rule in PlanText(text).rules}
 
     before = rules(text_of(model_type))
     for mutant in mutants(model_type):

@@ -72,12 +72,12 @@ def test_a_wrong_plan_gives_1_and_findings_with_file_and_line(tmp_path: Path) ->
 
 
 def test_a_plan_that_does_not_fit_stops_at_its_level(tmp_path: Path) -> None:
-    status, report = ran("llama", "--tp", "3", "--set", "num_key_value_heads=2", "--set", "num_attention_heads=32")
+    status, report = ran("llama", "--tp", "64", "--set", "num_key_value_heads=2", "--set", "num_attention_heads=32")
     assert status == 1
     assert report["levels"] == {
         "accounting": "passed", "geometry": "failed", "layouts": "not run", "numerics": "not run"
     }  # fmt: skip
-    assert {finding["code"] for finding in report["findings"]} == {"PP202"}
+    assert {finding["code"] for finding in report["findings"]} == {"PP202", "PP203"}
     path = tmp_path / "plan.yaml"
     path.write_text("version: 1\ntp_plan:\n  model.norm: replicate\n", encoding="utf-8")
     status, report = ran("llama", "--plan", str(path))

@@ -311,7 +311,7 @@ def test_the_smallest_mesh_fits_and_the_next_smaller_does_not(
 
 
 def test_no_mesh_is_named_where_none_fits() -> None:
-    need = cost("llama-3.1-8b", 8, memory=GIB, purpose="inference").memory[0]
+    need = cost("llama-3.1-8b", 8, memory=GIB // 8, purpose="inference").memory[0]
     assert need.fits is False
     assert (need.smallest, need.smallest_bytes) == (None, None)
     assert need.tried > 1

@@ -231,7 +231,7 @@ def test_a_rule_that_is_missing_is_told_by_name_with_the_style_of_its_like(tmp_p
     assert (finding.rule, finding.name) == ("**", "model.layers.0.self_attn.k_proj")
     assert "model.layers.*.self_attn.k_proj has no rule of its own" in finding.message
     assert finding.fix == (
-        "write `model.layers.*.self_attn.k_proj: {style: colwise, unit: head_dim}` above `**`: tried, "
+        "write `model.layers.*.self_attn.k_proj: {style: colwise, unit: head_dim, shared: true}` above `**`: tried, "
         "nothing is wrong then"
     )
 

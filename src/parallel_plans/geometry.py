@@ -267,6 +267,8 @@ class Geometry:
             raise CannotSplit("PP203", f"{owner} keeps no whole number called {field}", fix="correct the name")
         more = given if isinstance(given, Mapping) else {"unit": given}
         count = where[field]
+        if count < 1:
+            raise CannotSplit("PP203", f"{name} = {count} cannot be dealt", "at least 1", "correct the config")
         if "each" in more:
             own = self.size(more.get("unit", 1), of=count)
             parts: Parts = (Part(size=count * self.size(more["each"]), unit=count, share=own),)

@@ -48,8 +48,8 @@ class LocalParameters:
         shared: Mapping[str, tuple[Shared, ...]] = NOTHING_SHARED,
         gathered: Mapping[str, tuple[Axis, Split]] = NOTHING_GATHERED,
     ) -> None:
-        self.module, self.summed, self.once, self.after, self.shared = module, summed, once, after, shared
-        self.gathered = gathered
+        self.module, self.summed, self.once, self.after = module, summed, once, after
+        self.shared, self.gathered = dict(shared), dict(gathered)  # a tracer follows no view of a dict
         self.kept = self._kept() if kept is None else kept
         self.apart = tuple(name for name, is_apart in self.kept.items() if is_apart)
         # any is used in another letter than that in which it lies

@@ -111,7 +111,7 @@ def test_a_plan_that_forgets_a_sum_of_gradients_is_wrong_by_its_gradients(plan_o
 
 def test_too_few_heads_for_the_ranks_are_a_refusal_and_no_mistake(plan_of_ones_own: Any) -> None:
     assert "unit: head_dim, shared: true}" in QWEN3
-    plan_of_ones_own(QWEN3.replace("unit: head_dim, shared: true}", "unit: 64 * head_dim}"))
+    plan_of_ones_own(QWEN3.replace("unit: head_dim, shared: true}", "unit: head_dim * num_key_value_heads}"))
     rows = judged("qwen3", (FIRST,), True).first.rows
     assert [found.outcome for found in rows.values()] == [REFUSED]
 

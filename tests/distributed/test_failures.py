@@ -189,6 +189,8 @@ def test_a_size_that_does_not_fit_fails_on_every_rank_before_any_weight_is_read(
     tp_size: int | None, llama: Path
 ) -> None:
     (llama / "model.safetensors").write_bytes((llama / "model.safetensors").read_bytes()[:2000])  # header only
+    config = json.loads((llama / "config.json").read_text())
+    (llama / "config.json").write_text(json.dumps({**config, "num_attention_heads": 4, "num_key_value_heads": 4}))
     expected = {
         None: ("PlanError", "use tp = 4 or fewer, or write the block as `replicate`"),
         3: ("LaunchError", "expected  tp_size a divisor of 5: 1, 5"),

@@ -74,13 +74,13 @@ def builtin_source(folder: str) -> tuple[str, bool]:
     return parallel.table.plan.source, is_sharded
 
 
-def test_auto_falls_back_to_the_plan_that_the_class_carries(tmp_path: Path) -> None:
+def test_auto_falls_back_to_the_plan_that_the_class_carries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("parallel_plans.lookup.bundled_types", lambda: ())
     config = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
     from transformers import CONFIG_MAPPING
 
     Ordinary.from_config(CONFIG_MAPPING["seed_oss"](**config, **heads, head_dim=8)).save_pretrained(tmp_path)
-    assert not (bundled_folder() / "seed_oss.yaml").exists()
     assert set(run_on_ranks(builtin_source, 2, str(tmp_path))) == {("carried by the model's class (seed_oss)", True)}
 
 
@@ -93,9 +93,12 @@ def continued(folder: str) -> tuple[torch.Tensor, bool]:
     return made, parallel.table.parameters["model.embed_tokens.weight"].is_sharded
 
 
-def test_a_carried_plan_that_splits_a_head_splits_the_embedding_it_is_tied_to(tmp_path: Path) -> None:
+def test_a_carried_plan_that_splits_a_head_splits_the_embedding_it_is_tied_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from transformers import CONFIG_MAPPING
 
+    monkeypatch.setattr("parallel_plans.lookup.bundled_types", lambda: ())
     sizes = {"vocab_size": 101, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1}
     config = CONFIG_MAPPING["diffllama"](**sizes, **heads, eos_token_id=2, tie_word_embeddings=True)
