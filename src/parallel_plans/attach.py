@@ -27,7 +27,7 @@ from parallel_plans.forks import Along, in_fork_scope, opens_fork_scope, traced_
 from parallel_plans.laid_out import LaidOut
 from parallel_plans.lanes import linear_lane
 from parallel_plans.layouts import Split
-from parallel_plans.local_parameters import NOTHING_SHARED, LocalParameters
+from parallel_plans.local_parameters import LocalParameters
 from parallel_plans.mesh import Place
 from parallel_plans.model_spec import TRANSPOSED
 from parallel_plans.partial import whole_tree
@@ -409,4 +409,4 @@ def _local_parameters(
             if use.style.gathers and use.letter == "S":
                 split = next(split for split in entry.layout.splits if split.axis == use.axis)
                 gathered[own] = place.axes[use.axis], split.in_full()
-    return LocalParameters(module, found["R"], found["P"], after, None, shared or NOTHING_SHARED, gathered)
+    return LocalParameters(module, found["R"], found["P"], after, None, shared, gathered)

@@ -67,12 +67,11 @@ def cost_of(question: CostQuestion, config: Any, table: Table, views: Views, dis
         Exception: whatever the model raises where it is run.
     """
     few = few_layers(config)
-    held = [table.rank_bytes(views.coordinates(rank)) for rank in range(views.holders)]
     asked = Question(
         plan=table.plan,
         views=views,
         few=few,
-        rank=held.index(max(held)),
+        rank=fullest_rank(table, views),
         batch=question.batch,
         sequence=question.sequence or usual_sequence(config),
         dtype=dtype_of(question.dtype, config),
@@ -95,6 +94,12 @@ def cost_of(question: CostQuestion, config: Any, table: Table, views: Views, dis
         memory=(wanted, *others),
         notes=seen.notes,
     )
+
+
+def fullest_rank(table: Table, views: Views) -> int:
+    """The first of the ranks that hold most bytes of parameters."""
+    held = [table.rank_bytes(views.coordinates(rank)) for rank in range(views.holders)]
+    return held.index(max(held))
 
 
 def _purposes(question: CostQuestion) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from parallel_plans.table import Table, wildcarded
-from parallel_plans.verify.pricing import dtype_of
+from parallel_plans.verify.pricing import dtype_of, fullest_rank
 from parallel_plans.verify.real_size import FewLayers, few_layers
 from parallel_plans.verify.traced import Question, trace
 from parallel_plans.verify.units import shown_bytes
@@ -41,10 +41,9 @@ def step_of(table: Table, views: Views, config: Any, tokens: int) -> Step:
         Exception: whatever the model raises where it is run.
     """
     few = few_layers(config)
-    held = [table.rank_bytes(views.coordinates(rank)) for rank in range(views.holders)]
     dtype = dtype_of(None, config)
     asked = Question(
-        plan=table.plan, views=views, few=few, rank=held.index(max(held)), batch=1, sequence=tokens, dtype=dtype
+        plan=table.plan, views=views, few=few, rank=fullest_rank(table, views), batch=1, sequence=tokens, dtype=dtype
     )
     said = trace(asked, purposes=("training",), with_apart=False).said
     return Step(
