@@ -16,12 +16,12 @@ from causal.quiet import be_quiet
 from counted.instrument import Traffic, beyond
 from every.judge import small
 from every.rows import EXPERTS, FIRST, Row
-from every.truth import _without_cache as without_cache
+from every.truth import batch_for
 from torch import Tensor
 
 from parallel_plans.loader import load_plan
 from parallel_plans.lookup import bundled_folder
-from parallel_plans.verify.weights import example_batch, random_model
+from parallel_plans.verify.weights import random_model
 from per_layer.ranks import seen_on_ranks, truth_of
 from per_layer.sides import OURS, PHASES, ROWS, THEIRS, Counted, Judged, Seen, Side
 from per_layer.twice import doubled
@@ -55,11 +55,11 @@ def _with_even_vocabulary(config: Any) -> Any:
 def _counted(config: Any, sides: Iterable[Side], folder: Path) -> tuple[int, dict[str, Counted]]:
     """How many layers the model of a config has, and what each side does in one."""
     more, layers = doubled(config)
-    example = {name: _even(each) for name, each in example_batch(config).items()}
     models = {}
     for name, each in ((ONCE, config), (TWICE, more)):
         model = random_model(each).to(torch.float32)
-        models[name] = truth_of(model, folder / name, {**example, **without_cache(model)})
+        batch = {given: _even(value) for given, value in batch_for(each, model).items()}
+        models[name] = truth_of(model, folder / name, batch)
     whole = sum(parameter.nbytes for parameter in model.parameters())
     return layers, {str(side): _told(seen_on_ranks(side, models), layers, whole) for side in sides}
 
@@ -90,9 +90,10 @@ def _told(ranks: list[dict[str, Seen]] | str, layers: int, whole: int) -> Counte
     )
 
 
-def _even(given: Tensor) -> Tensor:
+def _even(given: Any) -> Any:
     """Tokens of which each rank takes as many where it takes a part; what is no row of tokens as it is."""
-    return given[:, : given.shape[1] // 2 * 2].contiguous() if given.dim() == 2 else given
+    is_row = isinstance(given, Tensor) and given.dim() == 2
+    return given[:, : given.shape[1] // 2 * 2].contiguous() if is_row else given
 
 
 def _per_layer(models: dict[str, Seen], phase: str, layers: int) -> Traffic:
