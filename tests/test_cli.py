@@ -54,6 +54,19 @@ def test_show_gives_every_parameter_its_shape_style_and_bytes() -> None:
     assert "a rank holds 4,016,062,464 bytes at most, 12.5% of the whole" in rows
 
 
+def test_show_takes_fields_of_the_config() -> None:
+    done = CliRunner().invoke(
+        app, ["show", "llama", "--set", "num_hidden_layers=3", "--set", "vocab_size=64", "--no-cost"]
+    )
+    assert done.exit_code == 0, done.output
+    rows = rows_of(done.stdout)
+    assert any(row.startswith("layers.* 3 ") for row in rows)
+    assert any(row.startswith("embed_tokens.weight 1 [64@tp, 4096]") for row in rows)
+    wrong = CliRunner().invoke(app, ["show", "llama", "--set", "vocab_size", "--no-cost"])
+    assert wrong.exit_code == 2
+    assert "expected key=value" in wrong.stderr
+
+
 def test_show_says_where_the_sequence_is_split() -> None:
     done = CliRunner().invoke(app, ["show", "qwen3_moe", "--tp", "2", "--sp", "--no-cost"])
     assert done.exit_code == 0, done.output

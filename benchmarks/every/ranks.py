@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 import torch.distributed as dist
 from causal.children import Answer, asked, free_port, in_one_line
 from causal.compare import RIGHT, compared, compared_gradient, told_of_gradients, written
+from causal.leaving import leave
 from safetensors import safe_open
 from torch import Tensor
 
@@ -76,7 +76,7 @@ def _on_rank(rank: int, row: Row, truth: Truth, port: int) -> _Word | None:
     except Exception as error:  # the code of a model raises any kind
         codes = tuple(each.code for each in error.findings) if isinstance(error, ParallelPlansError) else ()
         return _Word(phase=phase, told=f"raises {in_one_line(error)}", codes=codes)
-    _leave(store, rank, row.tp)
+    leave(store, rank, row.tp, timedelta(seconds=WAIT))
     return None
 
 
@@ -84,17 +84,6 @@ def _all_well(is_well: bool) -> bool:
     flag = torch.tensor([int(is_well)])
     dist.all_reduce(flag, op=dist.ReduceOp.MIN)
     return bool(flag.item())
-
-
-def _leave(store: dist.Store, rank: int, ranks: int) -> None:
-    """A rank that is ready early must not cut the connections of the others; the store goes with rank 0."""
-    limit = timedelta(seconds=WAIT)
-    with suppress(RuntimeError):
-        store.set(f"ready/{rank}", "")
-        store.wait([f"ready/{each}" for each in range(ranks)], limit)
-        store.set(f"gone/{rank}", "")
-        if rank == 0:
-            store.wait([f"gone/{each}" for each in range(ranks)], limit)
 
 
 class _Split:

@@ -77,7 +77,7 @@ def _truth_in(dtype: torch.dtype, config: Any, folder: Path) -> Truth:
         made.save_pretrained(folder / GIVEN)
         model = type(made).from_pretrained(folder / GIVEN, dtype=dtype, **LOADING).eval()
         model.save_pretrained(folder / SAVED)
-        batch = {**example_batch(config), **_without_cache(model)}
+        batch = batch_for(config, model)
         output = model(**batch)
         output.loss.backward()
         gradients = {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
@@ -87,6 +87,11 @@ def _truth_in(dtype: torch.dtype, config: Any, folder: Path) -> Truth:
     logits, loss = output.logits.detach(), output.loss.detach()
     given = {"logits": logits, "loss": loss, "gradients": gradients, "tokens": tokens}
     return Truth(kind=type(made), dtype=dtype, folder=folder, batch=batch, **given)
+
+
+def batch_for(config: Any, model: Any) -> dict[str, Any]:
+    """What the model of a config is called with."""
+    return {**example_batch(config), **_without_cache(model)}
 
 
 def _without_cache(model: Any) -> dict[str, bool]:

@@ -13,8 +13,8 @@ from rich.table import Table as Rows
 from rich.text import Text
 
 from parallel_plans.cli.refusal import asking
-from parallel_plans.cli.sizes import Ep, Etp, Proportions, Sp, Tp
-from parallel_plans.cli.target import Target, read_target
+from parallel_plans.cli.sizes import Ep, Etp, Plan, Proportions, Settings, Sp, Tp
+from parallel_plans.cli.target import Target, fields_of, read_target
 from parallel_plans.cli.tree import Line, gathered, lines_of
 from parallel_plans.derive.derive import derive_plan
 from parallel_plans.loader import load_plan
@@ -39,19 +39,20 @@ def show(
     target: Annotated[
         str, typer.Argument(help="a checkpoint folder, a config.json, a model type, or a plan file that names one")
     ],
-    plan: Annotated[str, typer.Option(help="auto, builtin, derive, or a plan file")] = "auto",
+    plan: Plan = "auto",
     tp: Tp = 2,
     ep: Ep = 1,
     etp: Etp = None,
     sp: Sp = False,
     proportions: Proportions = None,
+    settings: Settings = None,
     tokens: Tokens = 512,
     no_cost: NoCost = False,
 ) -> None:
     """What a plan makes of a model: a tree of its modules, what is split and how, bytes and collectives per layer."""
     with asking(target):
         target, plan = _of_plan_file(target, plan)
-        subject = read_target(target)
+        subject = read_target(target, fields_of(settings))
         views = views_for(tp, ep, etp)
         source = derive_plan(subject.model, tp, inputs=subject.inputs).plan if plan == DERIVE else plan
         shares = checked_proportions(proportions, views.tp)

@@ -1,4 +1,4 @@
-"""The options by which the commands take the ranks of a plan."""
+"""The options by which the commands take a plan, changes of a config, and ranks."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ def _numbers(text: Any) -> Any:
     except ValueError:
         raise typer.BadParameter(f"{text}: expected whole numbers with commas between them") from None
 
+
+Plan = Annotated[str, typer.Option("--plan", help="auto, builtin, derive, or a plan file")]
+Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="a config field")]
 
 MAX_RANKS = 65_536  # on one axis; bytes are told for every rank
 

@@ -6,7 +6,7 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -58,6 +58,20 @@ class Target:
         """The path of the plan beside the checkpoint, or None."""
         path = None if self.folder is None else self.folder / BESIDE_CHECKPOINT
         return str(path) if path is not None and path.is_file() else None
+
+
+def fields_of(settings: Sequence[str] | None) -> dict[str, Any]:
+    """`key=value` as a config's fields; a value is JSON where it can be read as such, else text."""
+    fields: dict[str, Any] = {}
+    for setting in settings or ():
+        key, separator, value = setting.partition("=")
+        if not separator or not key:
+            raise TargetError(f"--set {setting}: expected key=value")
+        try:
+            fields[key] = json.loads(value)
+        except (ValueError, RecursionError):  # no JSON, a number of thousands of digits, thousands of brackets
+            fields[key] = value
+    return fields
 
 
 def read_target(text: str, settings: Mapping[str, Any] | None = None) -> Target:

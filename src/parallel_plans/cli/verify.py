@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -29,8 +29,8 @@ from parallel_plans.cli.costs import (
 )
 from parallel_plans.cli.refusal import asking, refuse_unaskable
 from parallel_plans.cli.screen import Screen, console_for
-from parallel_plans.cli.sizes import Ep, Etp, Proportions, Sp, Tp
-from parallel_plans.cli.target import TargetError, read_target
+from parallel_plans.cli.sizes import Ep, Etp, Plan, Proportions, Settings, Sp, Tp
+from parallel_plans.cli.target import fields_of, read_target
 from parallel_plans.verify.cost import CostQuestion
 from parallel_plans.verify.link import Link
 from parallel_plans.verify.page import try_place, write_page
@@ -45,13 +45,13 @@ LAST = Level(LEVELS[-1])
 @app.command()
 def verify(
     target: Annotated[str, typer.Argument(help="a checkpoint folder, a config.json, a model type, or module:factory")],
-    plan: Annotated[str, typer.Option(help="auto, builtin, derive, or a plan file")] = "auto",
+    plan: Plan = "auto",
     tp: Tp = 2,
     ep: Ep = 1,
     etp: Etp = None,
     sp: Sp = False,
     proportions: Proportions = None,
-    settings: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="a config field")] = None,
+    settings: Settings = None,
     level: Annotated[Level, typer.Option(help="the last level to run")] = LAST,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="every table in full")] = False,
@@ -83,7 +83,7 @@ def verify(
     with asking(target):
         if page is not None:
             try_place(page)
-        subject = read_target(target, _fields(settings or []))
+        subject = read_target(target, fields_of(settings))
         beside = subject.plan_beside() if plan == "auto" else None
         report = verify_plan(
             subject.model,
@@ -107,20 +107,6 @@ def verify(
     else:
         Screen(report, console_for(), verbose).show()
     raise typer.Exit(0 if report.ok else 1)
-
-
-def _fields(settings: list[str]) -> dict[str, Any]:
-    """`key=value` as a config's fields; a value is JSON where it can be read as such, else text."""
-    fields: dict[str, Any] = {}
-    for setting in settings:
-        key, separator, value = setting.partition("=")
-        if not separator or not key:
-            raise TargetError(f"--set {setting}: expected key=value")
-        try:
-            fields[key] = json.loads(value)
-        except (ValueError, RecursionError):  # no JSON, a number of thousands of digits, thousands of brackets
-            fields[key] = value
-    return fields
 
 
 def main() -> None:

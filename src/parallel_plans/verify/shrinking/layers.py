@@ -47,7 +47,7 @@ def with_few_layers(config: Any, fields: Fields, kinds: Kinds) -> tuple[Fields, 
     """
     said = said_of_layers(fields, kinds.count)
     for kept in _choices(list(zip(kinds.made_of, kinds.shapes, said, strict=True))):
-        changed = _with_layers(fields, kept, kinds.count)
+        changed = with_layers(fields, kept, kinds.count)
         if _has_kept(type(config), changed, kinds, kept):
             return changed, kept
     return None
@@ -80,22 +80,25 @@ def _has_kept(kind: type[Any], fields: Fields, wanted: Kinds, kept: Sequence[int
     return list(zip(found.made_of, found.shapes, strict=True)) == layers and found.around == wanted.around
 
 
-def _with_layers(fields: Fields, kept: Sequence[int], count: int) -> Fields:
-    """The fields of a config with `count` layers, of which only those `kept` stay."""
+def with_layers(fields: Fields, kept: Sequence[int], count: int) -> Fields:
+    """The fields of a config with `count` layers, of which only those `kept` stay, in this order; a layer may come
+    more than once."""
     changed: Fields = {}
     for place, value in fields.items():
-        if (moved := _moved(place, kept)) is not None:
-            changed[moved] = _kept_of(place[-1], value, kept, count) if is_of_text(place) else _few(place[-1], value)
+        small = _kept_of(place[-1], value, kept, count) if is_of_text(place) else _few(place[-1], value)
+        changed |= dict.fromkeys(_moved(place, kept), small)
     return changed
 
 
-def _moved(place: Place, kept: Sequence[int]) -> Place | None:
-    """The place with the number of a layer as it is counted now; None where that layer is gone."""
+def _moved(place: Place, kept: Sequence[int]) -> Iterator[Place]:
+    """The place, with the numbers of its layer as they are counted now where it has one."""
     if "per_layer_config" not in place[:-1]:
-        return place
+        yield place
+        return
     at = place.index("per_layer_config") + 1
-    layer = int(place[at])
-    return (*place[:at], str(kept.index(layer)), *place[at + 1 :]) if layer in kept else None
+    for number, layer in enumerate(kept):
+        if layer == int(place[at]):
+            yield (*place[:at], str(number), *place[at + 1 :])
 
 
 def _few(name: str, value: Any) -> Any:
@@ -109,7 +112,7 @@ def _kept_of(name: str, value: Any, kept: Sequence[int], count: int) -> Any:
         turns = [kind for kinds, times in value for kind in list(kinds) * times]
         return [[[turns[layer] for layer in kept], 1]]
     if points_to_layers(name, value, count):
-        return [kept.index(layer) for layer in value if layer in kept]
+        return [number for number, layer in enumerate(kept) if layer in value]
     if is_per_layer(value, count):
         return [value[layer] for layer in kept]
     if not is_number(value):

@@ -1,0 +1,1 @@
+"""What `collectives.py` is made of: collectives and bytes of a layer of every type that has a plan."""
