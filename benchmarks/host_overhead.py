@@ -4,7 +4,8 @@ python benchmarks/host_overhead.py [--models llama,qwen3_moe] [--repeats 30] [--
 
 One process is rank 0 of two on a fake process group, which says nothing to anybody: what is measured is what a rank's
 own Python and dispatch cost. Models are so narrow that arithmetic takes next to no time. The floor is the same model
-with the local shapes and no parallelism. All take turns, eight steps at a time; what is printed is the
+with the local shapes and no parallelism, and with the weights that rank 0 has: tokens go to the same experts on all
+sides, for experts without tokens take no time. All take turns, eight steps at a time; what is printed is the
 median over the turns of a side's time over the floor's beside it.
 
     decode    one token, with a cache of 8
@@ -122,7 +123,16 @@ def sides_of(name: str, folder: Path) -> dict[str, Any]:
         folder, distributed_config=DistributedConfig(tp_size=RANKS, tp_plan="auto")
     )
     floor = transformers.AutoModelForCausalLM.from_config(config(**local))
+    copy_weights(floor, ours["local"])
     return {FLOOR: floor, **ours, **split, "transformers": theirs}
+
+
+def copy_weights(floor: Any, ours: Any) -> None:
+    """Gives the floor what rank 0 has; its embedding and head are whole, and begin with the rows of rank 0."""
+    parts = dict(ours.named_parameters())
+    with torch.no_grad():
+        for name, parameter in floor.named_parameters():
+            parameter[: len(parts[name])].copy_(parts[name])
 
 
 def decode(model: Any, tokens: Tensor) -> Step:
@@ -174,7 +184,8 @@ def seconds(steps: dict[str, Step], repeats: int) -> dict[str, list[float]]:
 
 def ratios(name: str, repeats: int) -> list[Ratio]:
     """What each side's steps take in times of what it is held against: the median over the turns, each beside its."""
-    tokens = torch.randint(1, VOCAB, (1, LENGTH), generator=torch.Generator().manual_seed(0))
+    # of the half of the vocabulary that rank 0 has: the others are zeros here, as nobody adds to its sums
+    tokens = torch.randint(1, VOCAB // RANKS, (1, LENGTH), generator=torch.Generator().manual_seed(0))
     found = []
     with tempfile.TemporaryDirectory() as folder:
         models = sides_of(name, Path(folder))

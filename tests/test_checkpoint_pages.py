@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
 
-from parallel_plans.checkpoint import pages
+from parallel_plans.checkpoint import file_source, pages
 from parallel_plans.checkpoint.conversion import convert_for_load
 from parallel_plans.checkpoint.files import Checkpoint, open_checkpoint
 from parallel_plans.checkpoint.lazy import Joined, LazyTensor, Region, Stacked
@@ -267,3 +267,34 @@ def test_a_mixtures_experts_are_put_together_of_the_files_pages_whole_and_split(
             assert pieces // 2 <= maps_of(tmp_path / "model.safetensors") - before <= pieces
             assert part.equal(picked)
             del part
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("brings", [True, False])
+def test_a_part_of_each_row_is_copied_out_of_pages_or_through_a_buffer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, brings: bool
+) -> None:
+    made = torch.randn(600, 301)
+    save_file({"b": torch.zeros(3), "w": made, "z": torch.ones(5000)}, tmp_path / "x.safetensors")
+    asked: list[int] = []
+    monkeypatch.setattr(file_source, "CAN_BRING", brings)
+    monkeypatch.setattr(file_source, "let_go", lambda content: asked.append(len(content)) or pages.let_go(content))
+    region = [((40, 100), (200, 500)), ((7, 90), (120, 300))]
+    part = torch.empty(360, 263, dtype=dtype)
+    with open_checkpoint([tmp_path / "x.safetensors"]) as checkpoint:
+        checkpoint.tensors["w"].read_into(part, region)
+        assert checkpoint.bytes_read == 360 * 263 * made.itemsize
+        assert checkpoint.tensors["w"].read().equal(made)  # what pages were let go of is there again
+    rows = torch.cat([made[40:100], made[200:500]])
+    assert part.equal(torch.cat([rows[:, 7:90], rows[:, 120:300]], 1).to(dtype))
+    assert sum(asked) == (360 * 301 * made.itemsize if brings else 0)  # the rows, and no more
+
+
+def test_a_file_that_is_cut_after_it_was_opened_is_refused_before_its_rows_are_copied(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    save_file({"w": torch.randn(600, 301)}, path)
+    with open_checkpoint([path]) as checkpoint:
+        os.truncate(path, path.stat().st_size - 2 * mmap.PAGESIZE)
+        with pytest.raises(CheckpointError, match="ends within a tensor") as error:
+            checkpoint.tensors["w"].read_into(torch.empty(600, 150), [((0, 600),), ((0, 150),)])
+    assert [finding.code for finding in error.value.findings] == ["PP603"]

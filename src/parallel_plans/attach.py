@@ -23,7 +23,7 @@ from parallel_plans.boundary import Boundary, Forward, Site
 from parallel_plans.collectives import Axis
 from parallel_plans.compiling import tracer, untraced
 from parallel_plans.counts import localize_counts
-from parallel_plans.forks import Along, in_fork_scope, opens_fork_scope, traced_fork_scope
+from parallel_plans.forks import Along, forking
 from parallel_plans.laid_out import LaidOut
 from parallel_plans.lanes import linear_lane
 from parallel_plans.layouts import Split
@@ -154,26 +154,35 @@ def _scoped(
 ) -> Forward:
     """`forward` in the module's scopes; where it hands its work to be computed again in backward, that work is."""
 
-    def scoped(work: Forward) -> Forward:
+    def scoped(work: Forward, layer: Any = None, checkpointed: Forward | None = None) -> Forward:
         inner = work if waits is None else _waiting(work, module, waits)
-        return _forking(inner, laid_out) if has_forks else inner
+        if has_forks:
+            return forking(inner, laid_out, layer, checkpointed)
+        return inner if checkpointed is None else _unless_checkpointed(inner, layer, checkpointed)
 
-    run = scoped(forward)
     if not _may_be_checkpointed(module):
-        return run
+        return scoped(forward)
 
     def again(work: Forward) -> Forward:
         return scoped(work) if sequence is None else sequence.as_now(scoped(work))
 
-    return _with_recomputed(forward, run, module, again)
+    return scoped(forward, module, _recomputed(forward, module, again))
 
 
-def _with_recomputed(forward: Forward, run: Forward, module: Any, again: Callable[[Forward], Forward]) -> Forward:
-    """`run`; where the layer checkpoints itself, `forward`, with `again` around what is computed again."""
+def _unless_checkpointed(run: Forward, layer: Any, checkpointed: Forward) -> Forward:
+    """`run`, and `checkpointed` while the layer checkpoints itself."""
+
+    def either(*args: Any, **kwargs: Any) -> Any:
+        is_checkpointed = layer.gradient_checkpointing and layer.training
+        return checkpointed(*args, **kwargs) if is_checkpointed else run(*args, **kwargs)
+
+    return either
+
+
+def _recomputed(forward: Forward, module: Any, again: Callable[[Forward], Forward]) -> Forward:
+    """`forward` of a layer that checkpoints itself, with `again` around what is computed again."""
 
     def checkpointed(*args: Any, **kwargs: Any) -> Any:
-        if not (module.gradient_checkpointing and module.training):
-            return run(*args, **kwargs)
         checkpoint = module._gradient_checkpointing_func
         module._gradient_checkpointing_func = lambda work, *values: checkpoint(again(work), *values)
         try:
@@ -182,23 +191,6 @@ def _with_recomputed(forward: Forward, run: Forward, module: Any, again: Callabl
             module._gradient_checkpointing_func = checkpoint
 
     return checkpointed
-
-
-def _forking(forward: Forward, laid_out: LaidOut | None) -> Forward:
-    """`forward`, in which values may fork, and parameters are laid out in one step."""
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        if not (torch.is_grad_enabled() and opens_fork_scope()):
-            return forward(*args, **kwargs)
-        if torch.compiler.is_dynamo_compiling():
-            with traced_fork_scope():  # traced whole, or not at all
-                return forward(*args, **kwargs)
-        # what a scope remembers is not what a tracer sees, so a layer that is not traced whole is not traced at all
-        if tracer():
-            return untraced(run, *args, **kwargs)
-        return in_fork_scope(forward, args, kwargs, laid_out)
-
-    return run
 
 
 def _waiting(forward: Forward, module: nn.Module, waits: Waits) -> Forward:

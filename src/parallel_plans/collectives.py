@@ -19,6 +19,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import AllgatherOptions, AllreduceCoalescedOptions, ReduceScatterOptions
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
+from parallel_plans.compiling import is_dynamo_compiling
 from parallel_plans.layouts import Split
 
 OWN = "_own"  # what listeners hear where a rank takes its own part of a value
@@ -41,6 +42,33 @@ class Axis:
             return False
         backends = dist.get_backend_config(self.group).split(",")  # "cpu:gloo,cuda:nccl"
         return all(backend.rpartition(":")[2] in SUMMING_SEVERAL for backend in backends)
+
+    @cached_property
+    def _backends(self) -> dict[torch.device, Any]:
+        return {}
+
+    def backend(self, value: Tensor) -> Any:
+        """What sums `value` over these ranks: the group's backend itself, else, as for a tracer's values, the group.
+
+        The group hands its collectives to torch's dispatcher, which takes longer than to start them, and ends in the
+        backend of the value's device.
+        """
+        assert self.group is not None
+        if type(value) is not Tensor or torch._C._len_torch_dispatch_stack() > 0:
+            return self.group
+        device = value.device
+        known = self._backends.get(device)
+        if known is None:
+            known = self._backends[device] = self._found_backend(device)
+        return known
+
+    def _found_backend(self, device: torch.device) -> Any:
+        if type(self.group) is not dist.ProcessGroup:  # one that is written in Python runs all by itself
+            return self.group
+        try:
+            return self.group._get_backend(device)
+        except RuntimeError:  # none for such a device, which the group tells best
+            return self.group
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Axis:
         return self  # a process group cannot be copied, and a copied model runs on the same ranks
@@ -149,7 +177,7 @@ def all_reduce(value: Tensor, axis: Axis, *, in_place: bool = False) -> Tensor:
     """The sum of every rank's `value`; `in_place` only where nobody else holds `value`."""
     if not in_place or not value.is_contiguous():
         value = contiguous_copy(value)
-    if torch.compiler.is_dynamo_compiling():
+    if is_dynamo_compiling():
         dist.all_reduce(value, group=axis.group)
     else:
         add_up(value, axis)
@@ -162,14 +190,14 @@ def add_up(value: Tensor, axis: Axis) -> None:
         dist.all_reduce(value, group=axis.group)
         return
     # `dist.all_reduce` does this and looks for what cannot be here, which takes longer than to start the collective
-    work = axis.group.allreduce([value], _SUM)
+    work = axis.backend(value).allreduce([value], _SUM)
     if work is not None:  # as there: groups that wait by themselves give none
         work.wait()
 
 
 def _collect(stacked: Tensor, value: Tensor, axis: Axis) -> None:
     """Puts every rank's contiguous `value` into `stacked`, one after the other along dim 0."""
-    if axis.group is None or value.is_complex() or torch.compiler.is_dynamo_compiling():
+    if axis.group is None or value.is_complex() or is_dynamo_compiling():
         dist.all_gather_single(stacked, value, group=axis.group)
         return
     work = axis.group.all_gather_single(stacked, value, _GATHER)  # as above
@@ -179,7 +207,7 @@ def _collect(stacked: Tensor, value: Tensor, axis: Axis) -> None:
 
 def _scatter(part: Tensor, parts: Tensor, axis: Axis) -> None:
     """Puts the sum of every rank's contiguous `parts`, which lie one after the other along dim 0, into its `part`."""
-    if axis.group is None or parts.is_complex() or torch.compiler.is_dynamo_compiling():
+    if axis.group is None or parts.is_complex() or is_dynamo_compiling():
         dist.reduce_scatter_single(part, parts, group=axis.group)
         return
     work = axis.group.reduce_scatter_single(part, parts, _SCATTER)  # as above
@@ -259,13 +287,13 @@ def all_to_all(value: Tensor, axis: Axis, send: tuple[int, ...], receive: tuple[
 
 def all_reduce_together(values: Sequence[Tensor], axis: Axis, *, own: Tensor | None = None) -> tuple[Tensor, ...]:
     """The sums, each in memory of its own; `own` may be that of one of the values, which nobody else holds."""
-    if listeners or torch.compiler.is_dynamo_compiling() or not axis.sums_several or values[0].is_complex():
+    if listeners or is_dynamo_compiling() or not axis.sums_several or values[0].is_complex():
         flat = all_reduce(_flatten_dense_tensors(values), axis, in_place=True)
         return tuple([piece.clone() for piece in _unflatten_dense_tensors(flat, values)])
-    assert axis.group is not None
     # the same collective as above; a backend that wants its values in one piece puts them together by itself
-    sums = [each if each is own and each.is_contiguous() else contiguous_copy(each) for each in values]
-    work = axis.group.allreduce_coalesced(sums, _SUMS)
+    kept = own if own is not None and own.is_contiguous() else None
+    sums = [each if each is kept else each.clone(memory_format=torch.contiguous_format) for each in values]
+    work = axis.backend(sums[0]).allreduce_coalesced(sums, _SUMS)
     if work is not None:
         work.wait()
     return tuple(sums)

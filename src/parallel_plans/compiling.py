@@ -12,6 +12,9 @@ from torch._C._dynamo.eval_frame import get_eval_frame_callback
 # runs between two graphs. To be asked in place: a function around it would be traced.
 tracer = get_eval_frame_callback
 
+# asked for on the way of every step: by its own name, not by way of two modules
+is_dynamo_compiling = torch.compiler.is_dynamo_compiling
+
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def untraced(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

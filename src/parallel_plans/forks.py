@@ -20,7 +20,6 @@ import copy
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -28,7 +27,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from parallel_plans.collectives import Axis
-from parallel_plans.compiling import untraced
+from parallel_plans.compiling import is_dynamo_compiling, tracer, untraced
 from parallel_plans.sharing import Shared, share_together
 from parallel_plans.storage import local_tensor, local_tensors
 from parallel_plans.traced_forks import TracedForks, Where, shown
@@ -49,14 +48,16 @@ class _Fork(NamedTuple):
     is_all: bool
 
 
-@dataclass
 class _Forks:
     """What a scope remembers: forks by the address in memory of an I or an R, and what parameters are used as."""
 
-    at: dict[int, list[_Fork]] = field(default_factory=dict)
-    parameters: dict[int, Tensor] = field(default_factory=dict)
-    replicated: dict[int, Tensor] = field(default_factory=dict)
-    last: _Fork | None = None  # what a linear layer was given last: the next one most often takes the same
+    __slots__ = ("at", "last", "parameters", "replicated")
+
+    def __init__(self) -> None:
+        self.at: dict[int, list[_Fork]] = {}
+        self.parameters: dict[int, Tensor] = {}
+        self.replicated: dict[int, Tensor] = {}
+        self.last: _Fork | None = None  # what a linear layer was given last: the next one most often takes the same
 
     def add(self, whole: Tensor, replicated: Tensor, axis: Axis, *, is_all: bool) -> _Fork:
         version = replicated._version
@@ -81,22 +82,38 @@ class _Scope(threading.local):
 _scope = _Scope()
 
 
-def opens_fork_scope() -> bool:
-    """Whether a scope would be more than the one around it, where autograd records."""
-    return _scope.forks is None and _scope.traced is None and not _scope.is_barred
+def forking(
+    forward: Callable[..., Any],
+    laid_out: LaidOut | None,
+    layer: Any = None,
+    checkpointed: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
+    """`forward`, with `replicate_once` giving one R per value, and parameters laid out before.
 
+    `checkpointed` runs instead while the `layer` checkpoints itself. All in one Python frame, for every layer has it.
+    """
+    scope, is_recorded = _scope, torch.is_grad_enabled
 
-def in_fork_scope(
-    forward: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], laid_out: LaidOut | None = None
-) -> Any:
-    """What `forward` gives, with `replicate_once` giving one R per value, and parameters laid out before."""
-    _scope.forks = _Forks()
-    try:
-        if laid_out is not None:
-            laid_out.begin()
-        return forward(*args, **kwargs)
-    finally:
-        _scope.forks = None
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if checkpointed is not None and layer.gradient_checkpointing and layer.training:
+            return checkpointed(*args, **kwargs)
+        if not is_recorded() or scope.forks is not None or scope.traced is not None or scope.is_barred:
+            return forward(*args, **kwargs)
+        if is_dynamo_compiling():
+            with traced_fork_scope():  # traced whole, or not at all
+                return forward(*args, **kwargs)
+        # what a scope remembers is not what a tracer sees, so a layer that is not traced whole is not traced at all
+        if tracer():
+            return untraced(run, *args, **kwargs)
+        scope.forks = _Forks()
+        try:
+            if laid_out is not None:
+                laid_out.begin()
+            return forward(*args, **kwargs)
+        finally:
+            scope.forks = None
+
+    return run
 
 
 @contextmanager
@@ -177,10 +194,10 @@ def replicate_once(value: Tensor, axis: Axis, along: Along | None = None, *, for
         if _scope.traced is not None and value.requires_grad and torch.is_grad_enabled():
             return _scope.traced.replicate_once(value, axis, () if along is None else along.parameters)
         made = replicate(value, axis)
-        if for_linear and made is not value and not torch.compiler.is_dynamo_compiling():
+        if for_linear and made is not value and not is_dynamo_compiling():
             set_private(made, axis, True)
         return made
-    if torch.compiler.is_dynamo_compiling():  # a part of what the scope is around is compiled
+    if is_dynamo_compiling():  # a part of what the scope is around is compiled
         return untraced(replicate_once, value, axis, along)
     last = forks.last if for_linear else None
     if last is not None and value is last.whole and axis is last.axis and value._version == last.whole_version:
@@ -227,10 +244,16 @@ class Along:
 
     def replicated(self, forks: _Forks, value: Tensor, axis: Axis) -> Tensor:
         """The R of `value`; those of the parameters wait until they are asked for."""
-        wanted = [parameter for parameter in self.parameters if id(parameter) not in forks.replicated]
-        *locals_, replicated = replicate_together([*map(in_use, wanted), value], axis)
-        forks.replicated.update(zip(map(id, wanted), locals_, strict=True))
-        return replicated
+        known, wanted, values = forks.replicated, [], []
+        for module, name in self.kept:
+            parameter = module._parameters[name]
+            if parameter is not None and parameter.requires_grad and id(parameter) not in known:
+                wanted.append(id(parameter))
+                values.append(parameter if type(parameter) is nn.Parameter else in_use(parameter))
+        values.append(value)
+        made = replicate_together(values, axis)
+        known.update(zip(wanted, made, strict=False))  # the last is that of the value
+        return made[-1]
 
 
 def replicate_group(values: Sequence[Tensor], axis: Axis) -> tuple[Tensor, ...]:
@@ -240,13 +263,13 @@ def replicate_group(values: Sequence[Tensor], axis: Axis) -> tuple[Tensor, ...]:
         return _scope.traced.replicate_group(values, axis)
     if forks is None or not torch.is_grad_enabled():
         return tuple(replicate_once(value, axis) for value in values)
-    if torch.compiler.is_dynamo_compiling():
+    if is_dynamo_compiling():
         return untraced(replicate_group, values, axis)
     new = [value for value in values if value.requires_grad and _is_new(forks, value, axis)]
     if len(new) > 1:
         made = replicate_together(new, axis)
-        for value, replicated in zip(new, made, strict=True):
-            forks.add(value, replicated, axis, is_all=True)
+        for at, value in enumerate(new):
+            forks.add(value, made[at], axis, is_all=True)
         if len(new) == len(values):
             return made
     return tuple(replicate_once(value, axis) for value in values)
@@ -263,7 +286,7 @@ def remember_replicated(value: Tensor, axis: Axis, whole: Tensor) -> None:
     if _scope.traced is not None and value.requires_grad:
         _scope.traced.remember(value, axis, whole)
     elif forks is not None and value.requires_grad:
-        if torch.compiler.is_dynamo_compiling():
+        if is_dynamo_compiling():
             untraced(remember_replicated, value, axis, whole)
         else:
             forks.add(whole, value, axis, is_all=False)
@@ -282,7 +305,7 @@ def whole_of(value: Tensor) -> Tensor:
     forks = _scope.forks
     if forks is None or not value.requires_grad:
         return value
-    if torch.compiler.is_dynamo_compiling():
+    if is_dynamo_compiling():
         return untraced(whole_of, value)
     for fork in forks.at.get(_address(value), ()):
         if _is(fork.replicated, fork.replicated_version, value):
@@ -318,10 +341,10 @@ def share_parameters(parameters: Sequence[tuple[Tensor | None, Shared]]) -> None
 
 def in_use(parameter: Tensor) -> Tensor:
     """What is computed with in the place of a parameter: this rank's part."""
-    if type(parameter) is DTensor and not (torch.is_grad_enabled() or torch.compiler.is_dynamo_compiling()):
+    if type(parameter) is DTensor and not (torch.is_grad_enabled() or is_dynamo_compiling()):
         return parameter._local_tensor
     forks = _scope.forks
-    if forks is not None and not torch.compiler.is_dynamo_compiling():
+    if forks is not None and not is_dynamo_compiling():
         local = forks.parameters.get(id(parameter))
         if local is not None:
             return local
@@ -335,6 +358,6 @@ def replicated_in_use(parameter: Tensor) -> Tensor | None:
     forks = _scope.forks
     if forks is None:
         return None
-    if torch.compiler.is_dynamo_compiling():
+    if is_dynamo_compiling():
         return untraced(replicated_in_use, parameter)
     return forks.replicated.get(id(parameter))

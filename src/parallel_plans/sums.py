@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from parallel_plans.collectives import Axis
+from parallel_plans.compiling import is_dynamo_compiling
 from parallel_plans.delayed import Tally
 from parallel_plans.partial import partial
 from parallel_plans.partial_tensor import Partial, live_in, whole_tree
@@ -57,7 +58,7 @@ def no_sum_scope() -> Iterator[None]:
 
 def sums_may_wait() -> bool:
     """Whether a `sum_scope` may be opened; not where torch.compile is tracing, which wants plain tensors."""
-    return not (SCOPE.is_barred or torch.compiler.is_dynamo_compiling())
+    return not (SCOPE.is_barred or is_dynamo_compiling())
 
 
 def deliver_sum(value: Tensor, axis: Axis, *, in_place: bool = False, delay: bool = True) -> Tensor:
@@ -67,12 +68,7 @@ def deliver_sum(value: Tensor, axis: Axis, *, in_place: bool = False, delay: boo
     on plain tensors. `in_place` as in `reduce`.
     """
     tally = SCOPE.tally
-    if (
-        tally is None
-        or not delay
-        or torch.compiler.is_dynamo_compiling()
-        or tally.is_recorded != torch.is_grad_enabled()
-    ):
+    if tally is None or not delay or is_dynamo_compiling() or tally.is_recorded != torch.is_grad_enabled():
         return reduce(value, axis, in_place=in_place)
     delivered = partial(value, axis)
     if isinstance(delivered, Partial):

@@ -40,6 +40,7 @@ from parallel_plans.collectives import (
     listeners,
     reduce_scatter,
 )
+from parallel_plans.compiling import is_dynamo_compiling
 from parallel_plans.layouts import Split
 
 
@@ -93,7 +94,7 @@ def _applied(function: Any) -> Callable[..., Any]:
     apply = super(torch.autograd.Function, function).apply
 
     def run(*args: Any) -> Any:
-        is_plain = not (torch._C._are_functorch_transforms_active() or torch.compiler.is_dynamo_compiling())
+        is_plain = not (torch._C._are_functorch_transforms_active() or is_dynamo_compiling())
         return apply(*args) if is_plain else function.apply(*args)
 
     return run
@@ -165,7 +166,7 @@ _ON_BACKWARD = "reduce"
 
 def _replicated(value: Tensor, axis: Axis) -> Tensor:
     """As `_Replicate`, with a hook on the gradient, which takes less time than a function of autograd."""
-    if torch._C._are_functorch_transforms_active() or torch.compiler.is_dynamo_compiling():
+    if torch._C._are_functorch_transforms_active() or is_dynamo_compiling():
         return _Replicate.apply(value, axis)
     made: Any = value.expand_as(value)  # a node of its own, and not one that `parallel_plans.forks` looks through
     # to change it in place is an error, as it is for what a function gives: its gradient would not be summed
@@ -204,9 +205,15 @@ def _gathering(value: Tensor) -> Any:
     return node if type(node) is _GATHERED and node.part is not None else None
 
 
+class _Gathered:
+    """Whether any gather in this process has told its part: while none has, nobody looks for one."""
+
+    has_told = False
+
+
 def _gather_behind(value: Tensor, axis: Axis) -> Any:
     """The same, where it was gathered over the axis."""
-    node = _gathering(value)
+    node = _gathering(value) if _Gathered.has_told else None
     return node if node is not None and node.where[0] is axis else None
 
 
@@ -224,7 +231,7 @@ def replicate(value: Tensor, axis: Axis) -> Tensor:
     """
     if not _needs_gradient(value):
         return value
-    if torch.compiler.is_dynamo_compiling():
+    if is_dynamo_compiling():
         return _replicated(value, axis)
     node = _gather_behind(value, axis)
     if node is None:
@@ -245,7 +252,7 @@ class _ReplicateTogether(torch.autograd.Function):
     def forward(ctx: Any, axis: Axis, *values: Tensor) -> tuple[Tensor, ...]:
         ctx.axis = axis
         ctx.is_private = False
-        ctx.set_materialize_grads(False)  # what is not used needs no reduction
+        ctx.materialize_grads = False  # what is not used needs no reduction
         return tuple([value.view_as(value) for value in values])
 
     @staticmethod
@@ -253,8 +260,10 @@ class _ReplicateTogether(torch.autograd.Function):
         found = [gradient for gradient in gradients if gradient is not None]
         if len(found) < 2:
             return None, *[None if gradient is None else reduce(gradient, ctx.axis) for gradient in gradients]
-        if any([gradient.dtype != found[0].dtype for gradient in found]):
-            return None, *_summed_by_dtype(gradients, ctx.axis)
+        dtype = found[0].dtype
+        for gradient in found:
+            if gradient.dtype is not dtype:
+                return None, *_summed_by_dtype(gradients, ctx.axis)
         if torch.is_grad_enabled() and any(map(_needs_gradient, found)):
             pieces = reduce_together(found, ctx.axis)
         else:
@@ -280,13 +289,17 @@ def _summed_by_dtype(gradients: Sequence[Tensor | None], axis: Axis) -> list[Ten
 
 
 _replicated_together = _applied(_ReplicateTogether)
+# as on the way there, without the look for what else a function may define
+_ReplicateTogether._backward_cls.apply = _ReplicateTogether.backward  # type: ignore[attr-defined]
 
 
 def replicate_together(values: Sequence[Tensor], axis: Axis) -> tuple[Tensor, ...]:
     """I -> R of several values whose gradients come at the same time: they are summed in one reduction."""
     wanted = [value for value in values if value.requires_grad] if torch.is_grad_enabled() else []
-    if not torch.compiler.is_dynamo_compiling() and any([_gather_behind(value, axis) for value in wanted]):
-        return _replicated_apart(values, axis)
+    if not is_dynamo_compiling():
+        for value in wanted:
+            if value.grad_fn is not None and _gather_behind(value, axis) is not None:
+                return _replicated_apart(values, axis)
     if len(wanted) == len(values):
         return _replicated_together(axis, *values)
     made = iter(_replicated_together(axis, *wanted) if wanted else ())
@@ -306,7 +319,7 @@ def reduce(value: Tensor, axis: Axis, *, in_place: bool = False) -> Tensor:
     `in_place` only where nobody else holds `value`, and the backward of what made it does not read it.
     """
     is_recorded = value.requires_grad and torch.is_grad_enabled()
-    if listeners or torch.compiler.is_dynamo_compiling() or (is_recorded and not (in_place and value.is_contiguous())):
+    if listeners or is_dynamo_compiling() or (is_recorded and not (in_place and value.is_contiguous())):
         return _Reduce.apply(value, axis) if is_recorded else all_reduce(value, axis, in_place=in_place)
     if not (in_place and value.is_contiguous()):
         value = contiguous_copy(value)
@@ -347,9 +360,9 @@ def gather_to_share(local: Tensor, axis: Axis, split: Split, dim: int) -> Tensor
     The part stays in memory until then, which nobody else may need: so not every gather remembers its part.
     """
     gathered = gather(local, axis, split, dim)
-    node: Any = None if torch.compiler.is_dynamo_compiling() else gathered.grad_fn
+    node: Any = None if is_dynamo_compiling() else gathered.grad_fn
     if type(node) is _GATHERED:
-        node.part = local
+        node.part, _Gathered.has_told = local, True
     return gathered
 
 

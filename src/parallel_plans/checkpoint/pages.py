@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 BRING_PAGES = 22  # MADV_POPULATE_READ of asm-generic/mman-common.h; Linux 5.14 has it
+GIVE_PAGES = 23  # MADV_POPULATE_WRITE, as old as that
 NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # of asm-generic/mman-common.h, as is the next
 FIXED = 0x10  # MAP_FIXED: what lies there gives way
 LENT_FROM = 2**16  # bytes; what is smaller is not worth a page that a neighbour may be on
@@ -45,6 +46,24 @@ def has_brought(tensor: Tensor) -> bool:
     size = tensor.data_ptr() + tensor.numel() * tensor.element_size() - start
     result: int = _madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), BRING_PAGES)
     return result == 0
+
+
+def bring_own(tensor: Tensor) -> None:
+    """Has the kernel give a new contiguous tensor its memory now, which takes it less time than page by page."""
+    _advise_within(tensor, GIVE_PAGES)
+
+
+def let_go(tensor: Tensor) -> None:
+    """Says that the pages of a file that the tensor has for itself are not needed here any more; nobody wrote there."""
+    _advise_within(tensor, mmap.MADV_DONTNEED)
+
+
+def _advise_within(tensor: Tensor, advice: int) -> None:
+    """Tells the kernel about the pages that hold nothing but the tensor; it may do nothing about it."""
+    start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    stop = (tensor.data_ptr() + tensor.numel() * tensor.element_size()) // mmap.PAGESIZE * mmap.PAGESIZE
+    if _madvise is not None and stop > start:
+        _madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), advice)
 
 
 CAN_BRING = has_brought(torch.zeros(1))  # whether the kernel knows how

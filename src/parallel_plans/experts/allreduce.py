@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from parallel_plans.boundary import Arguments, Boundary, Forward, Keywords, Site, change_first, change_output
+from parallel_plans.compiling import is_dynamo_compiling
 from parallel_plans.experts.alignment import allow_any_width
-from parallel_plans.experts.call import ExpertsCall
+from parallel_plans.experts.call import ExpertsCall, placed_in_order
 from parallel_plans.experts.routing import Ownership, masked_routes, on_own_routes
 from parallel_plans.experts.taking_part import taking_part, weights_below
 from parallel_plans.forks import replicate_group, replicate_once
@@ -30,7 +31,7 @@ _LAST = frozenset({"SumBackward1", "IndexAddBackward0", "ToCopyBackward0"})
 
 def _is_new(output: Tensor, given: tuple[Any, ...]) -> bool:
     """Whether the experts' output is nobody else's, so that it may be reduced where it lies."""
-    if torch.compiler.is_dynamo_compiling():  # no address and no history to look at; a compiler sees to it by itself
+    if is_dynamo_compiling():  # no address and no history to look at; a compiler sees to it by itself
         return False
     node = output.grad_fn
     if node is not None:
@@ -91,6 +92,13 @@ class ExpertsBoundary(Boundary):
         return run
 
     def _entered(self, args: Arguments, kwargs: Keywords) -> tuple[Arguments, Keywords]:
+        """The arguments as R, where every rank runs all experts."""
+        places = placed_in_order(args, kwargs, self.forms)
+        if places is not None:  # as `_replicated`, the shortest way
+            hidden, weights = places
+            entered = list(args)
+            entered[hidden], entered[weights] = replicate_group((args[hidden], args[weights]), self.site.axis)
+            return tuple(entered), kwargs
         call = self._replicated(ExpertsCall(args, kwargs, self.forms))
         return call.args, call.kwargs
 

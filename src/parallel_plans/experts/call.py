@@ -85,6 +85,16 @@ class ExpertsCall:
         return ExpertsCall(tuple(args), kwargs, self.forms)
 
 
+def placed_in_order(args: Arguments, kwargs: Keywords, forms: Forms) -> tuple[int, int] | None:
+    """The positions of hidden states and routing weights in a call that has ids, too, as nearly all are; or None."""
+    form = len(args), *kwargs
+    places = forms.get(form)
+    if places is None:
+        places = forms[form] = _places_of(args, kwargs)
+    hidden, weights = places.get("hidden"), places.get("weights")
+    return (hidden, weights) if "ids" in places and isinstance(hidden, int) and isinstance(weights, int) else None
+
+
 def _places_of(args: Arguments, kwargs: Keywords) -> dict[str, _Place]:
     """Where a call has what."""
     found: dict[str, _Place] = {}
