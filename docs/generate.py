@@ -46,7 +46,10 @@ KINDS = {
         "`verify_plan` reports.",
     ),
     "PP3": ("How values lie on the ranks", "None: `verify_plan` reports them. PP306 is a warning."),
-    "PP4": ("What the model computes", "None: `verify_plan` reports them."),
+    "PP4": (
+        "What the model computes",
+        "`verify_plan` reports them. PP408 and PP409 are a `PlanError` of a model's first forwards too.",
+    ),
     "PP6": ("Checkpoints", "`CheckpointError`."),
     "PP7": ("Launching", "`LaunchError`; for a folder that holds an adapter, PP703 is a `CheckpointError`."),
     "PP8": ("Plans for other frameworks", "`PlanError`, of `parallel-plans export`."),

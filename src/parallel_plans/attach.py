@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from parallel_plans.boundary import Boundary, Forward, Site
+from parallel_plans.bypass import Gate
 from parallel_plans.collectives import Axis
 from parallel_plans.compiling import tracer, untraced
 from parallel_plans.counts import localize_counts
@@ -31,7 +32,7 @@ from parallel_plans.local_parameters import LocalParameters
 from parallel_plans.mesh import Place
 from parallel_plans.model_spec import TRANSPOSED
 from parallel_plans.partial import whole_tree
-from parallel_plans.scopes import body_modules, communicates, forking_modules, joined, summing_modules
+from parallel_plans.scopes import body_modules, communicates, forking_modules, gated_modules, joined, summing_modules
 from parallel_plans.sequence import Sequence, SplitBoundary, around_body
 from parallel_plans.sharing import Shared, shared_parts
 from parallel_plans.sums import SCOPE
@@ -55,6 +56,7 @@ class ParallelForward(functools.partial[Any]):
         laid_out: parameters below it of which it takes the local tensors as it begins.
         sequence: how the sequence lies in the forward that runs; None where no forward splits it.
         is_body: whether it holds the layers before which the sequence is split.
+        gate: what watches its first forwards for weights that are read past their modules (`parallel_plans.bypass`).
     """
 
     own: LocalParameters
@@ -65,6 +67,7 @@ class ParallelForward(functools.partial[Any]):
     laid_out: LaidOut | None
     sequence: Sequence | None
     is_body: bool
+    gate: Gate | None
     forward: Forward
 
     def __new__(
@@ -77,6 +80,7 @@ class ParallelForward(functools.partial[Any]):
         laid_out: LaidOut | None = None,
         sequence: Sequence | None = None,
         is_body: bool = False,
+        gate: Gate | None = None,
         forward: Forward | None = None,
     ) -> ParallelForward:
         inner: Forward = own.module.forward if forward is None else forward
@@ -91,10 +95,12 @@ class ParallelForward(functools.partial[Any]):
             run = boundary.around(run)
         if is_body and sequence is not None:
             run = around_body(run, sequence)
+        if gate is not None:
+            run = gate.around(run, own.module)
         self = super().__new__(cls, run)
         self.own, self.reached, self.boundaries = own, reached, boundaries
         self.has_forks, self.waits, self.laid_out, self.forward = has_forks, waits, laid_out, inner
-        self.sequence, self.is_body = sequence, is_body
+        self.sequence, self.is_body, self.gate = sequence, is_body, gate
         functools.update_wrapper(self, inner)
         return self
 
@@ -110,6 +116,7 @@ class ParallelForward(functools.partial[Any]):
             None if self.laid_out is None else self.laid_out.on(memo),
             self.sequence,
             self.is_body,
+            None if self.gate is None else self.gate.on_copy(),
             getattr(type(copied), inner.__name__).__get__(copied) if hasattr(inner, "__self__") else inner,
         )
 
@@ -223,7 +230,7 @@ def attach_forwards(model: nn.Module, table: Table, place: Place) -> None:
     """Gives every module that needs one its `ParallelForward`."""
     seen: set[int] = set()
     forking, summing = forking_modules(model, table), summing_modules(model, table)
-    bodies, sequence = body_modules(model, table), _sequence(table, place)
+    bodies, sequence, gated = body_modules(model, table), _sequence(table, place), gated_modules(model, table)
     for name, module in model.named_modules(remove_duplicate=False):
         if id(module) in seen:
             continue
@@ -241,12 +248,14 @@ def attach_forwards(model: nn.Module, table: Table, place: Place) -> None:
         reached = tuple(own for own, child in below if own.is_special or _is_stored_apart(child))
         has_forks, waits, is_body = name in forking, Waits(summing[name]) if name in summing else None, name in bodies
         laid_out = _laid_out(name, module, table, place, sequence) if has_forks else None
+        gate = Gate(name, table) if name in gated else None
         is_called = (
             "forward" in vars(module) or type(module).forward is not nn.Module.forward
         )  # not dicts of parameters
         acts = boundaries or own.is_special or reached or has_forks or waits or is_body or _is_stored_apart(module)
-        if acts and is_called:
-            module.forward = ParallelForward(own, reached, boundaries, has_forks, waits, laid_out, sequence, is_body)
+        if (acts or gate) and is_called:
+            parts = own, reached, boundaries, has_forks, waits, laid_out, sequence, is_body, gate
+            module.forward = ParallelForward(*parts)
 
 
 def _sequence(table: Table, place: Place) -> Sequence | None:

@@ -79,6 +79,8 @@ CODES: dict[str, str] = {
     "PP405": "the model does not run under the plan",
     "PP406": "the ranks wait for each other",
     "PP407": "a level could not be run",
+    "PP408": "a weight is used past the module whose rule does something when it is called",
+    "PP409": "random numbers for the heads that a rank has are drawn from a seed that all ranks set alike",
     # Checkpoints (PP6xx)
     "PP601": "the checkpoint is not in safetensors format",
     "PP602": "a checkpoint file is missing",

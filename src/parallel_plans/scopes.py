@@ -62,8 +62,7 @@ def summing_modules(model: nn.Module, table: Table) -> dict[str, tuple[str, ...]
     for name in delivering:
         for above in (*prefixes(name.rpartition(".")[0]), ""):
             parts.setdefault(above, set()).add(name[len(above) :].lstrip(".").partition(".")[0])
-    stacks = {name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-    outermost = {stack for stack in stacks if not any(above in stacks for above in list(prefixes(stack))[1:])}
+    stacks, outermost = _stacks(model)
     around = {above for stack in outermost if len(parts.get(stack, ())) > 1 for above in (*prefixes(stack), "")}
     found = {name for name in parts if (len(parts[name]) > 1 or name in blocks) and name not in around | stacks}
     below = by_prefix(delivering)
@@ -78,6 +77,19 @@ def body_modules(model: nn.Module, table: Table) -> set[str]:
         is_stack = isinstance(model.get_submodule(above), nn.ModuleList)
         found.add(above.rpartition(".")[0] if is_stack else above)
     return found
+
+
+def gated_modules(model: nn.Module, table: Table) -> set[str]:
+    """The modules that a step may begin with: the model, and those around the lists of layers that a plan acts in."""
+    acting = [name for name, entries in table.modules.items() if entries] + list(table.parameters)
+    within = by_prefix(acting)
+    return {above for stack in _stacks(model)[1] if stack in within for above in _above(stack)} | {""}
+
+
+def _stacks(model: nn.Module) -> tuple[set[str], set[str]]:
+    """The names of the lists of modules, and of those that are in no other."""
+    stacks = {name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    return stacks, {stack for stack in stacks if not any(above in stacks for above in list(prefixes(stack))[1:])}
 
 
 def _delivers_sum(entry: ModuleEntry) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import threading
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -13,12 +14,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import run_on_ranks
 from tiny import tokens
 from torch import nn
 from watched import at_broadcast, ends, harm
 
 from parallel_plans import AutoModelForCausalLM, parallelize, pause_watch, watch_ranks
 from parallel_plans.checkpoint import load as loading
+from parallel_plans.watch.watcher import Watch
 
 RANKS = 3
 LIMIT = 4.0  # seconds for which a rank may keep others waiting here
@@ -238,3 +241,22 @@ def test_a_rank_that_cannot_find_its_place_stops_the_others(tmp_path: Path) -> N
     assert [each.status for each in found] == [1, 1]
     assert "[PP701]" in found[0].text
     assert "rank 0 failed while finding its place [PP705]" in found[1].text
+
+
+def stopped_in_a_question() -> tuple[bool, list[str]]:
+    """Whether a thread stood in a question to the store as it was stopped, and the threads that were still there."""
+    watch = Watch(dist.distributed_c10d._get_default_store(), lambda: LIMIT)
+    asked = threading.Event()
+
+    def ask(*_: Any) -> None:
+        asked.set()
+        watch._post._open.get("what nobody tells")  # answered when somebody does, or not at all
+
+    watch._post.tell = ask  # type: ignore[method-assign]
+    has_asked = asked.wait(STATED)
+    watch.stop()
+    return has_asked, [thread.name for thread in watch._threads if thread.is_alive()]
+
+
+def test_no_thread_is_left_in_a_question_to_the_store_as_the_interpreter_ends() -> None:
+    assert run_on_ranks(stopped_in_a_question, 1) == [(True, [])]

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from parallel_plans.errors import Finding
+from parallel_plans.errors import Finding, PlanError
 from parallel_plans.plan import Rule
 from parallel_plans.sums import no_sum_scope
 from parallel_plans.table import Table, wildcarded
@@ -125,6 +125,9 @@ def _of_rank(followed: Followed) -> Iterator[Finding]:
         if isinstance(error, LOOKS_AT_VALUES):
             message = f"unproven: from here on what is computed depends on values ({type(error).__name__}: {error})"
             yield _about(rule_at(table, module), "PP306", message, module or None, "warning")
+            return
+        if isinstance(error, PlanError):
+            yield from (replace(each, level="layouts") for each in error.findings)
             return
         yield _finding(table, "PP405", f"the model does not run: {type(error).__name__}: {error}", module)
         return

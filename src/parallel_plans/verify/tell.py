@@ -55,6 +55,9 @@ def findings_of(trial: Trial, run: Run) -> Iterator[Finding]:
         assert isinstance(run.failure, PlanError)
         yield from run.failure.findings
         return
+    if isinstance(run.failure, StepFailed) and isinstance(run.failure.error, PlanError):
+        yield from run.failure.error.findings  # it says itself what is wrong, and no change of a rule mends it
+        return
     for _ in range(MOST):
         if reached(run)[0] == RIGHT:
             return

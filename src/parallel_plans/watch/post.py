@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import socket
 from datetime import timedelta
 from typing import Any
 
@@ -59,6 +61,12 @@ class Post:
         if self._line is not None and is_hung_up(self._line):
             raise ConnectionResetError("the store is gone")
         return self._store
+
+    def hang_up(self) -> None:
+        """Ends what waits for the store's answer, in any thread, with an error."""
+        if self._line is not None:
+            with contextlib.suppress(OSError):  # the store has hung up before
+                self._line.shutdown(socket.SHUT_RDWR)
 
     def tell(self, beat: Beat) -> None:
         """Leaves this rank's beat."""

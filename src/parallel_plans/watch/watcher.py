@@ -33,6 +33,7 @@ GRACE = 2.0  # seconds that a thread has to stop by itself, before it is stopped
 HEARD_WITHIN = 8.0  # seconds that a rank with a lost connection waits to be told why
 FAREWELL = 3.0  # seconds for which a rank that keeps the store stays, so that the others can read why
 ROUNDS = 4  # beats after new process groups in which their connections are learned
+HUNG_UP_WITHIN = 10.0  # seconds that a thread has to see that its connection is gone, on a machine with much to do
 EXIT_STATUS = 86  # of a process that nothing else could stop
 
 
@@ -255,11 +256,19 @@ class Watch:
             time.sleep(INTERVAL / 10)
 
     def stop(self) -> None:
-        """Ends both threads; the others know then that this rank has left in order."""
+        """Ends both threads; the others know then that this rank has left in order.
+
+        A thread that is still in torch's code when the interpreter is taken down ends the whole process with an abort,
+        so one that waits for a store that does not answer is not left there.
+        """
         if os.getpid() != self.pid:
             return
         self._over.set()
         self._wake.set()
-        for thread in self._threads:
-            if thread is not threading.current_thread():
-                thread.join(GRACE)
+        others = [thread for thread in self._threads if thread is not threading.current_thread()]
+        for thread in others:
+            thread.join(GRACE)
+        if any(thread.is_alive() for thread in others):
+            self._post.hang_up()
+            for thread in others:
+                thread.join(HUNG_UP_WITHIN)
