@@ -6,7 +6,8 @@ python benchmarks/every_model.py [--types TYPE ...] [--rows ROW ...] [--json FIL
 Every type that `AutoModelForCausalLM` builds is made small, its weights are drawn at random, and what it gives on 2, 3
 and 4 gloo ranks (and with its experts dealt over 2) is held against one process, in float64: logits, loss, every
 gradient, a greedy continuation, and the checkpoint that is saved. All of them take a quarter of an hour on two cores.
-With `--types` or `--rows` the page is left as it is, and the lines are printed.
+With `--types` or `--rows` the page is left as it is, and the lines are printed. One type (gemma3n) wants timm, which
+nothing else here does: where that is not installed, the page says so.
 
 With `--json FILE --known FILE`, whoever was interrupted starts it again: what the file holds is not judged again.
 

@@ -91,6 +91,7 @@ OWN_CHANGES: dict[str, tuple[Change, ...] | None] = {
     "InputsBoundary": (Change("each input that it names", "I", "S(0)"),),
     "WholeInsideBoundary": (Change("each input that it names", "S(1)", "I"), Change("output", "I", "S(1)")),
     "BuffersBoundary": (),
+    "DrawsBoundary": (),
     "SplitBoundary": (Change("input", "P", "S(1)"),),
     "WholeBoundary": (Change("input", "S(1)", "R"), Change("output", "P", "S(1)")),
     "JoinBoundary": (Change("output", "S(1)", "R"),),

@@ -84,7 +84,7 @@ STANDS: dict[str, tuple[str, ...]] = {
     "sharded_norm": ("norm", "router"),  # a router's weight has the dims of a norm with a row per head
     "local_counts": ("linear",),  # the one of these modules that keeps the number
     # without a word on which inputs or buffers, or of what
-    **dict.fromkeys(("split_inputs", "whole_inside", "split_buffers", "sharded_statistics"), ()),
+    **dict.fromkeys(("split_inputs", "whole_inside", "split_buffers", "split_draws", "sharded_statistics"), ()),
     "replicate_for_use": _MODULES,
     "gathered_in_use": _ANYTHING,
     # of a module without parameters nobody knows what it gives

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from published import small_of
 
-from parallel_plans.verify.weights import example_batch, in_float64, random_model
+from parallel_plans.verify.batches import example_batch
+from parallel_plans.verify.weights import in_float64, random_model
 
 
 def test_random_weights_are_all_drawn_and_nothing_is_zero_or_alike() -> None:

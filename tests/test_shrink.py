@@ -16,12 +16,13 @@ from parallel_plans import Plan, PlanError, load_plan
 from parallel_plans.lookup import bundled_folder
 from parallel_plans.model_spec import ModelSpec, describe
 from parallel_plans.resolve import resolve
+from parallel_plans.verify.batches import example_batch
 from parallel_plans.verify.shrink import Shrunken
 from parallel_plans.verify.shrinking.kinds import kinds_of, on_meta, said_of_layers
 from parallel_plans.verify.shrinking.numbers import Widths, in_proportion, small_counts
 from parallel_plans.verify.shrinking.roles import role_of
 from parallel_plans.verify.shrinking.tree import fields_of
-from parallel_plans.verify.weights import example_batch, in_float64, random_model
+from parallel_plans.verify.weights import in_float64, random_model
 
 MOST_PARAMETERS, MOST_SECONDS, ROUNDING = 300_000, 2.0, 1e-10
 

@@ -12,8 +12,9 @@ from transformers import BartConfig, BertConfig, LlamaConfig, PreTrainedConfig, 
 
 from parallel_plans import verify_plan
 from parallel_plans.lookup import bundled_folder
+from parallel_plans.verify.batches import example_batch
 from parallel_plans.verify.encoder_states import may_take_states, states, taken_states
-from parallel_plans.verify.weights import example_batch, in_float64, random_model
+from parallel_plans.verify.weights import in_float64, random_model
 
 WIDTHS = {"vocab_size": 31, "d_model": 32, "decoder_layers": 1, "decoder_attention_heads": 4, "decoder_ffn_dim": 24}
 BERT = {"vocab_size": 31, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 24}

@@ -19,12 +19,13 @@ from parallel_plans.lookup import bundled_folder
 from parallel_plans.model_spec import describe
 from parallel_plans.resolve import resolve
 from parallel_plans.verify import saved, trial
+from parallel_plans.verify.batches import example_batch
 from parallel_plans.verify.compare import RIGHT, reached
 from parallel_plans.verify.numerics import Outcome, Trial, check_numerics, run_trial, truths_of
 from parallel_plans.verify.observed import Inputs
 from parallel_plans.verify.shrink import shrunken
 from parallel_plans.verify.trial import tried
-from parallel_plans.verify.weights import example_batch, random_model
+from parallel_plans.verify.weights import random_model
 from parallel_plans.views import views_of
 
 TP2 = {"tp": 2}

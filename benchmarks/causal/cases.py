@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from parallel_plans.causal import causal_config, causal_model
 from parallel_plans.cli.lacking import lacking
 from parallel_plans.verify.shrink import CannotShrink, shrunken
 
@@ -18,7 +20,11 @@ TIE = "tie_word_embeddings"
 
 # Switched on besides what the command line takes for a type: its experts, for which its class has a plan.
 WITH_EXPERTS = {"enable_moe_block": True, "num_experts": 128, "top_k_experts": 8, "moe_intermediate_size": 704}
-BESIDES: dict[str, dict[str, Any]] = {"gemma4_text": WITH_EXPERTS, "gemma4": {"text_config": WITH_EXPERTS}}
+BESIDES: dict[str, dict[str, Any]] = {
+    "gemma3n": {"vision_config": {"architecture": "test_efficientnet"}},  # its own has one size, which is large
+    "gemma4_text": WITH_EXPERTS,
+    "gemma4": {"text_config": WITH_EXPERTS},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,25 +41,30 @@ class Case:
 
     def config(self) -> Any:
         """Its config, at the size that the type has by default."""
-        given = lacking(self.kind) | copy.deepcopy(BESIDES.get(self.kind, {}))
-        parts = getattr(CONFIG_MAPPING[self.kind], "sub_configs", {})
-        if self.changes and "text_config" in parts:
+        kind, given = CONFIG_MAPPING[self.kind], lacking(self.kind) | copy.deepcopy(BESIDES.get(self.kind, {}))
+        if not self.changes:
+            return causal_config(kind(**given))
+        if "text_config" in getattr(kind, "sub_configs", {}):
             given["text_config"] = {**given.get("text_config", {}), **self.changes}
             given |= {name: value for name, value in self.changes.items() if name == TIE}
-        else:
-            given |= self.changes
-        return CONFIG_MAPPING[self.kind](**given)
+            return kind(**given)
+        whole = kind(**given)
+        part = causal_config(whole)
+        return kind(**given, **self.changes) if part is whole else type(part)(**{**part.to_dict(), **self.changes})
 
 
 def types() -> tuple[str, ...]:
-    """Every type of model that `AutoModelForCausalLM` builds, in alphabetical order."""
-    return tuple(sorted({config.model_type for config in MODEL_FOR_CAUSAL_LM_MAPPING}))
+    """Every type of model that `AutoModelForCausalLM` builds, in alphabetical order.
+
+    By the names of transformers: one is another by a second name, config and class and all (gpt-sw3 is gpt2).
+    """
+    return tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
 
 
 def built(config: Any) -> Any:
     """The model of a config, on `meta`."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return causal_model(config)
 
 
 def cases_of(kind: str) -> Iterator[tuple[Case, Any]]:

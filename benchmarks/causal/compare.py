@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
+
+from parallel_plans.verify.batches import in_eval_mode, mask_for
 
 RIGHT = "right"
 ZERO = 1e-6  # a value below this is zero but for rounding
@@ -42,6 +43,7 @@ def written(model: Any, tokens: Tensor) -> Tensor | None:
     """What a model writes after these tokens; None for one that does not write."""
     if not model.can_generate():
         return None
-    lengths: dict[str, Any] = {"min_new_tokens": 4, "max_new_tokens": 4, "do_sample": False}
+    lengths: dict[str, Any] = {"min_new_tokens": 4, "max_new_tokens": 4, "do_sample": False, "num_return_sequences": 1}
     generate: Callable[..., Tensor] = model.generate
-    return generate(tokens, attention_mask=torch.ones_like(tokens), **lengths)
+    with in_eval_mode(model):
+        return generate(tokens, attention_mask=mask_for(tokens, model.config), **lengths)

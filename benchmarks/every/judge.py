@@ -15,7 +15,7 @@ from causal.children import in_one_line
 from causal.quiet import be_quiet
 
 from every.ranks import found_on
-from every.rows import EXPERTS, FIRST, NO_PLAN, Case, Found, Judged, Row
+from every.rows import EXPERTS, FIRST, NO_PLAN, ROWS, Case, Found, Judged, Row
 from every.theirs import keys_of, their_share
 from every.truth import truth_of
 from parallel_plans import LaunchError, verify_plan
@@ -74,21 +74,31 @@ def _judged(case: cases.Case, model: Any, rows: Sequence[Row]) -> Case:
 
 
 def small(config: Any) -> Any:
-    """A small config for all rows, the first that its plan fits on the first; raises `CannotShrink` for none at all."""
-    found, problem = [], None
+    """A small config whose plan has parts for every row's ranks; else the first for which it has some for the first's.
+
+    Raises `CannotShrink` where there is no small config at all.
+    """
+    found, fitting, problem = [], [], None
     for sizes in _SMALL_FOR:
         try:
             found.append(shrunken(config, sizes).config)
         except CannotShrink as error:
             problem = error
             continue
-        report = verify_plan(found[-1], "auto", tp=FIRST.tp, level="geometry", cost=None)
-        if report.levels["geometry"] == PASSED:
+        if not _fits(found[-1], FIRST.tp):
+            continue
+        if all(_fits(found[-1], row.tp) for row in ROWS):
             return found[-1]
+        fitting.append(found[-1])
     if not found:
         assert problem is not None
         raise problem
-    return found[0]
+    return [*fitting, *found][0]
+
+
+def _fits(config: Any, tp: int) -> bool:
+    """Whether the plan of a config has parts for so many ranks."""
+    return verify_plan(config, "auto", tp=tp, level="geometry", cost=None).levels["geometry"] == PASSED
 
 
 def plan_of(case: cases.Case) -> tuple[str, float | None]:

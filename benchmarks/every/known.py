@@ -8,20 +8,16 @@ from carried.why import UNKNOWN, Reason
 
 from every.rows import WRONG, Found, Judged
 
-_DRAFT = "it drafts for another model, whose keys and values it is given: it does not run by itself"
-_MUSIC = "its config is that of a whole of three models, and the class that `AutoModelForCausalLM` builds wants a part"
+_DRAFT = (
+    "its layers take the keys and values of another model, all of them; in this version of transformers the config of "
+    "its text refuses that no layer makes any, so no model of this type can be built"
+)
 KNOWN: Mapping[str, Reason] = {
     "gemma3n": Reason(
         words="requires the PIL library", reason="its vision tower is one of timm, which is not installed"
     ),
-    "gemma4_assistant": Reason(words="hidden_size_per_layer_input must be 0", reason=_DRAFT),
+    "gemma4_assistant": Reason(words="layer types producing a cache", reason=_DRAFT),
     "gemma4_unified_assistant": Reason(words="layer types producing a cache", reason=_DRAFT),
-    "musicgen": Reason(words="has no attribute 'dropout'", reason=_MUSIC),
-    "musicgen_melody": Reason(words="has no attribute 'dropout'", reason=_MUSIC),
-    "reformer": Reason(
-        words="If you want to",
-        reason="by default it is no decoder, and it gives gradients in training mode alone, where it draws at random",
-    ),
 }
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from every.rows import ALL_RIGHT, LOAD, PHASES, REFUSED, SHAPES, TOO_FEW, WRONG, Found, Row
 from every.truth import LOADING, Truth, precisely
 from parallel_plans import ParallelPlansError, from_pretrained, full_gradients, watch_ranks
+from parallel_plans.verify.batches import in_step_mode
 
 SECONDS = 120.0  # for all that a rank does
 WAIT = 40.0  # seconds for which a rank may keep others waiting
@@ -96,7 +97,7 @@ class _Split:
         experts = {"ep_plan": "auto", "ep_size": self.row.ep} if self.row.ep > 1 else {}
         given = str(self.truth.checkpoint)
         # some classes save the config of a part, which the Auto class would not take
-        self.model = from_pretrained(
+        model = from_pretrained(
             given,
             model_class=self.truth.kind,
             tp_plan="auto",
@@ -104,7 +105,8 @@ class _Split:
             dtype=self.truth.dtype,
             **experts,
             **LOADING,
-        ).eval()
+        )
+        self.model = in_step_mode(model)
         return RIGHT
 
     def logits(self) -> str:

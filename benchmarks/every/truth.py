@@ -12,7 +12,8 @@ import torch
 from causal.compare import written
 from torch import Tensor
 
-from parallel_plans.verify.weights import example_batch, in_float64, random_model
+from parallel_plans.verify.batches import example_batch, in_step_mode
+from parallel_plans.verify.weights import in_float64, random_model
 
 LOADING: dict[str, Any] = {
     "attn_implementation": "eager",
@@ -75,7 +76,7 @@ def _truth_in(dtype: torch.dtype, config: Any, folder: Path) -> Truth:
     made = random_model(config).to(dtype)
     with precisely(dtype):
         made.save_pretrained(folder / GIVEN)
-        model = type(made).from_pretrained(folder / GIVEN, dtype=dtype, **LOADING).eval()
+        model = in_step_mode(type(made).from_pretrained(folder / GIVEN, dtype=dtype, **LOADING))
         model.save_pretrained(folder / SAVED)
         batch = batch_for(config, model)
         output = model(**batch)

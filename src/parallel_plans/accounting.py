@@ -120,6 +120,9 @@ def report_misplaced(report: Report) -> None:
             elif "buffers" in get_style(rule.style).options and "buffers" not in rule.options:
                 fix = "give `buffers: {NAME: {dim: DIM}}`, those that are split, or use `local_counts`"
                 report.add("PP105", f"{rule.style} stands on a module together with buffers", rule, fix=fix)
+            elif "draws" in get_style(rule.style).options and "draws" not in rule.options:
+                fix = "give `draws: {dim: DIM, size: SIZE}`, what is drawn for all ranks, or use `local_counts`"
+                report.add("PP105", f"{rule.style} stands on a module together with what it draws", rule, fix=fix)
             elif get_style(rule.style).only_counts and "counts" not in rule.options:
                 fix = "give `counts: {NAME: SIZE}`, the numbers that the module keeps, or remove the rule"
                 report.add("PP105", f"{rule.style} stands on a module together with its counts", rule, fix=fix)

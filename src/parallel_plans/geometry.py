@@ -13,6 +13,7 @@ from parallel_plans.model_spec import ModelSpec, ModuleInfo
 from parallel_plans.plan import Rule
 from parallel_plans.styles import Style
 from parallel_plans.styles.buffers import SplitBuffer
+from parallel_plans.styles.draws import SplitDraws
 from parallel_plans.styles.inputs import SplitInput
 from parallel_plans.styles.statistics import groups_of
 from parallel_plans.table import ParameterEntry
@@ -237,6 +238,9 @@ class Geometry:
         inputs = options.get("inputs")
         if isinstance(inputs, Mapping):
             options["inputs"] = {name: self._input(info, name, given) for name, given in inputs.items()}
+        if isinstance(draws := options.get("draws"), Mapping):
+            split = self._given("the size of what is drawn", draws)
+            options["draws"] = SplitDraws(dim=int(draws["dim"]), split=split)
         for name in ("rope", "align_size", "groups"):
             if name in options:
                 options[name] = self.size(options[name])
@@ -303,14 +307,18 @@ class Geometry:
         if name not in info.inputs:
             fix = f"name one of {', '.join(info.inputs)}" if info.inputs else "remove the rule"
             raise CannotSplit("PP203", f"the forward of {info.type} takes no input called {name}", fix=fix)
+        split = self._given(f"the size of the input {name}", given)
+        return SplitInput(name=name, place=info.inputs.index(name), dim=int(given["dim"]), split=split)
+
+    def _given(self, what: str, given: Mapping[str, Any]) -> Split:
+        """How something of the size that an option gives is split."""
         unit, size = self.size(given.get("unit", 1)), self.size(given["size"])
         (share,) = self._shares((unit,), 0, given.get("shared", False))
         part = Part(size=size, unit=unit, share=share)
         try:
-            split = _split_of(0, self.axis, self.ranks, (part,), self.proportions)
+            return _split_of(0, self.axis, self.ranks, (part,), self.proportions)
         except ValueError:
-            raise self._undealt(f"the size of the input {name}", size, (part,)) from None
-        return SplitInput(name=name, place=info.inputs.index(name), dim=int(given["dim"]), split=split)
+            raise self._undealt(what, size, (part,)) from None
 
 
 def _whole_numbers(fields: Mapping[str, int]) -> dict[str, int]:

@@ -31,6 +31,7 @@ EXPECTED: dict[str, str] = {
     "flag": "true or false",
     "counts": "a mapping from an attribute of the module to a size, or to a mapping with parts, unit, shared, each",
     "buffers": "a mapping from a buffer of the module to `{dim: ...}`, with parts, unit and shared where needed",
+    "draws": "a mapping with `dim` and `size`, with unit and shared where needed",
     "inputs": "a mapping from an input of the module to `{dim: ..., size: ...}`, with unit and shared where needed",
     "name": "a name, as text",
 }
@@ -194,6 +195,13 @@ def _buffers(node: Node) -> dict[str, dict[str, object]]:
     return _parted(node, "buffers", _OF_BUFFER, {"dim"})
 
 
+def _draws(node: Node) -> dict[str, object]:
+    given = _said(node, "draws", _OF_INPUT)
+    if not {"dim", "size"} <= given.keys():
+        raise OptionError(node, EXPECTED["draws"])
+    return given
+
+
 _OF_INPUT: Checkers = {"dim": _dim, "size": _size, "unit": _size, "shared": _size}
 _OF_BUFFER: Checkers = {"dim": _dim, "parts": _parts, "unit": _units, "shared": _shares}
 
@@ -214,6 +222,7 @@ CHECKERS: dict[str, Callable[[Node], object]] = {
     "flag": _flag,
     "counts": _counts,
     "buffers": _buffers,
+    "draws": _draws,
     "inputs": _inputs,
     "name": _name,
 }

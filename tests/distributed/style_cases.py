@@ -11,6 +11,7 @@ from toys import (
     FFN,
     HIDDEN,
     Biased,
+    DrawnHeads,
     Gated,
     Grouped,
     Heads,
@@ -188,6 +189,17 @@ SPLIT_INPUTS = Case(
     cuts={"inner.query.weight": ROWS_3_BY_4, "inner.query.bias": ROWS_3_BY_4, "inner.out.weight": COLUMNS_3_BY_4},
     forward=(SUM,),
     backward=(SUM, GATHER),  # the input's gradient, then that of what was taken in parts
+)
+SPLIT_DRAWS = Case(
+    make=lambda: Only(DrawnHeads()),
+    plan={
+        "layer": {"style": "split_draws", "draws": {"dim": 0, "size": 3}, "counts": {"count": 1}},
+        "layer.query": {"style": "colwise", "unit": 4},
+        "layer.out": {"style": "rowwise", "unit": 4},
+    },
+    cuts={"layer.query.weight": ROWS_3_BY_4, "layer.query.bias": ROWS_3_BY_4, "layer.out.weight": COLUMNS_3_BY_4},
+    forward=(SUM,),
+    backward=(SUM,),
 )
 TRANSPOSED = Case(
     make=Transposed,
@@ -401,6 +413,7 @@ CASES: dict[str, Case] = {
         lambda: Wrapped(Heads()), "inner.", {"count": 1, "config.heads": 1}
     ),
     "split_inputs": SPLIT_INPUTS,
+    "split_draws": SPLIT_DRAWS,
     "colwise, rowwise of [in, out]": TRANSPOSED,
     "gathered_in_use": GATHERED_IN_USE,
     "mla_kv_a_proj": LATENT,

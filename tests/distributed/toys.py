@@ -137,6 +137,23 @@ class Heads(nn.Module):
         return self.out(normed)
 
 
+class DrawnHeads(nn.Module):
+    """Three heads of four features, each turned by numbers that are drawn for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 3
+        self.query = nn.Linear(HIDDEN, 12)
+        self.out = nn.Linear(12, HIDDEN)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        by_head = self.query(hidden).view(*hidden.shape[:-1], self.count, 4)
+        drawing = torch.Generator().manual_seed(3)
+        turns = torch.randn(self.count, 4, 4, generator=drawing, dtype=hidden.dtype)
+        shift = torch.rand((4,), generator=drawing, dtype=hidden.dtype)  # the same for all heads
+        return self.out((torch.einsum("...hd,hde->...he", by_head, turns) + shift).flatten(-2))
+
+
 class BiasedHeads(nn.Module):
     """Three heads of four features, to each of which a number is added that the caller knows."""
 

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig
 
+from parallel_plans.causal import causal_class, causal_config, causal_model
 from parallel_plans.cli.lacking import lacking
 from parallel_plans.lookup import BESIDE_CHECKPOINT, Carried, carried_by
 from parallel_plans.model_spec import ModelSpec, describe
@@ -91,7 +92,7 @@ def read_target(text: str, settings: Mapping[str, Any] | None = None) -> Target:
         own, inputs = _made(text, settings or {})
         spec, carried = describe(own), carried_by(own)
         return Target(name=text, model=own, spec=spec, carried=carried, folder=None, inputs=inputs)
-    config = _read_config(text, path) if is_there else _default_config(text, path)
+    config = causal_config(_read_config(text, path) if is_there else _default_config(text, path))
     _change(text, config, settings or {})
     model = _built(text, config)
     folder = None if not is_there else path if path.is_dir() else path.parent
@@ -197,12 +198,12 @@ def _change(text: str, config: Any, settings: Mapping[str, Any]) -> None:
 
 def _built(text: str, config: Any) -> Any:
     """The causal language model of a config, on `meta`."""
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if causal_class(config) is None:
         own = f"; {OWN_CODE}" if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}) else ""
         raise TargetError(f"{text}: transformers has no causal language model of type {config.model_type}{own}")
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            return causal_model(config, trust_remote_code=False)
     except Exception as error:
         raise TargetError(f"{text}: no causal language model can be built from its config: {_told(error)}") from None
 

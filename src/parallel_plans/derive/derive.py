@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
+from parallel_plans.causal import causal_config, causal_model
 from parallel_plans.derive.search import Search
 from parallel_plans.derive.subjects import samples
 from parallel_plans.derive.writing import loaded
@@ -114,7 +115,7 @@ def _spec_and_subject(target: Any, inputs: Any) -> tuple[ModelSpec, Any]:
     """The model's spec, and what it is traced from: a config, or a model as it is."""
     if not isinstance(target, nn.Module):
         with torch.device("meta"):
-            return describe(AutoModelForCausalLM.from_config(target)), target
+            return describe(causal_model(target)), causal_config(target)
     if inputs is None and isinstance(target, PreTrainedModel) and target.can_generate():
-        return describe(target), config_of(target)
+        return describe(target), causal_config(config_of(target))
     return describe(target), OwnModel(model=target, inputs=inputs)

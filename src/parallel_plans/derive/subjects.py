@@ -12,11 +12,12 @@ from parallel_plans.derive.step import Step, recorded
 from parallel_plans.mesh import views_for
 from parallel_plans.model_spec import describe
 from parallel_plans.plan import Plan
+from parallel_plans.verify.batches import example_batch
 from parallel_plans.verify.followed import TOKENS
 from parallel_plans.verify.own import OwnModel
 from parallel_plans.verify.real_size import Subject, causal_lm, few_layers, tokens_of
 from parallel_plans.verify.shrink import CannotShrink, shrunken
-from parallel_plans.verify.weights import example_batch, random_model
+from parallel_plans.verify.weights import random_model
 
 # ranks that small models are made for: what is one number by chance in one of them is none in the other
 SMALL: tuple[dict[str, int], ...] = ({"tp": 2}, {"tp": 3, "ep": 5})
@@ -69,7 +70,7 @@ def _subject(
 
 def _at_size(config: Any) -> Sample | None:
     """What a step on shapes alone says; None where the code looks at values."""
-    inputs = {name: value for name, value in tokens_of(*TOKENS).items() if name != "labels"}
+    inputs = {name: value for name, value in tokens_of(*TOKENS, config).items() if name != "labels"}
     step = recorded(_subject(lambda: causal_lm(config), inputs, computes=False))
     return None if step.stopped else _of(step)
 

@@ -7,6 +7,7 @@ from types import MappingProxyType
 from parallel_plans.plan import EXPERT_SECTIONS
 from parallel_plans.styles.base import DELAY, Style, register_style
 from parallel_plans.styles.buffers import BuffersBoundary
+from parallel_plans.styles.draws import DrawsBoundary
 from parallel_plans.styles.inputs import InputsBoundary, WholeInsideBoundary
 from parallel_plans.styles.special import (
     RopePartBoundary,
@@ -232,6 +233,16 @@ register_style(
         summary="of buffers that hold something for every head or feature a rank takes its part; counts as well",
         options=MappingProxyType({"buffers": "buffers", **COUNTS}),
         boundary=BuffersBoundary,
+        module_only=True,
+        wants_split="below",
+    )
+)
+register_style(
+    Style(
+        name="split_draws",
+        summary="of random numbers drawn for every head a rank takes those of its own; counts as well",
+        options=MappingProxyType({"draws": "draws", **COUNTS}),
+        boundary=DrawsBoundary,
         module_only=True,
         wants_split="below",
     )

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from parallel_plans.causal import causal_class
 
 # the argument of a model's forward that takes them -> how it takes them
 TAKEN: dict[str, Callable[[Tensor], Any]] = {
@@ -20,7 +21,7 @@ TAKEN: dict[str, Callable[[Tensor], Any]] = {
 
 def may_take_states(config: Any) -> bool:
     """Whether the causal language model of a config has an argument for the states of an encoder."""
-    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    kind = causal_class(config)
     return kind is not None and any(name in TAKEN for name in inspect.signature(kind.forward).parameters)
 
 
@@ -42,7 +43,8 @@ def states(name: str, model: nn.Module, batch: Mapping[str, Any]) -> dict[str, A
     width = _width(model)
     assert width is not None
     generator = torch.Generator().manual_seed(0)
-    drawn = torch.randn((*batch["input_ids"].shape, width), generator=generator, dtype=torch.float64)
+    shape = batch.get("labels", batch["input_ids"]).shape[:2]  # what writes sounds takes more rows than it reads
+    drawn = torch.randn((*shape, width), generator=generator, dtype=torch.float64)
     return {name: TAKEN[name](drawn.to(next(model.parameters()).dtype))}
 
 

@@ -10,13 +10,14 @@ from typing import Any
 from parallel_plans.errors import Finding
 from parallel_plans.plan import Plan
 from parallel_plans.styles import get_style
+from parallel_plans.verify.batches import example_batch
 from parallel_plans.verify.encoder_states import may_take_states, states, taken_states
 from parallel_plans.verify.layouts import Layouts, check_layouts
 from parallel_plans.verify.own import OwnModel
 from parallel_plans.verify.real_size import FewLayers, Subject, causal_lm, few_layers, tokens_of, whole_model
 from parallel_plans.verify.shrink import CannotShrink, shrunken
 from parallel_plans.verify.trial import trial_views
-from parallel_plans.verify.weights import example_batch, in_float64, random_model
+from parallel_plans.verify.weights import in_float64, random_model
 from parallel_plans.views import Views
 
 TOKENS = (2, 32)  # batch and sequence: values lie the same way whatever these are

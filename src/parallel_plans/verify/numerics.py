@@ -31,6 +31,7 @@ from parallel_plans.sums import no_sum_scope
 from parallel_plans.table import Table
 from parallel_plans.verify.compare import FORWARD, GRADIENTS, RIGHT, WRITING, Run, reached
 from parallel_plans.verify.observed import Inputs, Observed, StepFailed, backward, forward, write
+from parallel_plans.verify.random_numbers import own_random_numbers
 from parallel_plans.verify.saved import saved_and_loaded
 from parallel_plans.verify.threads import RankHung, run_on_threads
 from parallel_plans.verify.weights import in_float64
@@ -104,8 +105,9 @@ def truths_of(trial: Trial) -> list[Observed]:
 def _truth(model: Any, inputs: Inputs) -> Observed:
     whole, observed = copy.deepcopy(model), Observed()
     try:
-        with in_float64():
+        with own_random_numbers(), in_float64():
             backward(whole, inputs, observed)
+        with own_random_numbers(), in_float64():
             observed.caches = _writes_with_cache(whole, inputs, observed)
     except Exception as error:  # it is somebody else's code
         told = str(error) if isinstance(error, StepFailed) else f"{type(error).__name__}: {error}"
@@ -161,14 +163,14 @@ def _on_rank(trial: Trial, table: Table, rank: int, seen: Sequence[Observed], un
     try:
         model = copy.deepcopy(trial.model)
         apply_table(model, table, _place(views), storage="local")
-        with in_float64(), nullcontext() if trial.waits else no_sum_scope():
+        with own_random_numbers(), in_float64(), nullcontext() if trial.waits else no_sum_scope():
             _step(model, inputs, observed, until)
         if until > FORWARD:
             if len(trial.batches) > 1:
                 average_gradients(model)
             observed.gradients = _gradients(model)
         if until > GRADIENTS:
-            with in_float64():
+            with own_random_numbers(), in_float64():
                 write(model, inputs, observed)
         if until > WRITING:
             observed.state = full_state_dict(model)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from parallel_plans.partial import Partial
+from parallel_plans.verify.batches import in_eval_mode, mask_for
 
 NEW_TOKENS = 4
 Event = tuple[str, Literal["arrives", "delivers"]]  # a module's name, and whether a value comes to it or from it
@@ -192,12 +193,13 @@ def write(model: Any, inputs: Inputs, observed: Observed) -> None:
     """Has a language model write on from the prompt."""
     if inputs.prompt is None or not getattr(model, "can_generate", lambda: False)():
         return
-    with torch.no_grad():
+    with torch.no_grad(), in_eval_mode(model):
         observed.written = model.generate(  # all as many tokens: ranks with batches of their own stay together
             inputs.prompt,
             min_new_tokens=NEW_TOKENS,
             max_new_tokens=NEW_TOKENS,
             do_sample=False,
-            attention_mask=torch.ones_like(inputs.prompt),
+            num_return_sequences=1,  # not every class takes that for granted
+            attention_mask=mask_for(inputs.prompt, model.config),
             **({} if inputs.caches else {"use_cache": False}),
         )

@@ -19,19 +19,20 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
 from parallel_plans.apply import parallelize
+from parallel_plans.causal import causal_model
 from parallel_plans.collectives import Listener, listening
 from parallel_plans.plan import Plan
 from parallel_plans.state import parallel_of
 from parallel_plans.table import Table
+from parallel_plans.verify.batches import tokens_for
 from parallel_plans.verify.short_steps import small_chunks
 from parallel_plans.verify.shrinking.kinds import kinds_of, on_meta
 from parallel_plans.verify.shrinking.layers import with_few_layers
 from parallel_plans.verify.shrinking.tree import config_from, fields_of
-from parallel_plans.verify.weights import as_loaded, images_for
+from parallel_plans.verify.weights import as_loaded
 from parallel_plans.verify.whereabouts import Whereabouts
 from parallel_plans.views import Views
 
@@ -104,14 +105,12 @@ class Subject:
 def causal_lm(config: Any, dtype: torch.dtype = torch.bfloat16, attention: str = "eager") -> Any:
     """The causal language model of a config, with the attention of this name, and its grouped matmul for experts."""
     with no_init_weights():
-        return as_loaded(AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention), dtype)
+        return as_loaded(causal_model(config, dtype=dtype, attn_implementation=attention), dtype)
 
 
 def tokens_of(batch: int, length: int, config: Any = None) -> dict[str, Any]:
     """Tokens and labels `[batch, length]` for a step without a cache, with images where a model wants some."""
-    tokens = torch.zeros((batch, length), dtype=torch.long)
-    images = {} if config is None else images_for(config, batch)
-    return {"input_ids": tokens, "labels": tokens, "use_cache": False, **images}
+    return {**tokens_for(config, batch, length), "use_cache": False}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -152,12 +152,13 @@ class _Tracer:
             output = self._told("prefill", tokens)
             if output is None:
                 return {}
-            cache = output.past_key_values
+            cache = getattr(output, "past_key_values", None)
             cached = _cache_bytes(cache)
             self.working["inference"] = max(0, self.watch.peak - before - sum(cached.values()))
-            del output
             if cache is None:
-                self.notes.append("the model has no cache: decode is a pass over one token")
+                has = "has no cache" if hasattr(output, "past_key_values") else "calls its cache something else"
+                self.notes.append(f"the model {has}: decode is a pass over one token")
+            del output
             self._told("decode", tokens[:, :1], past_key_values=cache)
         return cached
 

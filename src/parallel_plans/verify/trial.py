@@ -17,6 +17,7 @@ from parallel_plans.model_spec import ModelSpec, describe
 from parallel_plans.plan import Plan
 from parallel_plans.resolve import resolve
 from parallel_plans.table import Table
+from parallel_plans.verify.batches import ROWS, example_batch
 from parallel_plans.verify.compare import RIGHT, reached
 from parallel_plans.verify.encoder_states import states, taken_states
 from parallel_plans.verify.numerics import ModelFailed, Outcome, Trial, check_numerics, run_trial, truths_of
@@ -26,7 +27,7 @@ from parallel_plans.verify.shrink import CannotShrink, Shrunken, shrunken
 from parallel_plans.verify.shrinking.kinds import on_meta
 from parallel_plans.verify.shrinking.roles import role_of
 from parallel_plans.verify.shrinking.tree import config_from, each_number, fields_of
-from parallel_plans.verify.weights import example_batch, in_float64, random_model
+from parallel_plans.verify.weights import in_float64, random_model
 from parallel_plans.views import EXPERT_AXIS, Views
 
 TWO = Views(world=2, tp=2, etp=2)
@@ -286,7 +287,8 @@ def _cut(value: Any, few: int) -> Any:
     """So many tokens of one row, of a tensor or of each of several; an image is left as it is."""
     if isinstance(value, tuple):
         return tuple(_cut(each, few) for each in value)
-    return value[:1, :few] if value.dim() < 4 else value[:1]
+    rows = len(value) // ROWS  # one of the batch, which some models take as several
+    return value[:rows, :few] if value.dim() < 4 else value[:rows]
 
 
 def _weighed(findings: Sequence[Finding], even: Trial | None, table: Table) -> list[Finding]:

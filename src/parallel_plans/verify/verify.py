@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
+from parallel_plans.causal import causal_config, causal_model
 from parallel_plans.errors import Finding, PlanError
 from parallel_plans.lookup import DERIVE, PlanSource, carried_by, find_plan, with_experts, with_sequence
 from parallel_plans.mesh import views_for
@@ -112,9 +113,9 @@ def _model_and_subject(target: Any, inputs: Any) -> tuple[nn.Module, Any]:
     """The model, and what a trial is made from: a config that can be made small, or a model as it is."""
     if not isinstance(target, nn.Module):
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(target), target
+            return causal_model(target), causal_config(target)
     if inputs is None and isinstance(target, PreTrainedModel) and target.can_generate():
-        return target, config_of(target)
+        return target, causal_config(config_of(target))
     return target, OwnModel(model=target, inputs=inputs)
 
 

@@ -1,4 +1,4 @@
-"""Random weights in float64 for a small model, nothing in them zero or alike, and a batch for it."""
+"""Random weights in float64 for a small model, nothing in them zero or alike."""
 
 from __future__ import annotations
 
@@ -11,25 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import AutoModelForCausalLM
 
-from parallel_plans.verify.shrinking.sizes import ROW
-
-ROWS = 2
-WANT_IMAGES = ("git",)  # types of models whose loss leaves out as many tokens as an image makes
-SPECIAL = 3  # tokens 0, 1 and 2 stand for nothing in a text
+from parallel_plans.causal import causal_model
+from parallel_plans.verify.batches import books_of, in_step_mode
 
 
 def random_model(config: Any, seed: int = 0) -> Any:
-    """The causal language model of `config` in float64 and eval mode, every parameter drawn at random.
+    """The causal language model of `config` in float64, every parameter drawn at random, in the mode of its steps.
 
     Its attention and its experts are the plain ones of transformers (`eager`). `config` and torch's own random numbers
     are left as they are.
     """
     plain = {"attn_implementation": "eager", "experts_implementation": "eager"}
     with torch.random.fork_rng(devices=[]), torch.no_grad(), in_float64():
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float64, **plain).eval()
+        model = in_step_mode(causal_model(copy.deepcopy(config), dtype=torch.float64, **plain))
         as_loaded(model, torch.float64)
+        _tell_start(model)
         generator = torch.Generator().manual_seed(seed)
         for module in model.modules():
             for name, parameter in module.named_parameters(recurse=False):
@@ -52,6 +49,12 @@ def as_loaded(model: Any, dtype: torch.dtype) -> Any:
     return model
 
 
+def _tell_start(model: Any) -> None:
+    """Tells what writes sounds what they begin with, as generation configs of checkpoints do: what fills them up."""
+    if books_of(model.config) > 1 and model.can_generate():
+        model.generation_config.decoder_start_token_id = model.config.pad_token_id
+
+
 def noise(like: Tensor, generator: torch.Generator) -> Tensor:
     """Normal noise in the shape of a tensor, in float64."""
     return torch.randn(like.shape, generator=generator, dtype=torch.float64)
@@ -65,21 +68,6 @@ def drawn(module: nn.Module, name: str, parameter: Tensor, generator: torch.Gene
     if parameter.dim() <= 1:
         return 0.3 * values
     return 0.5 * values if isinstance(module, nn.Embedding) else values * parameter.shape[-1] ** -0.5
-
-
-def example_batch(config: Any, seed: int = 7) -> dict[str, Tensor]:
-    """Tokens and labels `[2, 11]` for a model of `config`, none of them special; images where it wants some."""
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(SPECIAL, config.get_text_config().vocab_size, (ROWS, ROW), generator=generator)
-    return {"input_ids": tokens, "labels": tokens.clone(), **images_for(config, ROWS, generator)}
-
-
-def images_for(config: Any, rows: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-    """An image for each row of a batch, where the model computes no loss of text alone; nothing where it does."""
-    if config.model_type not in WANT_IMAGES:
-        return {}
-    seen = config.vision_config
-    return {"pixel_values": torch.randn(rows, seen.num_channels, seen.image_size, seen.image_size, generator=generator)}
 
 
 class _Float64ForFloat32(TorchFunctionMode):

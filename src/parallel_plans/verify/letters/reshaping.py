@@ -167,12 +167,17 @@ def expanded(op: Operation) -> Lay:
 
 
 def repeated(op: Operation) -> Lay:
-    """`repeat`: dims one behind the other so many times."""
+    """`repeat`: dims one behind the other so many times, of which the whole model may have more."""
     value, lay = first(op)
     times = list(op.args[1])
     more = len(times) - value.dim()
     shards = [None if shard is None else shard.repeated(n) for shard, n in zip(lay.shards, times[more:], strict=True)]
-    return replace(lay, shards=(*(None,) * more, *shards))
+    shards = [*(None,) * more, *shards]
+    for dim, wanted in enumerate(op.whole_shape or ()):
+        size = op.result.shape[dim]
+        if wanted != size and shards[dim] is None and (dim < more or value.shape[dim - more] == 1):
+            shards[dim] = alike(size)
+    return replace(lay, shards=tuple(shards))
 
 
 def copied(op: Operation) -> Lay:

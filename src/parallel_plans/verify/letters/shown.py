@@ -53,7 +53,7 @@ class ViewsSeen(TorchDispatchMode):
         output = func(*args, **(kwargs or {}))
         name = func._schema.name.partition("::")[2]
         if name in SHOWING:
-            key = self.where(), self.where.is_backward, name == "expand"
+            key = self.where(), self.where.is_backward, name in REPEATING
             self.seen.setdefault(key, []).append(tuple(output.shape))
         return output
 
@@ -73,7 +73,8 @@ class _Ends(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-SHOWING = ("view", "_unsafe_view", "reshape", "expand")  # the same elements in another shape, or the same ones again
+REPEATING = ("expand", "repeat")  # the same elements again
+SHOWING = ("view", "_unsafe_view", "reshape", *REPEATING)  # the same elements in another shape, or the same ones again
 
 
 def shows(value: Tensor, lay: Lay, output: Tensor, shape: tuple[int, ...]) -> bool:

@@ -25,7 +25,7 @@ from parallel_plans.verify.letters.lay import (
 from parallel_plans.verify.letters.operation import Operation, tensors_in
 from parallel_plans.verify.letters.picking import onto
 from parallel_plans.verify.letters.rules import NUMBER_AT, UNIFORM, ZERO, rule_of
-from parallel_plans.verify.letters.shown import SHOWING, Seen, repeats, shows
+from parallel_plans.verify.letters.shown import REPEATING, SHOWING, Seen, repeats, shows
 from parallel_plans.verify.whereabouts import Whereabouts
 from parallel_plans.views import Views
 
@@ -121,10 +121,10 @@ class Tracker(TorchDispatchMode):
 
     def _whole_shape(self, name: str, args: tuple[Any, ...], output: Any) -> tuple[int, ...] | None:
         """What this view, or repetition, gives in the whole model; None where nothing there is it."""
-        if name not in SHOWING or (name != "expand" and self.lay(args[0]).is_plain):
+        if name not in SHOWING or (name not in REPEATING and self.lay(args[0]).is_plain):
             return None
-        is_it, lay = repeats if name == "expand" else shows, self.lay(args[0])
-        left = self._seen.get((self.where(), self.where.is_backward, name == "expand"), [])
+        is_it, lay = repeats if name in REPEATING else shows, self.lay(args[0])
+        left = self._seen.get((self.where(), self.where.is_backward, name in REPEATING), [])
         for at, shape in enumerate(left):
             if len(shape) == output.dim() and is_it(args[0], lay, output, shape):
                 return left.pop(at)
@@ -173,7 +173,7 @@ class Tracker(TorchDispatchMode):
         if over:
             over = over.union(*(lay.partial | lay.over for lay in lays))
             return [varying(result.dim(), over) for result in results]
-        if all(lay.is_plain for lay in lays) and op.name != "expand":
+        if all(lay.is_plain for lay in lays) and op.name not in REPEATING:
             return [_made(op, result) for result in results]
         try:
             return self._by_rule(func, op, lays, results)

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
+from parallel_plans.causal import causal_model
 from parallel_plans.verify.shrinking.tree import Fields, is_number, is_of_text
 
 # Attributes that tell a layer from its neighbours without making it another kind.
@@ -50,7 +50,7 @@ class Kinds:
 def on_meta(config: Any) -> Any:
     """The causal language model of `config`, without memory; raises whatever its class raises."""
     with torch.device("meta"), no_init_weights():
-        return AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation="eager")
+        return causal_model(copy.deepcopy(config), attn_implementation="eager")
 
 
 def kinds_of(model: nn.Module, stacks: Sequence[str] | None = None) -> Kinds:

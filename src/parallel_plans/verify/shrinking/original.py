@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
+from parallel_plans.verify.batches import example_batch
 from parallel_plans.verify.shrinking.kinds import Kinds, kinds_of, on_meta
 from parallel_plans.verify.shrinking.tree import Fields, config_from
-from parallel_plans.verify.weights import example_batch, in_float64, random_model
+from parallel_plans.verify.weights import in_float64, random_model
 
 MOST_PARAMETERS = 3_000_000  # of a model that is still small
 

@@ -84,6 +84,8 @@ def _found(scope: Scope, name: str, number: int) -> int:
 
 
 def _token(scope: Scope, name: str, number: int) -> int:
+    if number == scope.number("vocab_size"):  # one that no other can be: behind all that are written
+        return min(number, VOCABULARY)
     return next((token for token, word in enumerate(_TOKENS) if word in name), len(_TOKENS) - 1)
 
 
