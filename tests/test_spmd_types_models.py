@@ -17,7 +17,7 @@ from first_rank import RANKS, first_rank
 from tiny import tiny_model, tokens
 from torch import Tensor
 
-from parallel_plans import lanes, parallelize, sums, transitions, verify_plan
+from parallel_plans import joint, lanes, parallelize, sums, transitions, verify_plan
 from parallel_plans.collectives import Axis
 from parallel_plans.lookup import bundled_folder
 from parallel_plans.sums import no_sum_scope
@@ -67,10 +67,8 @@ def _changes_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     # the long way, which a checker can follow
     monkeypatch.setattr(transitions, "_replicated", lambda *given: transitions._Replicate.apply(*given))
     monkeypatch.setattr(transitions, "_gathered", lambda *given: transitions._Gather.apply(*given))
-    monkeypatch.setattr(
-        transitions, "_replicated_together", lambda *given: transitions._ReplicateTogether.apply(*given)
-    )
-    kind = transitions._ReplicateTogether
+    monkeypatch.setattr(joint, "_replicated_together", lambda *given: joint._ReplicateTogether.apply(*given))
+    kind = joint._ReplicateTogether
     monkeypatch.setattr(kind, "spmd_typecheck", staticmethod(together), raising=False)
 
 

@@ -8,10 +8,10 @@ import pytest
 from transformers import AutoConfig
 
 from parallel_plans import sharing, verify_plan
+from parallel_plans.joint import reduce_together
 from parallel_plans.loader import load_plan
 from parallel_plans.lookup import bundled_folder
 from parallel_plans.plan import Plan
-from parallel_plans.transitions import reduce_together
 from parallel_plans.verify.report import Report
 
 SMALL = {"num_hidden_layers": 2, "hidden_size": 72, "intermediate_size": 64, "vocab_size": 96}

@@ -28,10 +28,11 @@ from torch.distributed.tensor import DTensor
 
 from parallel_plans.collectives import Axis
 from parallel_plans.compiling import is_dynamo_compiling, tracer, untraced
+from parallel_plans.joint import replicate_together
 from parallel_plans.sharing import Shared, share_together
 from parallel_plans.storage import local_tensor, local_tensors
 from parallel_plans.traced_forks import TracedForks, Where, shown
-from parallel_plans.transitions import VIEWS, replicate, replicate_together, set_private
+from parallel_plans.transitions import VIEWS, replicate, set_private
 
 if TYPE_CHECKING:
     from parallel_plans.laid_out import LaidOut

@@ -12,10 +12,11 @@ from torch.distributed.tensor import DTensor
 
 from parallel_plans.collectives import Axis
 from parallel_plans.forks import in_use, replicated_in_use
+from parallel_plans.joint import replicate_together
 from parallel_plans.layouts import Split
 from parallel_plans.partial import contribute
 from parallel_plans.sharing import Shared, share_together
-from parallel_plans.transitions import gather, replicate, replicate_together
+from parallel_plans.transitions import gather, replicate
 
 if TYPE_CHECKING:
     from parallel_plans.boundary import Forward

@@ -17,7 +17,7 @@ from torch import Tensor
 from parallel_plans.collectives import Axis
 from parallel_plans.compiling import untraced
 from parallel_plans.delayed import Delayed, Kept, Link, Step, Tally, recording
-from parallel_plans.transitions import reduce_together
+from parallel_plans.joint import reduce_together
 
 Rule = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from parallel_plans.collectives import Axis, declare
 from parallel_plans.dealing import Range
+from parallel_plans.joint import reduce_together
 from parallel_plans.layouts import Layout, Split
 from parallel_plans.mesh import Place
-from parallel_plans.transitions import reduce_together, replicate
+from parallel_plans.transitions import replicate
 from parallel_plans.views import SHARED
 
 

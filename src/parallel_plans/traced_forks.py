@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from parallel_plans.collectives import Axis
+from parallel_plans.joint import replicate_together
 from parallel_plans.layouts import Split
 from parallel_plans.storage import local_tensor
-from parallel_plans.transitions import for_use, replicate, replicate_together
+from parallel_plans.transitions import for_use, replicate
 
 Where = tuple[Axis, Split, int]
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import functools
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,7 +32,6 @@ from parallel_plans.collectives import (
     add_up,
     all_gather,
     all_reduce,
-    all_reduce_together,
     all_to_all,
     contiguous_copy,
     declare,
@@ -44,7 +43,8 @@ from parallel_plans.compiling import is_dynamo_compiling
 from parallel_plans.layouts import Split
 
 
-def _needs_gradient(value: Tensor) -> bool:
+def needs_gradient(value: Tensor) -> bool:
+    """Whether autograd records what is done to the value."""
     return value.requires_grad and torch.is_grad_enabled()
 
 
@@ -63,7 +63,7 @@ def vouch(value: Tensor, axis: Axis, letter: str | Tensor, gradient: str | Tenso
     """`value`, and in backward its gradient, as `declare` says of each; nothing where nobody listens."""
     if not listeners:
         return value
-    if _needs_gradient(value):
+    if needs_gradient(value):
         return _Vouched.apply(value, axis, letter, gradient)
     return declare(value.clone(), axis, letter)
 
@@ -89,7 +89,7 @@ def _own(value: Tensor, axis: Axis, split: Split, dim: int) -> Tensor:
     return split.take(value, axis.rank, dim).contiguous()
 
 
-def _applied(function: Any) -> Callable[..., Any]:
+def applied(function: Any) -> Callable[..., Any]:
     """`function.apply`, without its look for what functorch left behind, which takes longer than all else in it."""
     apply = super(torch.autograd.Function, function).apply
 
@@ -146,7 +146,7 @@ class _ScatterBeside(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        if _needs_gradient(gradient):
+        if needs_gradient(gradient):
             return gather_for_use(gradient, *ctx.where), gather(gradient, *ctx.where), None, None, None
         whole = all_gather(gradient, *ctx.where)
         return whole, whole, None, None, None
@@ -186,7 +186,7 @@ def set_private(replicated: Any, axis: Axis, is_private: bool) -> None:
         replicated.grad_fn.is_private = is_private
 
 
-_gathered = _applied(_Gather)
+_gathered = applied(_Gather)
 _GATHERED: Any = _Gather._backward_cls
 
 # what autograd calls the ways to look at all of a tensor in its own order
@@ -211,8 +211,8 @@ class _Gathered:
     has_told = False
 
 
-def _gather_behind(value: Tensor, axis: Axis) -> Any:
-    """The same, where it was gathered over the axis."""
+def gather_behind(value: Tensor, axis: Axis) -> Any:
+    """The node of autograd that gathered all of `value` over the axis, of which the part is known; None: no such."""
     node = _gathering(value) if _Gathered.has_told else None
     return node if node is not None and node.where[0] is axis else None
 
@@ -229,11 +229,11 @@ def replicate(value: Tensor, axis: Axis) -> Tensor:
 
     Of a value that was gathered, that sum is wanted in parts, and is reduce-scattered.
     """
-    if not _needs_gradient(value):
+    if not needs_gradient(value):
         return value
     if is_dynamo_compiling():
         return _replicated(value, axis)
-    node = _gather_behind(value, axis)
+    node = gather_behind(value, axis)
     if node is None:
         return _replicated(value, axis)
     _, split, dim = node.where
@@ -245,72 +245,6 @@ def for_use(part: Tensor, gathered: Tensor, where: tuple[Axis, Split, int], shap
     """I -> R of what `gather(part, *where)` gave in this shape, or a view of it; its gradient is reduce-scattered."""
     made: Tensor = _ForUse.apply(part, gathered.detach(), where, shape)
     return made
-
-
-class _ReplicateTogether(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, axis: Axis, *values: Tensor) -> tuple[Tensor, ...]:
-        ctx.axis = axis
-        ctx.is_private = False
-        ctx.materialize_grads = False  # what is not used needs no reduction
-        return tuple([value.view_as(value) for value in values])
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        found = [gradient for gradient in gradients if gradient is not None]
-        if len(found) < 2:
-            return None, *[None if gradient is None else reduce(gradient, ctx.axis) for gradient in gradients]
-        dtype = found[0].dtype
-        for gradient in found:
-            if gradient.dtype is not dtype:
-                return None, *_summed_by_dtype(gradients, ctx.axis)
-        if torch.is_grad_enabled() and any(map(_needs_gradient, found)):
-            pieces = reduce_together(found, ctx.axis)
-        else:
-            pieces = all_reduce_together(found, ctx.axis, own=gradients[-1] if ctx.is_private else None)
-        if len(found) == len(gradients):
-            return None, *pieces
-        at = iter(pieces)
-        return None, *[None if gradient is None else next(at) for gradient in gradients]
-
-
-def _summed_by_dtype(gradients: Sequence[Tensor | None], axis: Axis) -> list[Tensor | None]:
-    """The sums of those that are there, in one reduction for each dtype: adapters may be finer than their bases."""
-    summed, places = list(gradients), dict[torch.dtype, list[int]]()
-    for place, gradient in enumerate(gradients):
-        if gradient is not None:
-            places.setdefault(gradient.dtype, []).append(place)
-    for alike in places.values():
-        found = [gradient for place in alike if (gradient := gradients[place]) is not None]
-        pieces = reduce_together(found, axis) if len(found) > 1 else (reduce(found[0], axis),)
-        for place, piece in zip(alike, pieces, strict=True):
-            summed[place] = piece
-    return summed
-
-
-_replicated_together = _applied(_ReplicateTogether)
-# as on the way there, without the look for what else a function may define
-_ReplicateTogether._backward_cls.apply = _ReplicateTogether.backward  # type: ignore[attr-defined]
-
-
-def replicate_together(values: Sequence[Tensor], axis: Axis) -> tuple[Tensor, ...]:
-    """I -> R of several values whose gradients come at the same time: they are summed in one reduction."""
-    wanted = [value for value in values if value.requires_grad] if torch.is_grad_enabled() else []
-    if not is_dynamo_compiling():
-        for value in wanted:
-            if value.grad_fn is not None and _gather_behind(value, axis) is not None:
-                return _replicated_apart(values, axis)
-    if len(wanted) == len(values):
-        return _replicated_together(axis, *values)
-    made = iter(_replicated_together(axis, *wanted) if wanted else ())
-    return tuple(next(made) if _needs_gradient(value) else value for value in values)
-
-
-def _replicated_apart(values: Sequence[Tensor], axis: Axis) -> tuple[Tensor, ...]:
-    """The same, where some were gathered, and are reduce-scattered each on its own."""
-    together = [at for at, value in enumerate(values) if _gather_behind(value, axis) is None]
-    made = dict(zip(together, replicate_together([values[at] for at in together], axis), strict=True))
-    return tuple(made[at] if at in made else replicate(value, axis) for at, value in enumerate(values))
 
 
 def reduce(value: Tensor, axis: Axis, *, in_place: bool = False) -> Tensor:
@@ -328,30 +262,14 @@ def reduce(value: Tensor, axis: Axis, *, in_place: bool = False) -> Tensor:
     return value
 
 
-class _ReduceTogether(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, axis: Axis, *values: Tensor) -> tuple[Tensor, ...]:
-        return all_reduce_together(values, axis)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *gradients
-
-
-def reduce_together(values: Sequence[Tensor], axis: Axis) -> tuple[Tensor, ...]:
-    """P -> I of several values of one dtype, in one reduction."""
-    is_recorded = any(_needs_gradient(value) for value in values)
-    return _ReduceTogether.apply(axis, *values) if is_recorded else all_reduce_together(values, axis)
-
-
 def reduce_for_use(value: Tensor, axis: Axis) -> Tensor:
     """P -> R: the sum of the ranks' values, then used differently per rank (statistics over a sharded dim)."""
-    return _ReduceForUse.apply(value, axis) if _needs_gradient(value) else all_reduce(value, axis)
+    return _ReduceForUse.apply(value, axis) if needs_gradient(value) else all_reduce(value, axis)
 
 
 def gather(local: Tensor, axis: Axis, split: Split, dim: int) -> Tensor:
     """S(dim) -> I: the whole value; each rank's gradient is its own slice."""
-    return _gathered(local, axis, split, dim) if _needs_gradient(local) else all_gather(local, axis, split, dim)
+    return _gathered(local, axis, split, dim) if needs_gradient(local) else all_gather(local, axis, split, dim)
 
 
 def gather_to_share(local: Tensor, axis: Axis, split: Split, dim: int) -> Tensor:
@@ -369,7 +287,7 @@ def gather_to_share(local: Tensor, axis: Axis, split: Split, dim: int) -> Tensor
 def take_own(value: Tensor, axis: Axis, split: Split, dim: int) -> Tensor:
     """I -> S(dim): this rank's slice; the gradient is gathered from all ranks."""
     assert split.is_disjoint  # slices that several ranks hold would want their gradients summed
-    return _TakeOwn.apply(value, axis, split, dim) if _needs_gradient(value) else _own(value, axis, split, dim)
+    return _TakeOwn.apply(value, axis, split, dim) if needs_gradient(value) else _own(value, axis, split, dim)
 
 
 def take_held(value: Tensor, axis: Axis, split: Split, dim: int) -> Tensor:
@@ -380,7 +298,7 @@ def take_held(value: Tensor, axis: Axis, split: Split, dim: int) -> Tensor:
 
 def gather_for_use(local: Tensor, axis: Axis, split: Split, dim: int) -> Tensor:
     """S(dim) -> R: the whole value, used differently per rank; the gradient is summed and scattered."""
-    if _needs_gradient(local):
+    if needs_gradient(local):
         return _GatherForUse.apply(local, axis, split, dim)
     return all_gather(local, axis, split, dim)
 
@@ -388,7 +306,7 @@ def gather_for_use(local: Tensor, axis: Axis, split: Split, dim: int) -> Tensor:
 def scatter_sum(value: Tensor, axis: Axis, split: Split, dim: int) -> Tensor:
     """P -> S(dim): this rank's slice of the sum; the gradient is gathered from all ranks."""
     assert split.is_disjoint  # as above
-    if _needs_gradient(value):
+    if needs_gradient(value):
         return _ScatterSum.apply(value, axis, split, dim)
     return reduce_scatter(value, axis, split, dim)
 
@@ -403,7 +321,7 @@ def scatter_sum_beside(value: Tensor, beside: Tensor, axis: Axis, split: Split, 
 
 def exchange(value: Tensor, axis: Axis, send: tuple[int, ...], receive: tuple[int, ...]) -> Tensor:
     """`receive[r]` rows from each rank r, which gets `send[r]` of this rank's; the gradient goes the way back."""
-    if _needs_gradient(value):
+    if needs_gradient(value):
         return _Exchange.apply(value, axis, send, receive)
     return all_to_all(value, axis, send, receive)
 
