@@ -109,6 +109,65 @@ def test_numbers_that_a_module_keeps_become_local_and_no_others() -> None:
     assert derived.report.ok
 
 
+class _Sharing(nn.Module):
+    """Attention whose heads all meet one key and one value, fused behind the queries."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = 4
+        self.fused, self.out = nn.Linear(24, 4 * 6 + 2 * 6), nn.Linear(24, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        fused = self.fused(x).view(*x.shape[:2], -1, 6)
+        query, key, value = fused[..., :-2, :], fused[..., [-2], :], fused[..., [-1], :]
+        scores = query.transpose(1, 2) @ key.permute(0, 2, 3, 1)
+        mixed = scores.softmax(-1) @ value.transpose(1, 2)
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+
+def test_what_all_heads_share_stays_whole_in_a_fused_weight_whose_heads_are_split() -> None:
+    derived = derive_plan(nn.Sequential(_Sharing()), inputs=(torch.randn(2, 5, 24),))
+    rules = {rule.pattern: rule for rule in derived.plan.rules("tp_plan")}
+    assert set(derived.report.levels.values()) <= {"passed", "unproven"}
+    assert rules["*.fused"].style == "packed_colwise"
+    assert rules["*.fused"].options == {"parts": (24, 12), "unit": (6, 12), "shared": (False, True)}
+    assert rules["*.out"].options == {"unit": 6}
+    assert "[24@tp + 12, 24]" in derived.text
+
+
+class _Biased(nn.Module):
+    """Attention that is handed a bias for every head, as with ALiBi."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.value, self.out = (nn.Linear(24, 24, bias=False) for _ in range(3))
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        query, value = (layer(x).view(*x.shape[:2], -1, 6).transpose(1, 2) for layer in (self.query, self.value))
+        mixed = (query @ query.transpose(2, 3) + bias).softmax(-1) @ value
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+
+class _Slopes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = _Biased()
+        self.mlp = nn.Sequential(nn.Linear(24, 32), nn.ReLU(), nn.Linear(32, 24))
+
+    def forward(self, x: Tensor) -> Tensor:
+        slopes = torch.arange(1, 5, dtype=x.dtype)[:, None, None] * torch.arange(x.shape[1])
+        return x + self.mlp(self.attention(x, bias=slopes))
+
+
+def test_an_input_that_holds_something_for_every_head_is_split_and_steps_that_differ_have_rules_of_their_own() -> None:
+    derived = derive_plan(_Slopes(), inputs=(torch.randn(2, 5, 24),))
+    rules = {rule.pattern: rule for rule in derived.plan.rules("tp_plan")}
+    assert derived.report.ok
+    assert rules["attention"].options == {"inputs": {"bias": {"dim": 0, "size": 4}}}
+    assert rules["attention.out"].options == {"unit": 6}
+    assert (rules["mlp.0"].style, rules["mlp.2"].style) == ("colwise", "rowwise")
+
+
 def test_nobody_gets_a_derived_plan_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("a plan was derived")
@@ -203,6 +262,12 @@ def test_a_size_is_named_by_what_has_it_in_all_models() -> None:
     assert names.text((5, 5)) == 5
     assert names.text((5, 7)) is None
     assert Names([]).text((256,)) == 256
+    own = [{"n_embd": 64, "n_head": 8, "n_layer": 2, "rotary_dim": 2}]
+    own.append({"n_embd": 96, "n_head": 12, "n_layer": 2, "rotary_dim": 3})
+    known_as = {"n_embd": "hidden_size", "n_head": "num_attention_heads", "n_layer": "num_hidden_layers"}
+    assert Names(own, known_as).text((8, 8), is_head=True) == "n_embd / n_head"
+    assert Names(own, known_as).text((8, None)) == 8
+    assert Names(own, known_as).text((4, 4)) == 4
 
 
 def test_all_is_only_said_of_all() -> None:

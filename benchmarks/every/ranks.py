@@ -100,7 +100,7 @@ class _Split:
         model = from_pretrained(
             given,
             model_class=self.truth.kind,
-            tp_plan="auto",
+            tp_plan=self.truth.plan,
             tp_size=self.row.tp,
             dtype=self.truth.dtype,
             **experts,

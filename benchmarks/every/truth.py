@@ -34,6 +34,7 @@ class Truth:
         logits, loss: that it gives.
         gradients: name -> gradient, for every parameter that has one.
         tokens: a greedy continuation; None where the model does not write in one process either.
+        plan: by which ranks split the model, as `tp_plan` of `from_pretrained`.
     """
 
     kind: type[Any]
@@ -44,6 +45,7 @@ class Truth:
     loss: Tensor
     gradients: dict[str, Tensor]
     tokens: Tensor | None
+    plan: str = "auto"
 
     @property
     def checkpoint(self) -> Path:

@@ -33,6 +33,7 @@ class Derived:
         plan: the same, read.
         report: what `verify_plan` says of it.
         refused: form of a parameter -> why it stays whole although it looked as if it could be split.
+        whole: form of a parameter -> why no dim of it is split, refused or not.
         seconds: how long it took.
     """
 
@@ -40,6 +41,7 @@ class Derived:
     plan: Plan
     report: Report
     refused: dict[str, str]
+    whole: dict[str, str]
     seconds: float
 
     @property
@@ -77,7 +79,12 @@ def derive_plan(model_or_config: Any, tp: int = 2, *, inputs: Any = None) -> Der
     report = search.run()
     text = search.text(list(_remarks(report, tp)))
     return Derived(
-        text=text, plan=loaded(text), report=report, refused=search.refused, seconds=time.monotonic() - began
+        text=text,
+        plan=loaded(text),
+        report=report,
+        refused=search.refused,
+        whole=search.whole,
+        seconds=time.monotonic() - began,
     )
 
 

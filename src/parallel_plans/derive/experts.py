@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 
 from parallel_plans.derive.ruling import Line, Ruling, Sample
 from parallel_plans.model_spec import ModuleInfo
-from parallel_plans.table import wildcarded
 
 # what brings tokens to experts: on ranks that share a batch, and on ranks with batches of their own
 BRINGING = {"ep_plan": "moe_experts_allreduce", "dispatch_plan": "ep_dispatch"}
@@ -19,7 +18,7 @@ def experts_of(sample: Sample) -> list[ModuleInfo]:
         shapes = [sample.spec.parameters[name].shape for name in module.parameters]
         is_stack = any(len(shape) == 3 for shape in shapes) and len({shape[0] for shape in shapes}) == 1
         if is_stack and module.kind == "other" and _takes_routes(sample, module.name):
-            forms.setdefault(wildcarded(module.name), module)
+            forms.setdefault(sample.learned.pattern(module.name), module)
     return list(forms.values())
 
 
@@ -44,8 +43,8 @@ def sections(ruling: Ruling, section: str) -> list[list[Line]]:
 
 def _dealt(ruling: Ruling, module: ModuleInfo, section: str) -> Iterator[Line]:
     for name in module.parameters:
-        yield Line(pattern=wildcarded(name), style="grouped_gemm", shape=ruling.shape_over(name, 0, "ep"))
-    yield Line(pattern=wildcarded(module.name), style=BRINGING[section])
+        yield Line(pattern=ruling.pattern(name), style="grouped_gemm", shape=ruling.shape_over(name, 0, "ep"))
+    yield Line(pattern=ruling.pattern(module.name), style=BRINGING[section])
 
 
 def _routers(ruling: Ruling, found: Sequence[ModuleInfo]) -> Iterator[list[str]]:
@@ -57,8 +56,8 @@ def _routers(ruling: Ruling, found: Sequence[ModuleInfo]) -> Iterator[list[str]]
             each for each in ruling.spec.modules if each.startswith(f"{around}.") and not _within(each, module.name)
         ]
         handed = {id(each) for call, _ in ruling.first.learned.step.called.get(module.name, ()) for each in call}
-        giving += [wildcarded(each) for each in beside if _gives(ruling.first, each, handed)][:1]
-        rows += [wildcarded(each) for each in beside if _has_row_for_each(ruling, each, module)][:1]
+        giving += [ruling.pattern(each) for each in beside if _gives(ruling.first, each, handed)][:1]
+        rows += [ruling.pattern(each) for each in beside if _has_row_for_each(ruling, each, module)][:1]
     told = [routers for routers in (giving, rows) if len(routers) == len(found)]
     yield from told[:1] if len(told) == 2 and told[0] == told[1] else told
     yield []  # experts that are handed masked routes need no router's rule

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from torch import Tensor
@@ -18,10 +18,14 @@ from parallel_plans.table import wildcarded
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """A stretch of a dim that is split on its own: its elements, and how many of them stay together."""
+    """A stretch of a dim that is split on its own: its elements, and how many of them stay together.
+
+    `is_whole` where every rank has all of it, and uses it on its own part of the others.
+    """
 
     size: int
     unit: int
+    is_whole: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +34,20 @@ class Cut:
 
     dim: int
     parts: tuple[Part, ...]
+
+    @property
+    def has_whole(self) -> bool:
+        """Whether some part of it is on every rank."""
+        return any(part.is_whole for part in self.parts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Taken:
+    """What a rank takes of an input of a module: the dim, how long that is at least, and what of it stays together."""
+
+    dim: int
+    size: int
+    unit: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +62,8 @@ class Group:
         whole: the parameters that every rank has whole and uses on its part, so that their gradients are summed.
         bytes: of all parameters that it splits.
         uses: linear layer -> how many of its last output features every rank has whole and uses on its part.
+        inputs: module -> its inputs that hold something for everything that is dealt, of which a rank takes its part.
+        form: what it splits, and how: the same for a group of another model of the kind that does the same there.
     """
 
     extents: frozenset[Extent]
@@ -53,6 +73,8 @@ class Group:
     whole: frozenset[str]
     bytes: int
     uses: Mapping[str, int] = field(default_factory=dict)
+    inputs: Mapping[str, Mapping[str, Taken]] = field(default_factory=dict)
+    form: frozenset[tuple[str, int, tuple[bool, ...]]] = frozenset()
 
     @property
     def collectives(self) -> int:
@@ -104,6 +126,11 @@ class Groups:
                     result.setdefault(id(group), group)
         return sorted(result.values(), key=lambda group: -group.bytes / (1 + group.collectives))
 
+    def twin(self, group: Group) -> Group | None:
+        """The group here that does what one of another model of the kind does there."""
+        alike = sorted(self.found, key=lambda each: -len(each.form & group.form))
+        return next((each for each in alike if each.form & group.form and not _differ(each, group)), None)
+
     def why_whole(self, name: str) -> str | None:
         """Why no dim of a parameter is split; None where the reason is only that it is as wide as what comes in."""
         told = {}
@@ -125,26 +152,66 @@ class Groups:
             if made:
                 cuts[name] = made[0]
         marks = {mark for extent in extents for mark in extent.marks}
+        summed = {mark.parameter for mark in marks if isinstance(mark, Summed)}
+        if half := sorted(name for name, cut in cuts.items() if cut.has_whole and name in summed):
+            raise Refusal(f"only some parts of what {wildcarded(half[0])} sums over would be split")
         sums = frozenset(mark.module for mark in marks if isinstance(mark, Summed))
         norms = frozenset(mark.module for mark in marks if isinstance(mark, Normed))
         uses: dict[str, int] = {}
         whole = frozenset(self._whole(extents, cuts, norms, uses))
         size = sum(self.spec.parameters[name].bytes for name in cuts if name not in self.spec.tied)
-        return Group(extents=extents, cuts=cuts, sums=sums, norms=norms, whole=whole, bytes=size, uses=uses)
+        return Group(
+            extents=extents,
+            cuts=cuts,
+            sums=sums,
+            norms=norms,
+            whole=whole,
+            bytes=size,
+            uses=uses,
+            inputs=dict(self._inputs(extents)),
+            form=frozenset(
+                (self.learned.pattern(name), cut.dim, tuple(part.is_whole for part in cut.parts))
+                for name, cut in cuts.items()
+            ),
+        )
+
+    def _inputs(self, extents: frozenset[Extent]) -> Iterator[tuple[str, dict[str, Taken]]]:
+        """The modules with inputs that hold something for everything that is dealt."""
+        for module, inputs in self.learned.handed.items():
+            taken = {}
+            for name, dims in inputs.items():
+                for at, dim in enumerate(dims):
+                    if parts := parts_of(dim, extents):
+                        if len(set(parts)) > 1:
+                            raise Refusal(f"the input {name} is made of several parts", module=module)
+                        taken[name] = Taken(dim=at, size=parts[0].size, unit=parts[0].unit)
+            if taken:
+                yield module, taken
 
     def _closed(self, leaf: Extent) -> frozenset[Extent]:
-        """The extent, with those that stand beside it in fused parameters: they are split on their own, all of them."""
+        """The extent, with those that stand beside it in fused parameters and can be split, each on its own."""
         extents = {leaf}
+        _check_free(extents, self.tp)
         for _ in range(8):
-            _check_free(extents, self.tp)
             more: set[Extent] = set()
             for dims in self.learned.parameters.values():
                 for dim in dims:
-                    more |= _beside(dim, extents)
+                    more |= {each for each in _beside(dim, extents) if self._can_join(each, extents)}
             if more <= extents:
                 return frozenset(extents)
             extents |= more
         raise Refusal("too much would have to be split at once")
+
+    def _can_join(self, extent: Extent, extents: set[Extent]) -> bool:
+        """Whether an extent can be split beside these: nothing binds it, and no dim has both as factors."""
+        among = {extent, *extents}
+        if extent in extents or any(_is_twice(dim, among) for dims in self.learned.parameters.values() for dim in dims):
+            return extent in extents
+        try:
+            _check_free([extent], self.tp)
+        except Refusal:
+            return False
+        return True
 
     # -- what meets what is split
 
@@ -156,6 +223,7 @@ class Groups:
         Raises:
             Refusal: another value does, whose gradient would be a part of the sum on each rank.
         """
+        shared = frozenset(name for name, cut in cuts.items() if cut.has_whole)
         for op in self.learned.step.operations:
             tensors = op.tensors
             touched = [self._holds(each, extents) for each in tensors]
@@ -171,11 +239,12 @@ class Groups:
                 if name is not None and not summed:
                     yield name
                 elif name is None and not self._is_handed_over(op, tensors, cuts):
-                    origin = origin_of(self.learned, self.spec, tensor)
+                    origin = origin_of(self.learned, self.spec, tensor, shared)
                     if origin is None:
                         raise Refusal(f"`{op.name}` meets a value that stays whole", module=op.module)
                     yield from origin.parameters
-                    uses[origin.module] = max(origin.features, uses.get(origin.module, 0))
+                    if origin.module is not None:
+                        uses[origin.module] = max(origin.features, uses.get(origin.module, 0))
 
     def _holds(self, tensor: Tensor, extents: frozenset[Extent]) -> bool:
         """Whether a tensor has a dim, or part of one, that is among these."""
@@ -208,11 +277,18 @@ def _check_free(extents: Iterable[Extent], tp: int) -> None:
             raise Refusal(f"there are only {extent.size} to deal over {tp} ranks")
 
 
+def _is_twice(extent: Extent, among: set[Extent]) -> bool:
+    """Whether two factors of a dim would be dealt at once."""
+    extent = found(extent)
+    pieces = [found(piece) for piece in extent.pieces]
+    has = [any(leaf in among for leaf in leaves(piece)) for piece in pieces]
+    return (extent.form == PRODUCT and sum(has) > 1) or any(_is_twice(piece, among) for piece in pieces)
+
+
 def parts_of(extent: Extent, among: Iterable[Extent]) -> list[Part]:
     """The parts of a dim in which these are dealt; none where it has none of them.
 
-    Raises:
-        Refusal: a part has none of them while another has.
+    What stands beside them and has none of them is a part that every rank has whole.
     """
     extent, wanted = found(extent), set(among)
     if extent.form is None:
@@ -222,14 +298,13 @@ def parts_of(extent: Extent, among: Iterable[Extent]) -> list[Part]:
     if not any(inner):
         return []
     if extent.form == SUM:
-        if not all(inner):
-            raise Refusal("only some parts of a fused parameter would be split")
-        return [part for parts in inner for part in parts]
+        whole = ([Part(size=piece.size, unit=piece.size, is_whole=True)] for piece in pieces)
+        return [part for parts, all_of in zip(inner, whole, strict=True) for part in parts or all_of]
     assert extent.form == PRODUCT
     at = next(place for place, parts in enumerate(inner) if parts)
     before = _times(pieces[:at])
     after = _times(pieces[at + 1 :])
-    return [Part(size=part.size * after, unit=part.unit * after) for part in inner[at]] * before
+    return [replace(part, size=part.size * after, unit=part.unit * after) for part in inner[at]] * before
 
 
 def _times(pieces: Iterable[Extent]) -> int:
@@ -259,12 +334,23 @@ def _first_free(extent: Extent) -> Extent:
     return next(free, all_of[0])
 
 
+def _differ(one: Group, other: Group) -> bool:
+    """Whether two groups split some parameter in different ways: layers of a kind may lack what others have."""
+    own, others = ({name: (dim, parts) for name, dim, parts in each.form} for each in (one, other))
+    return any(own[name] != others[name] for name in own.keys() & others.keys())
+
+
+def is_worth_it(group: Group) -> bool:
+    """Whether a group splits something that is summed over: what nothing is made of need not be dealt."""
+    return bool(group.cuts) and group.collectives > 0
+
+
 def chosen(groups: Groups) -> list[Group]:
     """The groups that are taken: greedily, none that splits what another splits already."""
     taken: list[Group] = []
     ruled: set[str] = set()
     for group in groups.found:
-        if not group.cuts or group.collectives == 0 or ruled & set(group.cuts):
+        if not is_worth_it(group) or ruled & set(group.cuts):
             continue
         taken.append(group)
         ruled |= set(group.cuts)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
 from torch import Tensor, nn
 
-from parallel_plans.derive.extents import Clash, Extent, join, mark
+from parallel_plans.derive.extents import Clash, Extent, join, leaves, mark
+from parallel_plans.derive.patterns import Patterns
 from parallel_plans.derive.step import Operation, Step
 
 Dims = list[Extent]
@@ -46,7 +48,10 @@ class Learned:
     Attributes:
         step: the step.
         parameters: name -> the dims of the parameter.
+        pattern: name -> the name of its rule.
         source: id of a tensor -> the name of the parameter that it is another view of.
+        handed: module -> name of an input -> its dims as they are within the module, where these are seen anew: an
+            input that comes from outside, whole, may hold something for each of what the module deals over ranks.
     """
 
     def __init__(self, step: Step) -> None:
@@ -55,6 +60,14 @@ class Learned:
         self.source: dict[int, str] = {}
         self._alive: list[Tensor] = []
         self.modules = dict(step.model.named_modules())
+        self.pattern = Patterns(step.model)
+        self.handed: dict[str, dict[str, Dims]] = {}
+        self._anew: dict[tuple[str, int], str] = {}  # module, id of a tensor -> the input that it is
+        self._now = ""  # the module whose operation is being followed
+        for module, inputs in step.handed.items():
+            for name, tensor in inputs.items():
+                if tensor.is_floating_point() and not tensor.requires_grad and module:
+                    self._anew[module, id(tensor)] = name
         self.parameters: dict[str, Dims] = {}
         for name, parameter in step.model.named_parameters(remove_duplicate=False):
             if id(parameter) not in self.dims:
@@ -71,7 +84,36 @@ class Learned:
                 found.setdefault(id(result), op)
         return found
 
+    def within(self, module: str, tensor: Tensor) -> Dims:
+        """The dims of a tensor as an operation of this module meets it."""
+        while module:
+            if (name := self._anew.get((module, id(tensor)))) is not None:
+                return self._seen_anew(module, name, tensor)
+            module = module.rpartition(".")[0]
+        return self._outside(tensor)
+
+    def _seen_anew(self, module: str, name: str, tensor: Tensor) -> Dims:
+        """The dims of an input within a module: bound ones begin anew, one and the same for all modules of a kind."""
+        known = self.handed.setdefault(module, {})
+        if name not in known:
+            outside = self._outside(tensor)
+            known[name] = [Extent(dim.size) if dim.size > 1 and _is_bound(dim) else dim for dim in outside]
+        return known[name]
+
     def of(self, tensor: Tensor) -> Dims:
+        """The dims of a tensor, as what is being followed meets it."""
+        return self.within(self._now, tensor) if self._now else self._outside(tensor)
+
+    @contextmanager
+    def following(self, op: Operation) -> Iterator[None]:
+        """Inside the block dims are those that the operation meets."""
+        self._now = op.module
+        try:
+            yield
+        finally:
+            self._now = ""
+
+    def _outside(self, tensor: Tensor) -> Dims:
         """The dims of a tensor; one that comes from nowhere is what every rank has whole."""
         if id(tensor) not in self.dims:
             self.put(tensor, [Extent(size) for size in tensor.shape])
@@ -97,7 +139,8 @@ class Learned:
 
 def learned(step: Step) -> Learned:
     """What a step says."""
-    from parallel_plans.derive.rules import RULES, same_shape, unknown
+    from parallel_plans.derive.meeting import same_shape, unknown
+    from parallel_plans.derive.rules import RULES
 
     result = Learned(step)
     _join_layers(result)
@@ -132,15 +175,20 @@ _SAME_VALUE = frozenset(
 
 
 def _follow(learned: Learned, op: Operation, rule: Callable[[Learned, Operation], Sequence[Dims]]) -> None:
-    results = op.results
-    if not results:
+    if not op.results:
         return
+    with learned.following(op):
+        _note(learned, op, rule)
+
+
+def _note(learned: Learned, op: Operation, rule: Callable[[Learned, Operation], Sequence[Dims]]) -> None:
+    results = op.results
     try:
         found = list(rule(learned, op))
-    except Clash:
+    except (Clash, AttributeError, IndexError, TypeError, ValueError):  # arguments in a form that no rule expects
         found = []
     if [[dim.size for dim in dims] for dims in found] != [list(each.shape) for each in results]:
-        from parallel_plans.derive.rules import unknown
+        from parallel_plans.derive.meeting import unknown
 
         found = list(unknown(learned, op))
     first = op.tensors[0] if op.tensors else None
@@ -154,12 +202,14 @@ def _follow(learned: Learned, op: Operation, rule: Callable[[Learned, Operation]
             learned.source[id(result)] = learned.source[id(first)]
 
 
+def _is_bound(extent: Extent) -> bool:
+    return any(isinstance(mark, Bound) for leaf in leaves(extent) for mark in leaf.marks)
+
+
 def _join_layers(learned: Learned) -> None:
     """Layers of one kind are one: what their parameters are made of is said once for all of them."""
-    from parallel_plans.table import wildcarded
-
     first: dict[tuple[str, tuple[int, ...]], Dims] = {}
     for name, dims in learned.parameters.items():
-        known = first.setdefault((wildcarded(name), tuple(dim.size for dim in dims)), dims)
+        known = first.setdefault((learned.pattern(name), tuple(dim.size for dim in dims)), dims)
         for one, other in zip(known, dims, strict=True):
             join(one, other)

@@ -7,27 +7,27 @@ from itertools import combinations
 
 from parallel_plans.derive.extents import PRODUCT, SUM, Extent, found, leaves
 from parallel_plans.derive.groups import Group
+from parallel_plans.derive.naming import Values
 from parallel_plans.derive.ruling import Sample
-from parallel_plans.table import wildcarded
 
-Counts = dict[str, dict[str, tuple[int, ...]]]  # module pattern -> attribute -> the size of its unit, by sample
+Counts = dict[str, dict[str, Values]]  # module pattern -> attribute -> the size of its unit, by sample
 MOST_TRIES = 10
 
 
 def candidates(first: Sample, others: Sequence[Sample], groups: Sequence[Group]) -> Counts:
     """The numbers that code reads in modules where something is split, and that are a size of what is split."""
     mine = _units(first, groups)
-    twins = [_units(other, other.groups) for other in others]
+    twins = [_units(other, other.groups) if len(other.groups) == len(groups) else None for other in others]
     result: Counts = {}
     for pattern, attributes in mine.items():
         for attribute, unit in attributes.items():
-            units = [unit, *(twin.get(pattern, {}).get(attribute, 0) for twin in twins)]
-            if all(units):
+            units = [unit, *(None if twin is None else twin.get(pattern, {}).get(attribute, 0) for twin in twins)]
+            if 0 not in units:
                 result.setdefault(pattern, {})[attribute] = tuple(units)
     return result
 
 
-def choices(counts: Mapping[str, tuple[int, ...]]) -> Iterator[dict[str, tuple[int, ...]]]:
+def choices(counts: Mapping[str, Values]) -> Iterator[dict[str, Values]]:
     """What could be made local in a module, what is likely first: all of it, all but one or two, one, two."""
     names = list(counts)
     told: set[frozenset[str]] = set()
@@ -48,7 +48,7 @@ def _units(sample: Sample, groups: Sequence[Group]) -> dict[str, dict[str, int]]
             own = sizes.get(module, {})
             for name, value in attributes.items():
                 if value in own:
-                    result.setdefault(wildcarded(module), {}).setdefault(name, own[value])
+                    result.setdefault(sample.learned.pattern(module), {}).setdefault(name, own[value])
     return result
 
 

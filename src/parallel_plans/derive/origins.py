@@ -26,7 +26,7 @@ _ON = frozenset(
         "_to_copy",
     }
     | {"slice", "split", "split_with_sizes", "chunk", "cat", "mean", "native_layer_norm", "_fused_rms_norm", "detach"}
-    | {"alias", "select", "unbind", "constant_pad_nd", "stack"}
+    | {"alias", "select", "unbind", "constant_pad_nd", "stack", "index", "index_select", "gather", "repeat"}
 )
 _TAKING = frozenset({"slice", "split", "split_with_sizes", "chunk"})
 MOST = 200  # operations on the way
@@ -34,15 +34,21 @@ MOST = 200  # operations on the way
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """A linear layer, how many features of its output are meant, and the parameters on the way."""
+    """A linear layer, how many features of its output are meant, and the parameters on the way.
 
-    module: str
+    No layer where the value is made with a part of a parameter that ranks share: their gradients are summed anyway.
+    """
+
+    module: str | None
     features: int
     parameters: frozenset[str]
 
 
-def origin_of(learned: Learned, spec: ModelSpec, value: Tensor) -> Origin | None:
-    """The one linear layer that a value comes from; None where it comes from something else, or from several."""
+def origin_of(learned: Learned, spec: ModelSpec, value: Tensor, shared: frozenset[str] = frozenset()) -> Origin | None:
+    """The one linear layer that a value comes from; None where it comes from something else, or from several.
+
+    `shared` are parameters of which ranks share a part.
+    """
     found: dict[str, int] = {}
     parameters: set[str] = set()
     waiting: list[tuple[Tensor, tuple[int, int] | None]] = [(value, None)]  # with what was last taken of what
@@ -57,6 +63,9 @@ def origin_of(learned: Learned, spec: ModelSpec, value: Tensor) -> Origin | None
         if op is None:
             return None
         owner = spec.modules.get(op.module)
+        own = () if owner is None or owner.kind != "linear" else owner.parameters
+        if shared and not shared.isdisjoint((*own, *map(learned.parameter_of, op.tensors))):
+            continue
         if owner is not None and owner.kind == "linear":
             whole = tensor.shape[-1]
             features = taken[1] if taken is not None and taken[0] == whole else whole
@@ -67,9 +76,9 @@ def origin_of(learned: Learned, spec: ModelSpec, value: Tensor) -> Origin | None
         if op.name in _TAKING:
             taken = int(op.args[0].shape[-1]), _behind(op, tensor)
         waiting += [(each, taken) for each in op.tensors if each.requires_grad]
-    if waiting or len(found) != 1:
+    if waiting or len(found) > 1:
         return None
-    ((module, features),) = found.items()
+    module, features = next(iter(found.items()), (None, 0))
     return Origin(module=module, features=features, parameters=frozenset(parameters))
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from parallel_plans.derive.groups import Cut, Group, Part
+from parallel_plans.derive.groups import Cut, Group, Part, Taken
 from parallel_plans.derive.learning import EMBEDDED, GIVEN, HANDED, Bound, Learned, Summed
-from parallel_plans.derive.naming import Names
+from parallel_plans.derive.naming import Names, Values
+from parallel_plans.derive.patterns import Patterns
 from parallel_plans.model_spec import ModelSpec, ModuleInfo
 from parallel_plans.table import wildcarded
 
@@ -63,11 +64,12 @@ class Ruling:
         first: Sample,
         others: Sequence[Sample],
         names: Names,
-        counts: Mapping[str, Mapping[str, tuple[int, ...]]],
+        counts: Mapping[str, Mapping[str, Values]],
         why_whole: Callable[[str], str | None] = lambda name: None,
         splits_around: bool = True,
     ) -> None:
         self.first, self.others, self.names, self.counts = first, others, names, counts
+        self.pattern = first.learned.pattern
         self.spec, self.why_whole, self.splits_around = first.spec, why_whole, splits_around
         self.whole = frozenset().union(*(group.whole for group in first.groups))
         self.uses = {name: size for group in first.groups for name, size in group.uses.items()}
@@ -80,14 +82,43 @@ class Ruling:
             own = list(module.parameters)
             for line in self._of_module(module, own) if own else ():
                 made.setdefault(line.pattern, line)
-            pattern = wildcarded(module.name)
-            if pattern in self.counts and pattern not in made:
-                made[pattern] = Line(pattern=pattern, style="local_counts", options={"counts": self._counts(pattern)})
+            pattern = self.pattern(module.name)
+            if pattern not in made and (kept := self._kept(pattern)) is not None:
+                made[pattern] = kept
         return list(made.values())
+
+    def _kept(self, pattern: str) -> Line | None:
+        """The rule of a module that knows its whole width: of the numbers that it keeps, and of its inputs."""
+        counts: dict[str, object] = {"counts": self._counts(pattern)} if pattern in self.counts else {}
+        inputs = {name: self._taken(pattern, name, own) for name, own in _inputs(self.first, pattern).items()}
+        if inputs:
+            return Line(pattern=pattern, style="split_inputs", options={"inputs": inputs, **counts})
+        return Line(pattern=pattern, style="local_counts", options=counts) if counts else None
+
+    def _taken(self, pattern: str, name: str, own: Taken) -> dict[str, object]:
+        """How an input is dealt, as a plan writes it."""
+        all_of = [own, *(_inputs(other, pattern).get(name) for other in self.others)]
+        what = f"the input {name} of {pattern}"
+        size = self._expression(tuple(None if each is None else each.size for each in all_of), what)
+        if own.unit == 1:
+            return {"dim": own.dim, "size": size}
+        unit = self._expression(tuple(None if each is None else each.unit for each in all_of), what)
+        return {"dim": own.dim, "size": size, "unit": unit}
+
+    def _expression(self, values: Values, what: str) -> str | int:
+        """A size of heads, or of something else that is dealt, as a plan writes it.
+
+        Raises:
+            Unwritable: no expression has it in all models.
+        """
+        text = self.names.text(values, is_head=True)
+        if text is None:
+            raise Unwritable(f"no expression in the config's fields is {values} for {what}")
+        return text
 
     def _of_module(self, module: ModuleInfo, own: Sequence[str]) -> Iterator[Line]:
         cuts = {name: cut for name in own if (cut := self.first.cut(name)) is not None}
-        pattern = wildcarded(module.name)
+        pattern = self.pattern(module.name)
         if any(len(self.spec.parameters[name].shape) == 3 for name in cuts) and module.kind == "other":
             yield from self._of_experts(pattern, own, cuts)
         elif cuts and module.name in self.norms:
@@ -111,14 +142,12 @@ class Ruling:
         if cut is not None:  # it sums over what is split
             unit = self._options(weight, cut)
             return Line(pattern=pattern, style="rowwise_for_use", options=unit, shape=self._shape(weight))
-        values = [self.uses[module.name]]
+        values: list[int | None] = [self.uses[module.name]]
         for other in self.others:
             uses = {name: size for group in other.groups for name, size in group.uses.items()}
-            twin = next((name for name in uses if wildcarded(name) == pattern), None)
-            values.append(values[0] if twin is None else uses[twin])
-        text = self.names.text(tuple(values), is_head=True)
-        if text is None:
-            raise Unwritable(f"no expression in the config's fields is {values} for {module.name}")
+            twin = next((name for name in uses if self.pattern(name) == pattern), None)
+            values.append(None if twin is None else uses[twin])
+        text = self._expression(tuple(values), module.name)
         return Line(pattern=pattern, style="mla_kv_a_proj", options={"rope": text}, shape=self._shape(weight))
 
     def _is_run(self, module: ModuleInfo) -> bool:
@@ -129,7 +158,7 @@ class Ruling:
         if any(self._is_tied_to_head(name) for name in own):
             for name in own:
                 style = "colwise" if self._is_tied_to_head(name) else "replicate"
-                yield Line(pattern=wildcarded(name), style=style)
+                yield Line(pattern=self.pattern(name), style=style)
             return
         summed = [name in self.whole for name in own]
         style = "replicated_with_grad_allreduce"
@@ -138,7 +167,9 @@ class Ruling:
             yield Line(pattern=pattern, style=style, shape=self._shape(own[0]), note=note)
         elif any(summed):
             for name, is_summed in zip(own, summed, strict=True):
-                yield Line(pattern=wildcarded(name), style=style if is_summed else "replicate", shape=self._shape(name))
+                yield Line(
+                    pattern=self.pattern(name), style=style if is_summed else "replicate", shape=self._shape(name)
+                )
         elif self._is_large_table(module, own):
             yield Line(pattern=pattern, style="embedding_rowwise", shape=self._shape(own[0], 0))
         elif self._is_head(module):
@@ -197,12 +228,12 @@ class Ruling:
         """A rule on a parameter of a module that is no layer, or a convolution."""
         if cut is None:
             style = "replicated_with_grad_allreduce" if name in self.whole else "replicate"
-            return Line(pattern=wildcarded(name), style=style)
+            return Line(pattern=self.pattern(name), style=style)
         count = len(self.spec.parameters[name].shape)
         options: dict[str, object] = {} if cut.dim == max(0, count - 2) else {"dim": cut.dim}
         style = "packed_colwise" if len(cut.parts) > 1 else "colwise"
         options |= self._options(name, cut)
-        return Line(pattern=wildcarded(name), style=style, options=options, shape=self._shape(name))
+        return Line(pattern=self.pattern(name), style=style, options=options, shape=self._shape(name))
 
     def _options(self, name: str, cut: Cut) -> dict[str, object]:
         options: dict[str, object] = {}
@@ -212,7 +243,8 @@ class Ruling:
         elif len(sizes) > 2:
             options["parts"] = len(sizes)
         unit = self._unit(name, cut)
-        return options if unit is None else {**options, "unit": unit}
+        options |= {} if unit is None else {"unit": unit}
+        return options | ({"shared": [part.is_whole for part in cut.parts]} if cut.has_whole else {})
 
     def _unit(self, name: str, cut: Cut) -> object | None:
         if all(part.unit == 1 for part in cut.parts):
@@ -222,24 +254,16 @@ class Ruling:
         return [self._named(name, at, "unit") for at in range(len(cut.parts))]
 
     def _named(self, name: str, at: int, what: str) -> str | int:
-        """A size of a part as a plan writes it.
+        """A size of a part as a plan writes it."""
+        return self._expression(self._values(name, at, what), name)
 
-        Raises:
-            Unwritable: no expression has it in all models.
-        """
-        values = self._values(name, at, what)
-        text = self.names.text(values, is_head=True)
-        if text is None:
-            raise Unwritable(f"no expression in the config's fields is {values} for {name}")
-        return text
-
-    def _values(self, name: str, at: int, what: str) -> tuple[int, ...]:
+    def _values(self, name: str, at: int, what: str) -> Values:
         found = [getattr(self._part(self.first, name, at), what)]
         for other in self.others:
-            twin = _twin(name, other.spec.parameters)
-            if twin is not None and (cut := other.cut(twin)) is not None and at < len(cut.parts):
-                found.append(getattr(cut.parts[at], what))
-        return tuple(found) if len(found) == 1 + len(self.others) else (found[0],) * (1 + len(self.others))
+            twin = _twin(name, other.spec.parameters, self.pattern)
+            cut = None if twin is None else other.cut(twin)
+            found.append(None if cut is None or at >= len(cut.parts) else getattr(cut.parts[at], what))
+        return tuple(found)
 
     @staticmethod
     def _part(sample: Sample, name: str, at: int) -> Part:
@@ -259,7 +283,7 @@ class Ruling:
         }
         for name in own:
             if name not in cuts:
-                yield Line(pattern=wildcarded(name), style="moe_tp_down_rowwise", shape=self._shape(name))
+                yield Line(pattern=self.pattern(name), style="moe_tp_down_rowwise", shape=self._shape(name))
                 continue
             cut, count = cuts[name], len(self.spec.parameters[name].shape)
             style = "moe_tp_down_rowwise" if name in summed else "moe_tp_gate_up_colwise"
@@ -267,7 +291,7 @@ class Ruling:
             options: dict[str, object] = {} if cut.dim == usual else {"dim": cut.dim - count}
             if name not in summed:
                 options |= self._fused(cut)
-            yield Line(pattern=wildcarded(name), style=style, options=options, shape=self._shape(name))
+            yield Line(pattern=self.pattern(name), style=style, options=options, shape=self._shape(name))
         counted = {"counts": self._counts(pattern)} if pattern in self.counts else {}
         yield Line(pattern=pattern, style="moe_experts_allreduce", options=counted)
 
@@ -280,13 +304,8 @@ class Ruling:
     # -- comments and counts
 
     def _counts(self, pattern: str) -> dict[str, object]:
-        result: dict[str, object] = {}
-        for attribute, values in self.counts[pattern].items():
-            text = 1 if set(values) == {1} else self.names.text(values, is_head=True)
-            if text is None:
-                raise Unwritable(f"no expression in the config's fields is {values} for {pattern}.{attribute}")
-            result[attribute] = text
-        return result
+        own = self.counts[pattern].items()
+        return {attribute: self._expression(values, f"{pattern}.{attribute}") for attribute, values in own}
 
     def shape_over(self, name: str, at: int, axis: str) -> str:
         """The shape of a parameter of which a dim is split over an axis, and nothing else."""
@@ -309,22 +328,35 @@ class Ruling:
         return f"[{', '.join(shown)}]"
 
     def _sum(self, name: str, cut: Cut) -> str:
-        parts = [self.names.short(self._values(name, at, "size"), is_head=True) for at in range(len(cut.parts))]
+        sizes = [self.names.short(self._values(name, at, "size"), is_head=True) for at in range(len(cut.parts))]
+        parts = [(size, "" if part.is_whole else "@tp") for size, part in zip(sizes, cut.parts, strict=True)]
         counted = {part: parts.count(part) for part in parts}
-        return " + ".join(f"{part if times == 1 else f'{times}*{part}'}@tp" for part, times in counted.items())
+        return " + ".join(
+            f"{size if times == 1 else f'{times}*{size}'}{mark}" for (size, mark), times in counted.items()
+        )
 
-    def _dim(self, name: str, at: int) -> tuple[int, ...]:
-        found = [self.spec.parameters[name].shape[at]]
+    def _dim(self, name: str, at: int) -> Values:
+        found: list[int | None] = [self.spec.parameters[name].shape[at]]
         for other in self.others:
-            twin = _twin(name, other.spec.parameters)
-            found.append(found[0] if twin is None else other.spec.parameters[twin].shape[at])
+            twin = _twin(name, other.spec.parameters, self.pattern)
+            found.append(None if twin is None else other.spec.parameters[twin].shape[at])
         return tuple(found)
 
 
-def _twin(name: str, among: Iterable[str]) -> str | None:
+def _twin(name: str, among: Iterable[str], pattern_of: Patterns) -> str | None:
     """The parameter of another model of the kind that has the same place in a layer."""
-    pattern = wildcarded(name)
-    return next((other for other in among if wildcarded(other) == pattern), None)
+    pattern = pattern_of(name)
+    return next((other for other in among if pattern_of(other) == pattern), None)
+
+
+def _inputs(sample: Sample, pattern: str) -> Mapping[str, Taken]:
+    """The inputs of a kind of modules of which a rank takes its part."""
+    found: dict[str, Taken] = {}
+    for group in sample.groups:
+        for module, taken in group.inputs.items():
+            if sample.learned.pattern(module) == pattern:
+                found |= taken
+    return found
 
 
 def _marks(extent: object) -> set[object]:

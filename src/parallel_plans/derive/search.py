@@ -8,11 +8,12 @@ from dataclasses import replace
 from typing import Any
 
 from parallel_plans.derive.experts import sections as ways_to_deal
-from parallel_plans.derive.groups import Group, Groups, chosen
+from parallel_plans.derive.groups import Group, Groups, chosen, is_worth_it
 from parallel_plans.derive.naming import Names
 from parallel_plans.derive.numbers import MOST_TRIES, Counts, candidates, choices
 from parallel_plans.derive.ruling import Line, Ruling, Sample, Unwritable
 from parallel_plans.derive.writing import loaded, written
+from parallel_plans.errors import PlanError
 from parallel_plans.model_spec import ModelSpec, config_fields
 from parallel_plans.table import wildcarded
 from parallel_plans.verify.report import FAILED, PASSED, Report
@@ -21,6 +22,7 @@ from parallel_plans.verify.verify import verify_plan
 # what is found where code uses a number of the whole width: a crash, a part that meets another, ranks that differ
 OF_NUMBERS = ("PP405", "PP303", "PP307", "PP305")
 SECONDS = 25.0  # of this process, after which no more numbers are tried
+MOST_GROUPS = 24  # that are tried, those first that split the most with the fewest collectives
 EXPERT_RANKS: dict[str, Any] = {"tp": 2, "ep": 2}
 ASKED = {"ep_plan": "auto", "dispatch_plan": "dispatch"}  # what makes the verifier use a section
 
@@ -42,11 +44,12 @@ class Search:
     def __init__(self, target: Any, spec: ModelSpec, samples: Sequence[Sample], tp: int, inputs: Any) -> None:
         self.target, self.spec, self.tp, self.inputs = target, spec, tp, inputs
         self.groups = [Groups(each.learned, each.spec, 2 if at else tp) for at, each in enumerate(samples)]
-        own = [replace(each, groups=chosen(groups)) for each, groups in zip(samples, self.groups, strict=True)]
-        self.first, self.others = own[0], own[1:]
-        has_config = getattr(samples[0].learned.step.model, "config", None) is not None
-        fields = [spec.fields] if has_config else []
-        self.names = Names([*fields, *(config_fields(each.learned.step.model.config) for each in self.others)])
+        self.first, self._small = replace(samples[0], groups=chosen(self.groups[0])), samples[1:]
+        self.pattern = self.first.learned.pattern
+        configs = [getattr(each.learned.step.model, "config", None) for each in samples]
+        is_known = configs[0] is not None
+        fields = [config_fields(config) for config in configs] if is_known else []
+        self.names = Names(fields, _known_as(configs[0]) if is_known else {})
         self.counts: Counts = {}
         self.splits_around = True  # the table of tokens and the head
         self.taken: list[Group] = list(self.first.groups)
@@ -63,6 +66,9 @@ class Search:
         while not report.ok and self.taken:
             self._refuse(self.taken.pop(), told(report))
             report = self.verified(self.text())
+        if not report.ok and self.splits_around:
+            self.splits_around = False
+            report = self.verified(self.text())
         if report.ok:
             self._deal_experts()
         return report
@@ -70,13 +76,20 @@ class Search:
     # -- groups
 
     def _sound_alone(self) -> list[Group]:
-        """The groups that are sound, each tried alone, with numbers made local where it needs that."""
-        sound = []
-        for group in self.taken:
+        """The groups that are sound, each tried alone, with numbers made local where it needs that.
+
+        Where one is not, another that splits some of the same may be.
+        """
+        sound: list[Group] = []
+        ruled: set[str] = set()
+        for group in self.groups[0].found[:MOST_GROUPS]:
+            if not is_worth_it(group) or ruled & set(group.cuts):
+                continue
             counts = self._counts_for(group)
             if counts is None:
                 continue
             sound.append(group)
+            ruled |= set(group.cuts)
             for pattern, attributes in counts.items():
                 self.counts.setdefault(pattern, {}).update(attributes)
         return sound
@@ -93,7 +106,7 @@ class Search:
         if not any(finding.code in OF_NUMBERS for finding in report.findings):
             self._refuse(group, told(report))
             return None
-        own = candidates(self.first, self.others, [group])
+        own = candidates(self.first, self._others([group]), [group])
         tries = [own] if len(own) > 1 else []
         tries += [{pattern: some} for pattern, attributes in own.items() for some in choices(attributes)]
         for counts in tries[:MOST_TRIES]:
@@ -104,7 +117,7 @@ class Search:
 
     def _refuse(self, group: Group, why: str) -> None:
         for name in group.cuts:
-            self.refused.setdefault(wildcarded(name), f"tried, and refused: {why}")
+            self.refused.setdefault(self.pattern(name), f"tried, and refused: {why}")
 
     def _is_sound(self, groups: Sequence[Group], counts: Counts) -> bool:
         try:
@@ -115,7 +128,10 @@ class Search:
     def _checked(self, groups: Sequence[Group], counts: Counts) -> Report:
         """What following a step says, and where that proves nothing, what numbers say."""
         text = self._written(groups, counts, {})
-        report = self.verified(text, level="layouts")
+        try:
+            report = self.verified(text, level="layouts")
+        except PlanError as error:  # what no rule can say
+            raise Unwritable(" ".join(error.findings[0].message.split())) from error
         is_open = report.ok and report.levels["layouts"] != PASSED
         return self.verified(text) if is_open else report
 
@@ -155,10 +171,30 @@ class Search:
 
     def _ruling(self, groups: Sequence[Group], counts: Counts) -> Ruling:
         first = replace(self.first, groups=groups)
-        return Ruling(first, self.others, self.names, counts, self._why_whole, self.splits_around)
+        return Ruling(first, self._others(groups), self.names, counts, self._why_whole, self.splits_around)
+
+    @property
+    def whole(self) -> dict[str, str]:
+        """Form of a parameter that no group splits -> why, where there is more to say than that nothing asks for it."""
+        split = {name for group in self.taken for name in group.cuts}
+        left = [name for name in self.first.spec.parameters if name not in split]
+        return {self.pattern(name): why for name in left if (why := self._why_whole(name)) is not None}
+
+    def _others(self, groups: Sequence[Group]) -> list[Sample]:
+        """The small models of the kind, with those groups of theirs that do what these do."""
+        return [
+            replace(sample, groups=[twin for group in groups if (twin := own.twin(group)) is not None])
+            for sample, own in zip(self._small, self.groups[1:], strict=True)
+        ]
 
     def _why_whole(self, name: str) -> str | None:
-        return self.refused.get(wildcarded(name)) or self.groups[0].why_whole(name)
+        return self.refused.get(self.pattern(name)) or self.groups[0].why_whole(name)
+
+
+def _known_as(config: Any) -> dict[str, str]:
+    """The fields of a config that this architecture has a name of its own for -> the usual name."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return {own: usual for usual, own in getattr(text, "attribute_map", {}).items()}
 
 
 def told(report: Report) -> str:

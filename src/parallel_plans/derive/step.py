@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -44,6 +45,23 @@ class Operation:
         return self.args[at] if len(self.args) > at else self.kwargs.get(name, default)
 
 
+_SAME_IDS = frozenset(
+    {
+        "view",
+        "reshape",
+        "_unsafe_view",
+        "clone",
+        "_to_copy",
+        "transpose",
+        "t",
+        "permute",
+        "unsqueeze",
+        "slice",
+        "expand",
+    }
+)
+
+
 @dataclass(kw_only=True)
 class Step:
     """What was seen of a step.
@@ -53,6 +71,7 @@ class Step:
         operations: in their order.
         inputs, outputs: the tensors that came in, and those that the model gave.
         called: module -> the tensors that it was handed, and those that it gave, each time.
+        handed: module -> name of an argument of its forward -> the tensor that was handed there first.
         numbers: module -> attribute -> the whole number that its code read; `config.` first where its config has it.
         stopped: why nothing more was seen: the code looks at values.
     """
@@ -62,6 +81,7 @@ class Step:
     inputs: list[Tensor] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
     called: dict[str, list[tuple[list[Tensor], list[Tensor]]]] = field(default_factory=dict)
+    handed: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     numbers: dict[str, dict[str, int]] = field(default_factory=dict)
     stopped: str | None = None
 
@@ -71,7 +91,7 @@ class Step:
         given = {id(tensor) for tensor in self.inputs}
         found = set()
         for op in self.operations:
-            if op.name in ("view", "reshape", "_unsafe_view", "clone", "_to_copy") and id(op.args[0]) in given:
+            if op.name in _SAME_IDS and id(op.args[0]) in given:
                 given.add(id(op.results[0]))
             if op.name == "embedding" and id(op.args[1]) in given:
                 found.add(op.module)
@@ -131,20 +151,37 @@ class _Recorder(TorchDispatchMode):
 def _calls_noted(step: Step) -> Iterator[None]:
     """Inside the block what every module is handed and gives is noted."""
 
-    def note(name: str) -> Any:
+    def before(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if name not in step.handed:
+                step.handed[name] = _named(module, args, kwargs)
+
+        return hook
+
+    def after(name: str) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             step.called.setdefault(name, []).append((list(_tensors((args, kwargs))), list(_tensors(output))))
 
         return hook
 
-    handles = [
-        module.register_forward_hook(note(name), with_kwargs=True) for name, module in step.model.named_modules()
-    ]
+    handles: list[Any] = []
+    for name, module in step.model.named_modules():
+        handles.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
+        handles.append(module.register_forward_hook(after(name), with_kwargs=True))
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _named(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Tensor]:
+    """The tensors among a module's arguments, by the names that its forward has for them."""
+    try:
+        bound = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+    except TypeError:  # a forward that was put around this one, and that takes anything
+        bound = dict(kwargs)
+    return {name: value for name, value in bound.items() if isinstance(value, Tensor)}
 
 
 @contextmanager

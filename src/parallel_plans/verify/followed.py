@@ -38,11 +38,11 @@ def followed(plan: Plan, subject: Any, views: Views, dispatch: bool) -> Layouts:
         make = (lambda: random_model(config)) if computes else (lambda: causal_lm(config))  # the same every time
         inputs = {**example_batch(config), "use_cache": False} if computes else tokens_of(*_tokens(plan, ranks), config)
         usual = Subject(plan=plan, views=ranks, make=make, inputs=inputs, dispatch=dispatch, computes=computes)
-        return _with_states(usual, config)
+        return with_states(usual, config)
 
     subject_at_size = run(few.config, views, computes=False)
     short = tokens_of(*SHORT, few.config)
-    shorter = _with_states(replace(subject_at_size, inputs=short, is_short=True), few.config)
+    shorter = with_states(replace(subject_at_size, inputs=short, is_short=True), few.config)
     found = check_layouts(subject_at_size, _times(few), None if _splits_tokens(plan) else shorter)
     if not found.depends_on_values:
         return found
@@ -57,7 +57,7 @@ def followed(plan: Plan, subject: Any, views: Views, dispatch: bool) -> Layouts:
     return found if has_failed or found.errors else again
 
 
-def _with_states(subject: Subject, config: Any) -> Subject:
+def with_states(subject: Subject, config: Any) -> Subject:
     """The subject, handed the states of an encoder where more of its model runs with them."""
     if not may_take_states(config):
         return subject

@@ -1,0 +1,1 @@
+"""Plans that are derived for every type, judged."""
