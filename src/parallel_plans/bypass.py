@@ -117,15 +117,16 @@ class Gate:
 
     def around(self, forward: Forward, module: nn.Module) -> Forward:
         """`forward`, of which the first of each kind is watched."""
-        seen = self.seen
+        seen, is_model = self.seen, not self.name
 
         def run(*args: Any, **kwargs: Any) -> Any:
             if torch.compiler.is_dynamo_compiling():
                 return forward(*args, **kwargs)
-            value = args[0] if args else kwargs.get("input_ids")
-            # one token more is another path through much code than a prompt
-            is_one = isinstance(value, Tensor) and value.dim() > 1 and value.shape[1] == 1
-            kind = module.training, torch.is_grad_enabled(), is_one, *kwargs
+            kind: tuple[object, ...] = module.training, torch.is_grad_enabled()
+            if is_model:  # what is in it is seldom called by itself, and this takes time
+                value = args[0] if args else kwargs.get("input_ids")
+                # one token more is another path through much code than a prompt
+                kind += isinstance(value, Tensor) and value.dim() > 1 and value.shape[1] == 1, *kwargs
             if kind in seen:
                 return forward(*args, **kwargs)
             watch = _NOW.watch
@@ -200,8 +201,8 @@ class Watch:
         """Code is about to set a seed."""
         name = self.names[id(self.stack[-1].module)] if self.stack else ""
         entry = next((each for each in self.table.modules.get(name, ()) if each.options.get("counts")), None)
-        if entry is None:
-            return  # what is drawn is of as many things on every rank
+        if entry is None or "draws" in entry.options:
+            return  # what is drawn is of as many things on every rank, or its style draws for all and takes a part
         raise PlanError(
             Finding(
                 code="PP409",

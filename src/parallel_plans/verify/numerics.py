@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -107,8 +107,8 @@ def _truth(model: Any, inputs: Inputs) -> Observed:
     try:
         with own_random_numbers(), in_float64():
             backward(whole, inputs, observed)
-        with own_random_numbers(), in_float64():
-            observed.caches = _writes_with_cache(whole, inputs, observed)
+        written = _written(whole, inputs, observed)
+        observed.caches, observed.hears = written.caches, written.hears
     except Exception as error:  # it is somebody else's code
         told = str(error) if isinstance(error, StepFailed) else f"{type(error).__name__}: {error}"
         raise ModelFailed(told) from error
@@ -117,17 +117,20 @@ def _truth(model: Any, inputs: Inputs) -> Observed:
     return _detached(observed)
 
 
-def _writes_with_cache(whole: Any, inputs: Inputs, observed: Observed) -> bool:
-    """Has it write on; False where it could not with its cache, and did without.
+def _written(whole: Any, inputs: Inputs, observed: Observed) -> Inputs:
+    """The inputs with which it wrote on: without an encoder's states, or a cache, where it could not with them.
 
-    Some cannot make one of their config.
+    Some cannot make a cache of their config, or write on only with as many tokens as there are states.
     """
-    try:
-        write(whole, inputs, observed)
-    except Exception:  # told by the second try where that fails too
-        write(whole, replace(inputs, caches=False), observed)
-        return False
-    return True
+    deaf = replace(inputs, hears=False)
+    ways = [inputs, *([deaf] if inputs.heard else []), replace(deaf, caches=False)]
+    for way in ways[:-1]:
+        with suppress(Exception), own_random_numbers(), in_float64():  # told by the last try where that fails too
+            write(whole, way, observed)
+            return way
+    with own_random_numbers(), in_float64():
+        write(whole, ways[-1], observed)
+    return ways[-1]
 
 
 def _detached(observed: Observed) -> Observed:
@@ -143,7 +146,8 @@ def run_trial(trial: Trial, truths: Sequence[Observed], until: int = RIGHT) -> R
         table = resolve(trial.plan, describe(trial.model), trial.views.sizes, dispatch=trial.dispatch)
     except PlanError as error:
         return Run(truths=truths, failure=error)
-    batches = [replace(each, caches=truth.caches) for each, truth in zip(trial.batches, truths, strict=True)]
+    both = zip(trial.batches, truths, strict=True)
+    batches = [replace(each, caches=truth.caches, hears=truth.hears) for each, truth in both]
     trial = replace(trial, batches=batches)
     seen = [Observed() for _ in range(trial.views.world)]
     failure: Exception | None = None

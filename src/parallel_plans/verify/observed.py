@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from parallel_plans.partial import Partial
 from parallel_plans.verify.batches import in_eval_mode, mask_for
+from parallel_plans.verify.encoder_states import TAKEN
 
 NEW_TOKENS = 4
 Event = tuple[str, Literal["arrives", "delivers"]]  # a module's name, and whether a value comes to it or from it
@@ -22,7 +23,8 @@ class Inputs:
     """What a model is called with: its arguments, and whether it is a language model that gives a loss of its own.
 
     `prompt` is what a greedy continuation begins with; None writes nothing. `caches` says whether it goes on with its
-    cache, or begins again for every token.
+    cache, or begins again for every token, `hears` whether it has the states of an encoder while it writes, if it has
+    them at all.
     """
 
     args: tuple[Any, ...] = ()
@@ -30,6 +32,12 @@ class Inputs:
     gives_loss: bool = True
     prompt: Tensor | None = None
     caches: bool = True
+    hears: bool = True
+
+    @property
+    def heard(self) -> dict[str, Any]:
+        """The states of an encoder that it has while it writes."""
+        return {name: value for name, value in self.kwargs.items() if name in TAKEN} if self.hears else {}
 
 
 @dataclass(kw_only=True)
@@ -43,7 +51,7 @@ class Observed:
         gradients: parameter -> its whole gradient.
         input_gradient: that of the embeddings' output, or of the first float tensor among the inputs.
         written: the tokens of a greedy continuation.
-        caches: whether it was written with the cache.
+        caches, hears: whether it was written with the cache, and with the states of an encoder.
         state: name -> whole tensor, gathered from the ranks.
         kept: what is wrong with the weights after they were saved and loaded again, by name.
     """
@@ -56,6 +64,7 @@ class Observed:
     input_gradient: Tensor | None = None
     written: Tensor | None = None
     caches: bool = True
+    hears: bool = True
     state: dict[str, Tensor] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)
 
@@ -201,5 +210,6 @@ def write(model: Any, inputs: Inputs, observed: Observed) -> None:
             do_sample=False,
             num_return_sequences=1,  # not every class takes that for granted
             attention_mask=mask_for(inputs.prompt, model.config),
+            **inputs.heard,
             **({} if inputs.caches else {"use_cache": False}),
         )
