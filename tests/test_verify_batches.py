@@ -69,7 +69,7 @@ def test_numbers_that_are_drawn_for_the_heads_of_another_rank_are_found_out() ->
     }
     config = CONFIG_MAPPING["reformer"](**lacking("reformer"), attn_layers=["lsh", "lsh"])
     report = verify_plan(config, plan, tp=2, cost=None)
-    assert [finding.code for finding in report.findings if finding.severity == "error"] == ["PP401"]
+    assert [finding.code for finding in report.findings if finding.severity == "error"] == ["PP409"]
 
 
 def test_a_model_is_written_with_in_eval_mode_and_left_as_it_was() -> None:
