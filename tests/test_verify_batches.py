@@ -13,6 +13,7 @@ from parallel_plans import verify_plan
 from parallel_plans.causal import causal_class, causal_config, causal_model
 from parallel_plans.cli.lacking import lacking
 from parallel_plans.verify.batches import example_batch, in_eval_mode, mask_for
+from parallel_plans.verify.own import config_of as config_of_model
 from parallel_plans.verify.random_numbers import own_random_numbers
 from parallel_plans.verify.report import PASSED
 from parallel_plans.verify.shrink import shrunken
@@ -31,7 +32,9 @@ def test_a_model_is_made_from_the_part_of_a_config_that_its_class_wants(kind: st
     assert causal_config(part) is part
     assert causal_class(part) is causal_class(whole)
     with torch.device("meta"):
-        assert type(causal_model(part)) is type(causal_model(whole)) is causal_class(whole)
+        model = causal_model(part)
+        assert type(model) is type(causal_model(whole)) is causal_class(whole)
+    assert type(config_of_model(model)) is type(part)
 
 
 def test_what_writes_sounds_takes_a_row_of_codes_for_each_codebook_and_writes_them_all() -> None:
@@ -66,7 +69,7 @@ def test_numbers_that_are_drawn_for_the_heads_of_another_rank_are_found_out() ->
     }
     config = CONFIG_MAPPING["reformer"](**lacking("reformer"), attn_layers=["lsh", "lsh"])
     report = verify_plan(config, plan, tp=2, cost=None)
-    assert [finding.code for finding in report.findings if finding.severity == "error"] == ["PP401"]
+    assert [finding.code for finding in report.findings if finding.severity == "error"] == ["PP409"]
 
 
 def test_a_model_is_written_with_in_eval_mode_and_left_as_it_was() -> None:

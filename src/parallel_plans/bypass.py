@@ -201,8 +201,10 @@ class Watch:
         """Code is about to set a seed."""
         name = self.names[id(self.stack[-1].module)] if self.stack else ""
         entry = next((each for each in self.table.modules.get(name, ()) if each.options.get("counts")), None)
-        if entry is None or "draws" in entry.options:
-            return  # what is drawn is of as many things on every rank, or its style draws for all and takes a part
+        if entry is None:
+            return  # what is drawn is of as many things on every rank
+        if "draws" in entry.options and called == "torch.manual_seed":
+            return  # and its rule deals what is drawn
         raise PlanError(
             Finding(
                 code="PP409",
@@ -214,8 +216,8 @@ class Watch:
                 rule=entry.rule.pattern,
                 name=name,
                 expected="random numbers that one process draws for the same heads, or no seed of the code's own",
-                fix="have the config choose a way to compute that draws nothing, or keep these heads whole: "
-                "`replicate` on what this rule's module holds",
+                fix="use `split_draws` where torch draws them; else have the config choose a way to compute that "
+                "draws nothing, or keep these heads whole: `replicate` on what this rule's module holds",
             )
         )
 

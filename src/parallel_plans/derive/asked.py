@@ -12,9 +12,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
+from transformers import PreTrainedModel
 
 from parallel_plans.agreement import Agreement
+from parallel_plans.causal import causal_class
 from parallel_plans.derive.writing import loaded
 from parallel_plans.errors import Finding, LaunchError
 from parallel_plans.lookup import DERIVE, PlanSource
@@ -43,7 +44,7 @@ def plan_asked_for(source: PlanSource, model: Any, place: Place, agreement: Agre
 def _text_for(model: Any, tp: int) -> str:
     """The plan that another process derives."""
     config = config_of(model) if isinstance(model, PreTrainedModel) and model.can_generate() else None
-    if config is None or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if config is None or causal_class(config) is None:
         raise _no_plan("it is no causal language model of transformers, and nobody says what it is called with")
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)

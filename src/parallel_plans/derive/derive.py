@@ -124,5 +124,5 @@ def _spec_and_subject(target: Any, inputs: Any) -> tuple[ModelSpec, Any]:
         with torch.device("meta"):
             return describe(causal_model(target)), causal_config(target)
     if inputs is None and isinstance(target, PreTrainedModel) and target.can_generate():
-        return describe(target), causal_config(config_of(target))
+        return describe(target), config_of(target)
     return describe(target), OwnModel(model=target, inputs=inputs)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
+from parallel_plans.causal import causal_config
 from parallel_plans.verify.observed import Inputs
 from parallel_plans.verify.weights import drawn, noise
 
@@ -42,7 +43,7 @@ class OwnModel:
 
 
 def config_of(model: PreTrainedModel) -> Any:
-    """The config from which `AutoModelForCausalLM` makes a model like this: its own, or one that has its own as a part.
+    """The config from which `causal_model` makes a model like this: its own, or one that has its own as a part.
 
     Some classes are made from the config of several parts and keep that of the text alone (Emu3).
     """
@@ -53,7 +54,7 @@ def config_of(model: PreTrainedModel) -> Any:
         parts = getattr(outer, "sub_configs", {})
         name = next((name for name, part in parts.items() if part is type(own)), None)
         if name is not None and outer in MODEL_FOR_CAUSAL_LM_MAPPING:
-            return outer(**{name: own.to_dict()})
+            return causal_config(outer(**{name: own.to_dict()}))
     return own
 
 

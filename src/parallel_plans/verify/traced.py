@@ -15,6 +15,7 @@ from parallel_plans.forks import no_fork_scope
 from parallel_plans.plan import Plan
 from parallel_plans.sums import no_sum_scope
 from parallel_plans.verify import fused_attention
+from parallel_plans.verify.batches import in_eval_mode
 from parallel_plans.verify.cost import PURPOSES
 from parallel_plans.verify.real_size import FewLayers, Running, Subject, causal_lm, fake_rank, tokens_of
 from parallel_plans.verify.watch import Said, Watch, gradients_dropped
@@ -145,9 +146,8 @@ class _Tracer:
 
     def _write(self) -> dict[int | None, int]:
         """The cache of a prompt, by layer, after another token has been written behind it."""
-        self.model.eval()
         tokens = self.running.inputs["input_ids"]
-        with torch.no_grad():
+        with torch.no_grad(), in_eval_mode(self.model):
             before = self.watch.live
             output = self._told("prefill", tokens)
             if output is None:

@@ -115,7 +115,7 @@ def _model_and_subject(target: Any, inputs: Any) -> tuple[nn.Module, Any]:
         with torch.device("meta"):
             return causal_model(target), causal_config(target)
     if inputs is None and isinstance(target, PreTrainedModel) and target.can_generate():
-        return target, causal_config(config_of(target))
+        return target, config_of(target)
     return target, OwnModel(model=target, inputs=inputs)
 
 
