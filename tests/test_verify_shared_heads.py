@@ -64,6 +64,43 @@ def test_a_gradient_that_is_summed_over_all_ranks_is_found(monkeypatch: pytest.M
     assert "PP402" in codes(judged())
 
 
+# model type, what differs from its config by default, ranks
+FEW = {"num_hidden_layers": 2, "vocab_size": 96}
+OF_MANY_KINDS: tuple[tuple[str, dict[str, Any], int], ...] = (
+    ("falcon", {"hidden_size": 96, "num_attention_heads": 6, "multi_query": True}, 2),  # one head beside the queries
+    ("gpt_bigcode", {"n_embd": 96, "n_head": 6, "n_layer": 2}, 2),
+    ("diffllama", {**SMALL, "hidden_size": 64, "num_attention_heads": 16, "num_key_value_heads": 4}, 4),  # of each half
+    ("diffllama", {**SMALL, "hidden_size": 64, "num_attention_heads": 16, "num_key_value_heads": 2}, 2),
+    ("granite_swa", {**SMALL, "hidden_size": 80, "num_attention_heads": 20, "num_key_value_heads": 2}, 8),  # 3, 3, 3, 1
+)
+
+
+@pytest.mark.parametrize("case", OF_MANY_KINDS, ids=lambda case: case[0])
+def test_heads_that_ranks_share_are_followed_wherever_code_puts_them(case: tuple[str, dict[str, Any], int]) -> None:
+    kind, changes, tp = case
+    report = verify_plan(AutoConfig.for_model(kind, **FEW | changes), tp=tp, cost=None, level="layouts")
+    assert report.levels["layouts"] == "passed"
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize(("times", "code"), [(0, "PP304"), (2, "PP301")])
+def test_a_gradient_is_summed_once_over_those_that_share(
+    groups: int, times: int, code: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    once = sharing._summed
+
+    def summed(gradients: Any) -> Any:
+        found = [gradient for _, gradient in gradients]
+        for _ in range(times):
+            found = once([(shared, each) for (shared, _), each in zip(gradients, found, strict=True)])
+        return found
+
+    monkeypatch.setattr(sharing, "_summed", summed)
+    heads = {"num_attention_heads": 9, "num_key_value_heads": groups}
+    report = verify_plan(AutoConfig.for_model("llama", **SMALL, **heads), tp=4, cost=None, level="layouts")
+    assert code in codes(report)
+
+
 def test_queries_on_ranks_that_have_another_key_are_found() -> None:
     plan = changed(".q_proj", unit="head_dim", shared=None)  # 3, 2, 2 and 2 of them, whatever their key
     assert codes(judged(plan, level="geometry")) == {"PP204"}

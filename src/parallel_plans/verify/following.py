@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch._subclasses.fake_tensor import (
 )
 
 from parallel_plans.collectives import listening
-from parallel_plans.dealing import WHOLE
+from parallel_plans.dealing import WHOLE, seats
 from parallel_plans.geometry import Geometry
 from parallel_plans.layouts import Split
 from parallel_plans.table import Table
@@ -69,8 +70,9 @@ def seen_of_whole(subject: Subject, most: float = math.inf) -> Whole:
 def follow(subject: Subject, rank: int, views: Seen | None = None) -> Followed:
     """A step of one rank, followed; `views` are those of the whole model."""
     with fake_rank(subject, rank) as running, ExitStack() as stack:
-        tracker = Tracker(subject.views, running.where, views)
         assert running.table is not None
+        shares = frozenset(_shares(running.table, subject.views.coordinates(rank)))
+        tracker = Tracker(subject.views, running.where, views, shares)
         followed = Followed(table=running.table, tracker=tracker)
         for name, parameter in running.model.named_parameters():
             tracker.put(parameter, lay_of(running.table, name, subject.views, rank, tracker))
@@ -87,13 +89,13 @@ def follow(subject: Subject, rank: int, views: Seen | None = None) -> Followed:
             _catch_up(followed)
         tracker._muted += 1
         followed.output = _about_logits(tracker, output)
-        wanted = partial(lay_of, running.table, views=subject.views, rank=rank, tracker=tracker)
+        wanted = partial(lay_of, running.table, views=subject.views, rank=rank, tracker=tracker, is_gradient=True)
         followed.gradients = list(_about_gradients(running, tracker, wanted))
     return followed
 
 
-def lay_of(table: Table, name: str, views: Views, rank: int, tracker: Tracker) -> Lay:
-    """How a parameter lies on a rank."""
+def lay_of(table: Table, name: str, views: Views, rank: int, tracker: Tracker, *, is_gradient: bool = False) -> Lay:
+    """How a parameter, or its gradient, lies on a rank."""
     entry, coordinates = table.parameters[name], views.coordinates(rank)
     shards: list[Shard | None] = [None] * len(entry.info.shape)
     dealt = [use.axis for use in entry.uses if use.letter == "S" and use.style.role is not None]
@@ -102,11 +104,12 @@ def lay_of(table: Table, name: str, views: Views, rank: int, tracker: Tracker) -
         return varying(len(entry.info.shape), over)
     for split in entry.layout.splits:
         shard = shard_of(split, tracker.dims[split.axis], coordinates[split.axis])
-        shards[split.dim] = replace(shard, blocks=tuple(_blocks(table, name, split, shard, coordinates[split.axis])))
+        blocks = tuple(_blocks(table, name, split, shard, coordinates[split.axis], is_gradient))
+        shards[split.dim] = replace(shard, blocks=blocks)
     return Lay(shards=tuple(shards))
 
 
-def _blocks(table: Table, name: str, split: Split, shard: Shard, rank: int) -> Iterator[Block]:
+def _blocks(table: Table, name: str, split: Split, shard: Shard, rank: int, is_gradient: bool) -> Iterator[Block]:
     """The blocks of a split dim, with how many elements stay together in each."""
     use = next(use for use in table.parameters[name].uses if use.letter == "S")
     geometry = Geometry.at(table.spec, name, use.axis, table.sizes[use.axis])
@@ -115,17 +118,49 @@ def _blocks(table: Table, name: str, split: Split, shard: Shard, rank: int) -> I
         units = [part.unit for part in parts]
         yield from (replace(block, unit=math.gcd(*units)) for block in shard.blocks)
         return
+    # one head of all, beside heads of each rank's own
+    is_beside = any(part.size // part.unit >= split.ranks for part in parts)
     begin = 0
     for part in parts:
-        held = [sum(max(0, min(b, begin + part.size) - max(a, begin)) for a, b in ranges) for ranges in split.ranges]
+        held = _held(split, begin, part.size)
         count = part.size // part.unit
-        # Where ranks share a unit, it is as if each had one of its own, with as much that goes with it. Of a single one
-        # there is one more: no view of the whole model, where it is whole, is to be taken for what a rank sees.
-        times = split.ranks + (count == 1)
-        whole, unit = (held[rank] * times, held[rank]) if count < split.ranks else (part.size, part.unit)
-        is_beside = count == 1 and len(parts) > 1 and part.share == WHOLE  # one head of all, beside each rank's own
-        yield Block(held[rank], whole, unit=unit, is_shared=is_beside)
+        if count >= split.ranks or part.share is None:
+            yield Block(held[rank], part.size, unit=part.unit)
+        elif count == 1 and part.share == WHOLE and is_beside:
+            yield Block(held[rank], part.size, unit=held[rank], is_shared=True, is_summed=is_gradient)
+        else:
+            # Where ranks share a unit, it is as if each had one of its own, with as much that goes with it. Of a single
+            # one there is one more: no view of the whole model, where it is whole, is to be taken for what a rank sees.
+            seat = seats(count, split.ranks)[rank]
+            is_summed = is_gradient and part.share == WHOLE and seat.stop - seat.first > 1
+            whole = held[rank] * (split.ranks + (count == 1))
+            is_one = count == 1 and part.share == WHOLE and len(parts) > 1
+            yield Block(held[rank], whole, unit=held[rank], is_shared=is_one, is_summed=is_summed)
         begin += part.size
+
+
+def _held(split: Split, begin: int, size: int) -> list[int]:
+    """For every rank, how many elements it has of a part of the dim."""
+    return [sum(max(0, min(b, begin + size) - max(a, begin)) for a, b in ranges) for ranges in split.ranges]
+
+
+def _shares(table: Table, coordinates: Mapping[str, int]) -> Iterator[Fraction]:
+    """Of every part in which ranks share units, how often this rank's share of it is in the whole."""
+    for name, entry in table.parameters.items():
+        for use in entry.uses:
+            split = next((each for each in entry.layout.splits if each.axis == use.axis), None)
+            if use.letter != "S" or split is None or "shared" not in use.rule.options:
+                continue
+            geometry = Geometry.at(table.spec, name, use.axis, table.sizes[use.axis])
+            begin = 0
+            parts = geometry.parts(split.size, split.dim, {**use.style.defaults, **use.rule.options})
+            for part in parts:
+                held = _held(split, begin, part.size)[coordinates[split.axis]]
+                if 1 < part.size // part.unit < split.ranks:
+                    yield Fraction(part.size, held)
+                elif len(parts) > 1 and all(each.size == each.unit and each.share == WHOLE for each in parts):
+                    yield Fraction(1)  # one unit in each of several parts: units of several, too
+                begin += part.size
 
 
 def _watch(running: Running, followed: Followed, views: Views) -> Iterator[Any]:
@@ -222,8 +257,19 @@ def _wrong(found: Lay, wanted: Lay) -> str | None:
         return None
     for dim in range(len(wanted.shards)):
         one, other = found.part(dim), wanted.part(dim)
+        if one is None and other is not None and other.is_shared:
+            continue  # summed over all ranks, which have the same of the parameter
         if (one is None) != (other is None):
             return f"lies otherwise than the parameter in dim {dim}: {one or 'whole'}, not {other or 'whole'}"
         if one is not None and other is not None and one.agreeing(other) is None:
             return f"lies otherwise than the parameter in dim {dim}: {one}, not {other}"
+        if one is not None and other is not None and not _is_summed(one, other):
+            return "is never summed over the ranks that hold the same of the parameter"
     return None
+
+
+def _is_summed(found: Shard, wanted: Shard) -> bool:
+    """Whether the blocks that several ranks hold have been summed over these."""
+    if len(found.blocks) != len(wanted.blocks):
+        return True
+    return all(one.is_summed or not other.is_summed for one, other in zip(found.blocks, wanted.blocks, strict=True))

@@ -31,6 +31,14 @@ def ranks_over(over: frozenset[str]) -> int:
     return math.prod(int(high) // int(low) for high, low in steps)
 
 
+def summand(size: int, over: frozenset[str]) -> Block:
+    """What each rank adds to the gradient of so many elements that all have: as if these were its own.
+
+    All that follows in backward is linear, and what is shared is summed at the weight.
+    """
+    return Block(size, size * ranks_over(over), unit=size)
+
+
 def shard_of(split: Split, over: frozenset[str], rank: int) -> Shard:
     """The shard that a rank has of a dim: its ranges are its blocks, each of what all ranks have in that place."""
     pieces = [[stop - start for start, stop in ranges] for ranges in split.ranges]

@@ -67,6 +67,9 @@ def _contracted(op: Operation, one: Tensor, other: Tensor, mine: Shard | None, t
         if op.lay(one if mine is None else other).is_zero:
             return NOTHING
         shard = mine or theirs
+        assert shard is not None
+        if shard.is_shared and shard.over <= op.lay(one if mine is None else other).partial:
+            return NOTHING  # each rank's summand with what all ranks have
         raise Mismatch("PP303", f"{op.name}: a part, {shard}, is contracted with a whole dim of {one.shape[-1]}")
     joined = one_shard([mine, theirs], f"{op.name}, contracted")
     assert joined is not None

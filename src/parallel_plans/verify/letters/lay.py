@@ -35,8 +35,9 @@ class NoRule(Exception):
 class Block:
     """`local` elements of this rank, out of `whole`, of which `unit` stay together.
 
-    `free` where all are alike, so that nobody sees their order. `is_shared` where all
-    ranks have the same ones.
+    `free` where all are alike, so that nobody sees their order. `is_shared` where all ranks have the same ones: these
+    are whole once they are cut out of what else there is, if they count once. `is_summed` where ranks that hold the
+    same of a parameter have summed its gradient.
     """
 
     local: int
@@ -44,10 +45,12 @@ class Block:
     free: bool = False
     unit: int = 1
     is_shared: bool = False
+    is_summed: bool = False
 
     def times(self, factor: int) -> Block:
         """The block where every element has become so many."""
-        return Block(self.local * factor, self.whole * factor, self.free, self.unit * factor, self.is_shared)
+        local, whole = self.local * factor, self.whole * factor
+        return replace(self, local=local, whole=whole, unit=self.unit * factor)
 
     def over(self, factor: int) -> Block | None:
         """The block where so many elements have become one; None where that cuts through units or through its end."""
@@ -76,6 +79,11 @@ class Shard:
     def unit(self) -> int:
         """So many elements stay together at least."""
         return min((block.unit for block in self.blocks if not block.free), default=1)
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether all ranks have the same."""
+        return all(block.is_shared for block in self.blocks)
 
     @property
     def local(self) -> int:
@@ -114,6 +122,17 @@ class Shard:
                 inside.append(Block(min(end, stop) - max(at, start), 0, True))
             at = end
         return replace(self, blocks=tuple(inside)) if inside else None
+
+    def with_stretch(self, start: int, size: int, other: Shard) -> Shard | None:
+        """The shard with a stretch of the local dim in whose place another stands; None where that cuts a block."""
+        sides = [self.cut(low, high) if low < high else None for low, high in ((0, start), (start + size, self.local))]
+        blocks = [*(sides[0].blocks if sides[0] else ()), *other.blocks, *(sides[1].blocks if sides[1] else ())]
+        found = replace(self, over=self.over | other.over, blocks=tuple(blocks))
+        return found if found.local == self.local and self.over == other.over else None
+
+    def after_sum(self) -> Shard:
+        """The shard of a gradient that ranks have summed which hold the same of its parameter."""
+        return replace(self, blocks=tuple(replace(block, is_summed=True) for block in self.blocks))
 
     def agreeing(self, other: Shard) -> Shard | None:
         """The shard that both are, seen as finely as either sees it; None where they are not the same."""
@@ -160,7 +179,8 @@ def _refined(one: Sequence[Block], other: Sequence[Block], ends: Sequence[int]) 
         known = theirs if mine.free else mine
         units = [block.unit for block in (mine, theirs) if not block.free and block.unit > 1]  # 1 says nothing
         unit = min(units, default=known.unit)
-        yield Block(stop - start, 0 if known.free else known.whole, known.free, unit, known.is_shared)
+        whole, is_summed = 0 if known.free else known.whole, mine.is_summed and theirs.is_summed
+        yield Block(stop - start, whole, known.free, unit, known.is_shared, is_summed)
 
 
 @dataclass(frozen=True, kw_only=True)

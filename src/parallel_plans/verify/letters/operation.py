@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -26,7 +26,9 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 class Operation:
     """An operation of torch's inner set: its name, its arguments, what it gave, how its arguments lie.
 
-    `whole_shape` is what a view gives in the whole model, where that is known; `is_backward`: whether backward runs it.
+    `whole_shape` is what a view gives in the whole model, where that is known; `is_backward`: whether backward runs it;
+    `has_shares`: whether ranks share units, of several; `lent`: what forward has cut out of parts that all ranks have
+    alike, as sizes, dim, start and stop.
     """
 
     name: str
@@ -36,6 +38,8 @@ class Operation:
     lay_of: Callable[[Tensor], Lay]
     whole_shape: tuple[int, ...] | None = None
     is_backward: bool = False
+    has_shares: bool = False
+    lent: set[tuple[tuple[int, ...], int, int, int]] = field(default_factory=set)
 
     @property
     def tensors(self) -> list[Tensor]:

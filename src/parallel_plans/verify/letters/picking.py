@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._mode_utils import no_dispatch
 
-from parallel_plans.verify.letters.changes import ranks_over
+from parallel_plans.verify.letters.changes import summand
 from parallel_plans.verify.letters.lay import NOTHING, Block, Lay, Mismatch, Shard, one_shard
 from parallel_plans.verify.letters.operation import Operation
+from parallel_plans.verify.letters.stretches import among_zeros, stretch
 
 
 def looked_up(op: Operation) -> Lay:
@@ -32,6 +36,8 @@ def indexed(op: Operation) -> Lay:
     lay = op.lay(value)
     indices += [None] * (value.dim() - len(indices))
     picked = [dim for dim, index in enumerate(indices) if index is not None]
+    if len(picked) == 1 and lay.part(picked[0]) is not None and (at := known_index(op, indices[picked[0]])) is not None:
+        return lay.with_dim(picked[0], stretch(op, value, lay, picked[0], at, at + 1))
     _check_picked(op, lay, picked)
     given = [index for index in indices if index is not None]
     if any(index.dtype.is_floating_point or str(index.dtype) == "torch.bool" for index in given):
@@ -44,6 +50,17 @@ def indexed(op: Operation) -> Lay:
     others = [shard for dim, shard in enumerate(lay.shards) if dim not in picked]
     at = picked[0] if picked == list(range(picked[0], picked[-1] + 1)) else 0
     return replace(lay, shards=(*others[:at], *own, *others[at:]))
+
+
+def known_index(op: Operation, index: Tensor) -> int | None:
+    """The one index in a tensor, where code has written it down; counted from 0."""
+    known = getattr(index, "constant", None) if isinstance(index, FakeTensor) else index
+    if known is None or known.dtype != torch.long or tuple(known.shape) != (1,):
+        return None
+    value, dim = op.args[0], [each is not None for each in op.args[1]].index(True)
+    with no_dispatch():
+        at = int(known.item())
+    return at % int(value.shape[dim])
 
 
 def _check_picked(op: Operation, lay: Lay, dims: list[int]) -> None:
@@ -77,6 +94,8 @@ def index_put(op: Operation) -> Lay:
     for dim, shard in zip(others[::-1], kept[::-1], strict=False):
         shards[dim] = shard
     put = Lay(shards=tuple(shards), partial=given.partial | over)
+    if len(picked) == 1 and lay.is_zero and (place := known_index(op, indices[picked[0]])) is not None:
+        put = among_zeros(op, put, tuple(target.shape), picked[0], place, place + 1)
     return onto(op, lay, put)
 
 
@@ -152,8 +171,7 @@ def joined(op: Operation) -> Lay:
 def _summands_behind_parts(op: Operation, tensors: list[Tensor], lays: list[Lay], dim: int) -> Lay | None:
     """What gradients make of which some are parts of a dim, and others each rank's summand; None for anything else.
 
-    So it is where ranks share a part of a weight and split the rest. Each summand counts as elements of its rank's own:
-    all that follows in backward is linear, and what is shared is summed at the weight.
+    So it is where ranks share a part of a weight and split the rest.
     """
     over = NOTHING.union(*(lay.partial for lay in lays))
     if any(bool(lay.partial) == (lay.part(dim) is not None) for lay in lays):
@@ -163,7 +181,7 @@ def _summands_behind_parts(op: Operation, tensors: list[Tensor], lays: list[Lay]
     blocks: list[Block] = []
     for tensor, lay in zip(tensors, lays, strict=True):
         size, shard = tensor.shape[dim], lay.part(dim)
-        blocks += [Block(size, size * ranks_over(over), unit=size)] if shard is None else shard.blocks
+        blocks += [summand(size, over)] if shard is None else shard.blocks
     whole_elsewhere = (None,) * op.result.dim()
     return Lay(shards=whole_elsewhere).with_dim(dim, Shard(over=over, blocks=tuple(blocks)))
 

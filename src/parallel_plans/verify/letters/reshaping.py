@@ -28,7 +28,7 @@ def viewed(op: Operation) -> Lay:
         merged = _merged([value.shape[dim] for dim in before], [lay.shards[dim] for dim in before])
         sizes = [op.result.shape[dim] for dim in after]
         wholes = None if op.whole_shape is None else [op.whole_shape[dim] for dim in after]
-        for dim, shard in zip(after, _taken_apart(merged, sizes, wholes, op.name), strict=True):
+        for dim, shard in zip(after, _taken_apart(merged, sizes, wholes, op.name, op.has_shares), strict=True):
             shards[dim] = shard
     return replace(lay, shards=tuple(shards))
 
@@ -104,14 +104,16 @@ def _merged(sizes: Sequence[int], shards: Sequence[Shard | None]) -> Shard:
     return shard.scaled(math.prod(sizes[at + 1 :])).repeated(math.prod(sizes[:at]))
 
 
-def _taken_apart(shard: Shard, sizes: Sequence[int], wholes: Sequence[int] | None, name: str) -> list[Shard | None]:
+def _taken_apart(
+    shard: Shard, sizes: Sequence[int], wholes: Sequence[int] | None, name: str, has_shares: bool = False
+) -> list[Shard | None]:
     """The shards of the dims that one dim is taken apart into; `wholes` are their sizes in the whole model."""
     shards: list[Shard | None] = [None] * len(sizes)
     if not sizes:
         raise Mismatch("PP303", f"{name}: a part of a dim is taken for all of it")
     dim, last = 0, len(sizes) - 1
     while dim < last and sizes[dim] > 1 and _is_even(shard.blocks, sizes[dim]):
-        if wholes is not None and wholes[dim] != sizes[dim]:
+        if wholes[dim] != sizes[dim] if wholes is not None else has_shares and _is_units(shard, sizes[dim + 1 :]):
             break
         shard = replace(shard, blocks=shard.blocks[: len(shard.blocks) // sizes[dim]])  # each has the same blocks
         dim += 1
@@ -121,6 +123,12 @@ def _taken_apart(shard: Shard, sizes: Sequence[int], wholes: Sequence[int] | Non
         raise Mismatch("PP303", f"{name}: {list(sizes)} cuts through the parts of a dim: {shard}")
     shards[at] = divided
     return shards
+
+
+def _is_units(shard: Shard, sizes: Sequence[int]) -> bool:
+    """Whether a dim before these is one of units, several blocks of them: within these dims they would be cut."""
+    rests = (math.prod(sizes[dim + 1 :]) for dim in range(len(sizes)))
+    return not any(rest % shard.unit == 0 for rest in rests) and shard.divided(math.prod(sizes)) is not None
 
 
 def _place_of(shard: Shard, sizes: Sequence[int], first: int, wholes: Sequence[int] | None) -> int:

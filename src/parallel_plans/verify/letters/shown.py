@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from fractions import Fraction
 from typing import Any
 
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from parallel_plans.verify.letters.lay import Lay
+from parallel_plans.verify.letters.lay import Lay, Shard
 from parallel_plans.verify.short_steps import TooLong
 from parallel_plans.verify.whereabouts import Whereabouts
 
@@ -97,3 +99,27 @@ def repeats(value: Tensor, lay: Lay, output: Tensor, shape: tuple[int, ...]) -> 
         if wanted != (size if part is None else part.whole) and (part is not None or not is_repeated):
             return False
     return True
+
+
+def in_shares(lay: Lay, ranks: int, share: Fraction) -> Lay:
+    """The lay in which what counts once for each rank counts as it does in the whole model: a share is in it so often.
+
+    1 of 2 key/value heads on 4 ranks is seen as 1 of 4, as if each rank had one of its own.
+    """
+
+    def counted(shard: Shard) -> Shard:
+        blocks = (
+            replace(block, whole=int(block.local * share)) if block.whole == block.local * ranks else block
+            for block in shard.blocks
+        )
+        return replace(shard, blocks=tuple(blocks))
+
+    return replace(lay, shards=tuple(None if shard is None else counted(shard) for shard in lay.shards))
+
+
+def in_ranks(shape: tuple[int, ...], local: tuple[int, ...], lay: Lay, share: Fraction) -> tuple[int, ...]:
+    """The shape that the whole model would have if each rank had a share of its own, as the lay says."""
+    blocks = (block for shard in lay.shards if shard is not None and shard.over for block in shard.blocks)
+    times = max((block.whole // block.local for block in blocks if not block.free), default=1)
+    pairs = zip(shape, local, strict=True)
+    return tuple(size * times if wanted == size * share else wanted for wanted, size in pairs)

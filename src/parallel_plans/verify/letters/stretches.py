@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from parallel_plans.verify.letters.lay import Block, Lay, Mismatch, NoRule, Shard, alike
+from parallel_plans.verify.letters.changes import summand
+from parallel_plans.verify.letters.lay import NOTHING, Block, Lay, Mismatch, NoRule, Shard, alike
 from parallel_plans.verify.letters.operation import Operation, first
 
 
@@ -17,13 +18,13 @@ def sliced(op: Operation) -> Lay:
     start, stop, step = op.get(2, "start"), op.get(3, "end"), op.get(4, "step", 1)
     if not op.result.numel():
         return replace(lay.with_dim(dim, None), is_zero=True)
-    ends = _clamped(start, stop, value.shape[dim])
+    ends = clamped(start, stop, value.shape[dim])
     if lay.pieces is not None:
         return lay if ends == (0, value.shape[dim]) else _piece(op, lay, dim, *ends)
-    return lay.with_dim(dim, _stretch(op, value, lay, dim, *ends, step))
+    return lay.with_dim(dim, stretch(op, value, lay, dim, *ends, step))
 
 
-def _clamped(start: int | None, stop: int | None, size: int) -> tuple[int, int]:
+def clamped(start: int | None, stop: int | None, size: int) -> tuple[int, int]:
     low = 0 if start is None else start + size if start < 0 else start
     high = size if stop is None else stop + size if stop < 0 else stop
     return min(max(low, 0), size), min(max(high, 0), size)
@@ -37,7 +38,8 @@ def _piece(op: Operation, lay: Lay, dim: int, start: int, stop: int) -> Lay:
     return found
 
 
-def _stretch(op: Operation, value: Tensor, lay: Lay, dim: int, start: int, stop: int, step: int = 1) -> Shard | None:
+def stretch(op: Operation, value: Tensor, lay: Lay, dim: int, start: int, stop: int, step: int = 1) -> Shard | None:
+    """What a stretch of a dim is; whole where all ranks have the same there."""
     shard = lay.shards[dim]
     if shard is None or (start, stop, step) == (0, value.shape[dim], 1):
         return shard
@@ -48,6 +50,9 @@ def _stretch(op: Operation, value: Tensor, lay: Lay, dim: int, start: int, stop:
     cut = shard.cut(start, stop)
     if cut is None or not cut.blocks:
         raise Mismatch("PP303", f"{op.name}: {start} to {stop} cuts through the parts of a dim: {shard}")
+    if all(block.is_shared and block.local == block.whole for block in cut.blocks):
+        op.lent.add((tuple(value.shape), dim, start, stop))
+        return None
     return cut
 
 
@@ -64,6 +69,9 @@ def selected(op: Operation) -> Lay:
     """`select`: one element of a dim, which must be whole."""
     value, lay = first(op)
     dim = op.args[1] % value.dim()
+    at = op.args[2] % max(1, value.shape[dim])
+    if lay.has_shared and stretch(op, value, lay, dim, at, at + 1) is None:
+        lay = lay.with_dim(dim, None)
     if lay.part(dim) is not None:
         raise Mismatch("PP303", f"{op.name}: one element of a dim of which each rank has a part: {lay.shards[dim]}")
     return replace(lay, shards=(*lay.shards[:dim], *lay.shards[dim + 1 :]))
@@ -77,7 +85,7 @@ def split(op: Operation) -> list[Lay]:
     for piece in op.output:
         end = at + piece.shape[dim]
         own = None if lay.pieces is None else _piece(op, lay, dim, at, end)
-        lays.append(own or lay.with_dim(dim, _stretch(op, value, lay, dim, at, end)))
+        lays.append(own or lay.with_dim(dim, stretch(op, value, lay, dim, at, end)))
         at = end
     return lays
 
@@ -97,19 +105,33 @@ def slice_gradient(op: Operation) -> Lay:
     sizes, dim, start, stop, step = op.args[1:6]
     dim %= len(sizes)
     shard = lay.shards[dim]
-    if shard is None or shard.local == sizes[dim]:
+    low, high = clamped(start, stop, sizes[dim])
+    if shard is None:
+        return among_zeros(op, lay, tuple(sizes), dim, low, high)
+    if shard.local == sizes[dim]:
         return lay
     if step > 1:
         return lay.with_dim(dim, shard.scaled(step))
-    low, high = _clamped(start, stop, sizes[dim])
     before, after = (tuple([Block(n, 0, True)] if n else []) for n in (low, sizes[dim] - high))
     return lay.with_dim(dim, replace(shard, blocks=(*before, *shard.blocks, *after)))
+
+
+def among_zeros(op: Operation, lay: Lay, sizes: tuple[int, ...], dim: int, start: int, stop: int) -> Lay:
+    """The gradient of a stretch with zeros around it, where all ranks have the same in it, and parts beside it."""
+    if (sizes, dim, start, stop) not in op.lent or not lay.partial:
+        return lay
+    before, after = (tuple([Block(n, 0, True)] if n else []) for n in (start, sizes[dim] - stop))
+    blocks = (*before, summand(stop - start, lay.partial), *after)
+    return replace(lay, partial=NOTHING).with_dim(dim, Shard(over=lay.partial, blocks=blocks))
 
 
 def select_gradient(op: Operation) -> Lay:
     """`select_backward`: the gradient of one element, zeros around it."""
     _, lay = first(op)
-    dim = op.args[2] % len(op.args[1])
+    dim, at = op.args[2] % len(op.args[1]), op.args[3]
+    if lay.partial:
+        beside = replace(lay, shards=(*lay.shards[:dim], None, *lay.shards[dim:]))
+        return among_zeros(op, beside, tuple(op.args[1]), dim, at % op.args[1][dim], at % op.args[1][dim] + 1)
     return replace(lay, shards=(*lay.shards[:dim], None, *lay.shards[dim:]))
 
 
@@ -137,7 +159,7 @@ def strided(op: Operation) -> Lay:
         elif starts[dim] + size > value.shape[dim]:
             raise NoRule
         else:
-            shards.append(_stretch(op, value, lay, dim, starts[dim], starts[dim] + size))
+            shards.append(stretch(op, value, lay, dim, starts[dim], starts[dim] + size))
     return replace(lay, shards=tuple(shards))
 
 

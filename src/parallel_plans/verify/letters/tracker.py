@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from parallel_plans.collectives import Axis
 from parallel_plans.verify.flow import Mark
-from parallel_plans.verify.letters.changes import CHANGES, mesh_dims
+from parallel_plans.verify.letters.changes import CHANGES, mesh_dims, ranks_over
 from parallel_plans.verify.letters.lay import (
     NOTHING,
     Lay,
@@ -24,10 +25,12 @@ from parallel_plans.verify.letters.lay import (
 )
 from parallel_plans.verify.letters.operation import Operation, tensors_in
 from parallel_plans.verify.letters.picking import onto
+from parallel_plans.verify.letters.reshaping import viewed
 from parallel_plans.verify.letters.rules import NUMBER_AT, UNIFORM, ZERO, rule_of
-from parallel_plans.verify.letters.shown import REPEATING, SHOWING, Seen, repeats, shows
+from parallel_plans.verify.letters.shown import REPEATING, SHOWING, Seen, in_ranks, in_shares, repeats, shows
+from parallel_plans.verify.letters.stretches import clamped
 from parallel_plans.verify.whereabouts import Whereabouts
-from parallel_plans.views import Views
+from parallel_plans.views import SHARED, Views
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +53,7 @@ class Tracker(TorchDispatchMode):
         views: the ranks.
         where: the module at work.
         seen: what the views of the whole model give.
+        shares: how often this rank's share of what ranks have in common is in the whole of it, of whatever there is.
 
     Attributes:
         problems: what did not fit, in the order of the step.
@@ -60,9 +64,15 @@ class Tracker(TorchDispatchMode):
             values behind a collective, which here nobody answers.
     """
 
-    def __init__(self, views: Views, where: Whereabouts, seen: Seen | None = None) -> None:
+    def __init__(
+        self,
+        views: Views,
+        where: Whereabouts,
+        seen: Seen | None = None,
+        shares: frozenset[Fraction] = frozenset(),
+    ) -> None:
         super().__init__()
-        self.views, self.where, self.dims = views, where, mesh_dims(views)
+        self.views, self.where, self.dims, self._shares = views, where, mesh_dims(views), shares
         self._seen: Seen = {key: list(shapes) for key, shapes in (seen or {}).items()}
         self.problems: list[Problem] = []
         self.unproven: dict[str, list[str]] = {}
@@ -72,7 +82,9 @@ class Tracker(TorchDispatchMode):
         self._lays: dict[tuple[Any, ...], Lay] = {}
         self._alive: list[Tensor] = []  # a place in memory is known by its storage, which must not go
         self._storages: dict[int, set[tuple[Any, ...]]] = {}
-        self._slices: dict[tuple[Any, ...], tuple[Tensor, int]] = {}  # place -> what it is a slice of, in which dim
+        # place -> what it is a slice of, in which dim, from where
+        self._slices: dict[tuple[Any, ...], tuple[Tensor, int, int]] = {}
+        self._lent: set[tuple[tuple[int, ...], int, int, int]] = set()
         self._muted = 0
         self._before: list[Lay] = []
 
@@ -106,29 +118,38 @@ class Tracker(TorchDispatchMode):
             return output
         name = func._schema.name.partition("::")[2]
         self._note_numbers(func, name, args)
-        shape = self._whole_shape(name, args, output)
         op = Operation(
             name=name,
             args=args,
             kwargs=kwargs,
             output=output,
             lay_of=self.lay,
-            whole_shape=shape,
             is_backward=self.where.is_backward,
+            has_shares=bool(self._shares),
+            lent=self._lent,
         )
-        self._follow(func, op)
+        self._follow(func, replace(op, whole_shape=self._whole_shape(op)))
         return output
 
-    def _whole_shape(self, name: str, args: tuple[Any, ...], output: Any) -> tuple[int, ...] | None:
+    def _whole_shape(self, op: Operation) -> tuple[int, ...] | None:
         """What this view, or repetition, gives in the whole model; None where nothing there is it."""
-        if name not in SHOWING or (name not in REPEATING and self.lay(args[0]).is_plain):
+        value, name = op.args[0], op.name
+        if name not in SHOWING or (name not in REPEATING and self.lay(value).is_plain):
             return None
-        is_it, lay = repeats if name in REPEATING else shows, self.lay(args[0])
+        is_it, lay = repeats if name in REPEATING else shows, self.lay(value)
         left = self._seen.get((self.where(), self.where.is_backward, name in REPEATING), [])
-        for at, shape in enumerate(left):
-            if len(shape) == output.dim() and is_it(args[0], lay, output, shape):
-                return left.pop(at)
-        return None
+        unfit = None
+        for share in (None, *sorted(self._shares)):
+            as_whole = lay if share is None else in_shares(lay, self.views.tp, share)
+            for at, shape in enumerate(left):
+                if len(shape) != op.output.dim() or not is_it(value, as_whole, op.output, shape):
+                    continue
+                own = shape if share is None else in_ranks(shape, tuple(op.output.shape), lay, share)
+                if _keeps_parts(replace(op, whole_shape=own)):  # others may have as many elements
+                    left.pop(at)
+                    return own
+                unfit = unfit or (own if share is None else None)
+        return unfit
 
     def _note_numbers(self, func: Any, name: str, args: tuple[Any, ...]) -> None:
         if self.sure is None and self.marks and _LOOKING & set(func.tags):
@@ -145,7 +166,11 @@ class Tracker(TorchDispatchMode):
         if written is not None and op.name in ("copy_", "fill_", "zero_"):
             lays = lays[1:]  # what was there is gone
         if op.name == "slice":
-            self._slices[self._place(results[0])] = op.args[0], op.get(1, "dim", 0) % op.args[0].dim()
+            self._slices[self._place(results[0])] = (
+                op.args[0],
+                op.get(1, "dim", 0) % op.args[0].dim(),
+                clamped(op.get(2, "start"), None, op.args[0].shape[op.get(1, "dim", 0)])[0],
+            )
         found = self._found(func, op, lays, results)
         for result, lay in zip(results, found, strict=True):
             if written is None or result is not written:
@@ -220,16 +245,16 @@ class Tracker(TorchDispatchMode):
         if lay != before:
             self.put(target, lay)
         if place in self._slices:
-            base, dim = self._slices[place]
+            base, dim, start = self._slices[place]
             if lay != before or lay.part(dim) is None:  # a part that lies as what it takes the place of changes nothing
-                self._write_into(op, base, dim, lay)
+                self._write_into(op, base, dim, start, target.shape[dim], lay)
         elif lay != before:
             for other in self._storages.get(place[0], set()) - {place}:
                 if self._lays[other] != lay or not lay.is_plain:
                     self._lays[other] = unknown(len(other[2]))
 
-    def _write_into(self, op: Operation, base: Tensor, dim: int, lay: Lay) -> None:
-        """What a tensor is once a slice of it, in a dim, has been written."""
+    def _write_into(self, op: Operation, base: Tensor, dim: int, start: int, size: int, lay: Lay) -> None:
+        """What a tensor is once a slice of it has been written, of so many elements of a dim."""
         before = self.lay(base)
         if before.is_unknown or lay.is_unknown or before.varies or lay.varies:
             if before.is_zero or lay != before:
@@ -238,8 +263,13 @@ class Tracker(TorchDispatchMode):
             return
         if before.is_plain and lay.is_plain:
             return
-        if lay.part(dim) is not None:
-            raise NoRule
+        one, other = before.part(dim), lay.part(dim)
+        if other is not None:
+            put = None if one is None or before.partial != lay.partial else one.with_stretch(start, size, other)
+            if put is None:
+                raise NoRule
+            self._rewrite(op, base, before.with_dim(dim, put))
+            return
         self._rewrite(op, base, onto(op, before, lay.with_dim(dim, None)))
 
     def report(self, code: str, message: str) -> None:
@@ -281,7 +311,7 @@ class Tracker(TorchDispatchMode):
     def declared(self, value: Tensor, axis: Axis, letter: str | Tensor) -> None:
         """A style vouches for a value."""
         if isinstance(letter, Tensor):
-            self.put(value, self.lay(letter))
+            self.put(value, self._summed(axis, self.lay(letter)) if axis.name.endswith(SHARED) else self.lay(letter))
             return
         over, lay = self.dims[axis.name], self.lay(value)
         if letter == "V":
@@ -291,6 +321,37 @@ class Tracker(TorchDispatchMode):
             self.put(value, replace(whole(value.dim()), partial=over | lay.partial - over))
         else:
             self.put(value, replace(lay, is_unknown=False, varies=lay.varies - over, partial=lay.partial - over))
+
+    def _summed(self, axis: Axis, lay: Lay) -> Lay:
+        """The lay of a gradient once those ranks have summed it that hold the same of a parameter.
+
+        Where these are some of all, each of their gradients is a part, as if each rank held one of its own.
+        """
+        over = self.dims[axis.name.removesuffix(SHARED)]
+        if lay.is_unknown or lay.is_zero or lay.varies & over:
+            return lay
+        if not over <= lay.partial and not over <= lay.over:
+            message = (
+                f"all_reduce over {axis.name} of a value that is the same on them: it gets {axis.size} times too big"
+            )
+            self.report("PP301", message)
+            return unknown(len(lay.shards))
+        if over <= lay.partial:
+            return replace(lay, partial=lay.partial - over) if axis.size == ranks_over(over) else lay
+        if any(block.is_summed for shard in lay.shards if shard is not None for block in shard.blocks):
+            self.report("PP301", f"all_reduce over {axis.name} of what has been summed over them already")
+        return replace(lay, shards=tuple(None if shard is None else shard.after_sum() for shard in lay.shards))
+
+
+def _keeps_parts(op: Operation) -> bool:
+    """Whether a shape can be what a view gives in the whole model: parts stay parts."""
+    if op.name in REPEATING:
+        return True
+    try:
+        viewed(op)
+    except (Mismatch, NoRule):
+        return False
+    return True
 
 
 def _made(op: Operation, result: Tensor) -> Lay:
