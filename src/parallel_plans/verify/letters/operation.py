@@ -27,8 +27,8 @@ class Operation:
     """An operation of torch's inner set: its name, its arguments, what it gave, how its arguments lie.
 
     `whole_shape` is what a view gives in the whole model, where that is known; `is_backward`: whether backward runs it;
-    `has_shares`: whether ranks share units, of several; `lent`: what forward has cut out of parts that all ranks have
-    alike, as sizes, dim, start and stop.
+    `shares`: how often a rank's share of a unit, one of several, counts in the whole; `lent`: what forward has cut out
+    of parts that all ranks have alike, as sizes, dim, start and stop.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Operation:
     lay_of: Callable[[Tensor], Lay]
     whole_shape: tuple[int, ...] | None = None
     is_backward: bool = False
-    has_shares: bool = False
+    shares: frozenset[int] = frozenset()
     lent: set[tuple[tuple[int, ...], int, int, int]] = field(default_factory=set)
 
     @property

@@ -28,7 +28,7 @@ def viewed(op: Operation) -> Lay:
         merged = _merged([value.shape[dim] for dim in before], [lay.shards[dim] for dim in before])
         sizes = [op.result.shape[dim] for dim in after]
         wholes = None if op.whole_shape is None else [op.whole_shape[dim] for dim in after]
-        for dim, shard in zip(after, _taken_apart(merged, sizes, wholes, op.name, op.has_shares), strict=True):
+        for dim, shard in zip(after, _taken_apart(merged, sizes, wholes, op.name, op.shares), strict=True):
             shards[dim] = shard
     return replace(lay, shards=tuple(shards))
 
@@ -105,7 +105,7 @@ def _merged(sizes: Sequence[int], shards: Sequence[Shard | None]) -> Shard:
 
 
 def _taken_apart(
-    shard: Shard, sizes: Sequence[int], wholes: Sequence[int] | None, name: str, has_shares: bool = False
+    shard: Shard, sizes: Sequence[int], wholes: Sequence[int] | None, name: str, shares: frozenset[int] = frozenset()
 ) -> list[Shard | None]:
     """The shards of the dims that one dim is taken apart into; `wholes` are their sizes in the whole model."""
     shards: list[Shard | None] = [None] * len(sizes)
@@ -113,7 +113,7 @@ def _taken_apart(
         raise Mismatch("PP303", f"{name}: a part of a dim is taken for all of it")
     dim, last = 0, len(sizes) - 1
     while dim < last and sizes[dim] > 1 and _is_even(shard.blocks, sizes[dim]):
-        if wholes[dim] != sizes[dim] if wholes is not None else has_shares and _is_units(shard, sizes[dim + 1 :]):
+        if wholes[dim] != sizes[dim] if wholes is not None else _is_units(shard, sizes[dim + 1 :], shares):
             break
         shard = replace(shard, blocks=shard.blocks[: len(shard.blocks) // sizes[dim]])  # each has the same blocks
         dim += 1
@@ -125,8 +125,10 @@ def _taken_apart(
     return shards
 
 
-def _is_units(shard: Shard, sizes: Sequence[int]) -> bool:
-    """Whether a dim before these is one of units, several blocks of them: within these dims they would be cut."""
+def _is_units(shard: Shard, sizes: Sequence[int], shares: frozenset[int]) -> bool:
+    """Whether a dim before these is one of shared units, several blocks of them: within these they would be cut."""
+    if not all(block.whole in {block.local * times for times in shares} for block in shard.blocks):
+        return False
     rests = (math.prod(sizes[dim + 1 :]) for dim in range(len(sizes)))
     return not any(rest % shard.unit == 0 for rest in rests) and shard.divided(math.prod(sizes)) is not None
 

@@ -125,7 +125,7 @@ class Tracker(TorchDispatchMode):
             output=output,
             lay_of=self.lay,
             is_backward=self.where.is_backward,
-            has_shares=bool(self._shares),
+            shares=frozenset(self.views.tp + (share == 1) for share in self._shares),
             lent=self._lent,
         )
         self._follow(func, replace(op, whole_shape=self._whole_shape(op)))
