@@ -91,8 +91,8 @@ def _told(ranks: list[dict[str, Seen]] | str, layers: int, whole: int) -> Counte
 
 
 def _even(given: Any) -> Any:
-    """Tokens of which each rank takes as many where it takes a part; what is no row of tokens as it is."""
-    is_row = isinstance(given, Tensor) and given.dim() == 2
+    """Tokens of which each rank takes as many where it takes a part; what is no row of tokens or labels as it is."""
+    is_row = isinstance(given, Tensor) and given.dim() in (2, 3)  # labels of several codes are [rows, length, codes]
     return given[:, : given.shape[1] // 2 * 2].contiguous() if is_row else given
 
 

@@ -94,4 +94,5 @@ NOT_COUNTED: Mapping[str, str] = {
     "emu3_text_model": _PART,
     "mllama_text_model": _PART,
     "gemma3n": "its vision tower is one of timm, which is not installed",
+    "reformer": "it gives gradients in training mode alone, where it draws at random",
 }
