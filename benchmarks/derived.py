@@ -15,16 +15,14 @@ Exit status 1 where a plan that was derived is wrong.
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from causal.cases import types
-from causal.children import asked_at_once
+from causal.children import Answer
 from causal.compare import RIGHT
+from causal.every_type import answers_of, read, write
 from derivation.judge import NONE, WRONG, Judged, judged, judged_from
 from derivation.page import COLUMNS, line_of, page
 
@@ -43,26 +41,30 @@ def all_judged(
 ) -> list[Judged]:
     """Every type judged, in their order; `known` were judged before, `into` is a file that is written after each."""
     found = {kind: each for kind, each in (known or {}).items() if kind in kinds}
-    left, started = [kind for kind in kinds if kind not in found], time.monotonic()
-    calls = [(kind, with_ranks) for kind in left]
-    for count, (index, answer) in enumerate(asked_at_once(judged, calls, jobs, seconds), start=1):
-        kind = left[index]
-        problem = Judged(kind=kind, outcome=NONE, told=f"{FAILED}{answer.problem}")
-        found[kind] = answer.value if answer.problem is None else problem
-        told = " | ".join(line_of(found[kind])[1:])
-        print(f"{count}/{len(left)} {time.monotonic() - started:.0f} s  {kind}: {told}", file=sys.stderr, flush=True)
+    left = [kind for kind in kinds if kind not in found]
+
+    def judge(kind: str) -> Judged:
+        return judged(kind, with_ranks)
+
+    for kind, answer in answers_of(judge, left, jobs=jobs, seconds=seconds, told=_told):
+        found[kind] = _judged(kind, answer)
         if into is not None:
-            part = into.with_name(f"{into.name}.part")
-            all_of_them = {kind: dataclasses.asdict(found[kind]) for kind in sorted(found)}
-            part.write_text(json.dumps(all_of_them, indent=1), encoding="utf-8")
-            part.replace(into)
+            write(into, found)
     return [found[kind] for kind in kinds]
+
+
+def _judged(kind: str, answer: Answer) -> Judged:
+    problem = Judged(kind=kind, outcome=NONE, told=f"{FAILED}{answer.problem}")
+    return problem if answer.problem is not None else answer.value
+
+
+def _told(kind: str, answer: Answer) -> str:
+    return " | ".join(line_of(_judged(kind, answer))[1:])
 
 
 def judged_in(path: Path | None) -> dict[str, Judged]:
     """Type -> what was found, of what `--json` has written before."""
-    told = json.loads(path.read_text(encoding="utf-8")) if path is not None and path.exists() else {}
-    return {kind: judged_from(each) for kind, each in told.items()}
+    return {kind: judged_from(each) for kind, each in read(path).items()}
 
 
 def main() -> int:

@@ -20,8 +20,6 @@ Exit status 1 where something is wrong that the page does not explain (`KNOWN` i
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -29,7 +27,8 @@ from pathlib import Path
 
 from builtin_plans import runs_in
 from causal.cases import types
-from causal.children import asked_at_once
+from causal.children import Answer
+from causal.every_type import answers_of, read, write
 from every.judge import judged
 from every.known import unexplained
 from every.page import COLUMNS, line_of, page
@@ -52,30 +51,29 @@ def all_judged(
     `known` are types that were judged before; `into` is a file for all that was found, written after each type.
     """
     found = {kind: judged for kind, judged in (known or {}).items() if kind in kinds}
-    left, started = [kind for kind in kinds if kind not in found], time.monotonic()
-    calls = [(kind, rows) for kind in left]
-    for count, (index, answer) in enumerate(asked_at_once(judged, calls, jobs, SECONDS), start=1):
-        kind = left[index]
-        found[kind] = Judged(kind=kind, problem=answer.problem) if answer.problem is not None else answer.value
-        told = " | ".join(line_of(found[kind], {})[1:])
-        print(f"{count}/{len(left)} {time.monotonic() - started:.0f} s  {kind}: {told}", file=sys.stderr, flush=True)
+    left = [kind for kind in kinds if kind not in found]
+
+    def judge(kind: str) -> Judged:
+        return judged(kind, rows)
+
+    for kind, answer in answers_of(judge, left, jobs=jobs, seconds=SECONDS, told=_told):
+        found[kind] = _judged(kind, answer)
         if into is not None:
-            _write(into, found)
+            write(into, found)
     return [found[kind] for kind in kinds]
 
 
-def _write(into: Path, found: Mapping[str, Judged]) -> None:
-    """Writes what was found so far: whoever is interrupted goes on from there."""
-    part = into.with_name(f"{into.name}.part")
-    told = {kind: dataclasses.asdict(found[kind]) for kind in sorted(found)}
-    part.write_text(json.dumps(told, indent=1), encoding="utf-8")
-    part.replace(into)
+def _judged(kind: str, answer: Answer) -> Judged:
+    return Judged(kind=kind, problem=answer.problem) if answer.problem is not None else answer.value
+
+
+def _told(kind: str, answer: Answer) -> str:
+    return " | ".join(line_of(_judged(kind, answer), {})[1:])
 
 
 def judged_in(path: Path | None) -> dict[str, Judged]:
     """Type -> what was found, of what `--json` has written before."""
-    told = json.loads(path.read_text(encoding="utf-8")) if path is not None and path.exists() else {}
-    return {kind: judged_from(each) for kind, each in told.items()}
+    return {kind: judged_from(each) for kind, each in read(path).items()}
 
 
 def main() -> int:

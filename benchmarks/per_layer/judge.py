@@ -70,11 +70,11 @@ def sides_of(kind: str, carried: Collection[Row]) -> Iterator[Side]:
     has_rules = {FIRST: True, EXPERTS: bool(plan.rules("ep_plan"))}
     for row in ROWS:
         if has_rules[row]:
-            yield Side(library=OURS, row=row)
+            yield Side(framework=OURS, row=row)
         if row in carried:
-            yield Side(library=THEIRS, row=row)
+            yield Side(framework=THEIRS, row=row)
     if plan.rules("sp_plan"):
-        yield Side(library=OURS, splits_sequence=True)
+        yield Side(framework=OURS, splits_sequence=True)
 
 
 def _told(ranks: list[dict[str, Seen]] | str, layers: int, whole: int) -> Counted:

@@ -151,7 +151,7 @@ def _ratio(counted: Sequence[Judged], row: Row, mode: str, index: int) -> str:
     for each in counted:
         if compared(each, row) is None:
             continue
-        own, its = (each.sides[str(Side(library=one, row=row))].of(*MODES[mode])[index] for one in LIBRARIES)
+        own, its = (each.sides[str(Side(framework=one, row=row))].of(*MODES[mode])[index] for one in LIBRARIES)
         if its:
             ratios.append(own / its)
     return f"{fmean(ratios):.2f}" if ratios else ""

@@ -74,14 +74,14 @@ def _on_rank(rank: int, side: Side, models: Mapping[str, Truth], port: int) -> d
     os.environ.update({"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in place.items()}})
     store = dist.TCPStore("127.0.0.1", port, ranks, is_master=rank == 0, timeout=limit)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=limit)
-    found = {name: seen(_loaded(side, truth), side.library, truth) for name, truth in models.items()}
+    found = {name: seen(_loaded(side, truth), side.framework, truth) for name, truth in models.items()}
     leave(store, rank, ranks, limit)
     return found
 
 
 def _loaded(side: Side, truth: Truth) -> Any:
     sizes = {"tp_size": side.row.tp, **({"ep_size": side.row.ep} if side.row.ep > 1 else {})}
-    if side.library == OURS:
+    if side.framework == OURS:
         experts = {"ep_plan": "auto"} if side.row.ep > 1 else {}
         sequence = {"sp_plan": "auto"} if side.splits_sequence else {}
         return from_pretrained(
@@ -99,27 +99,29 @@ def _loaded(side: Side, truth: Truth) -> Any:
     return truth.kind.from_pretrained(path, dtype=torch.float32, distributed_config=config, **LOADING).eval()
 
 
-def seen(model: Any, library: str, truth: Truth) -> Seen:
+def seen(model: Any, framework: str, truth: Truth) -> Seen:
     """What `model` does with a batch: without gradients, then forward and backward, each after a run to warm up."""
     held = sum(_own(parameter).nbytes for parameter in model.parameters())
     with torch.no_grad():
         model(**truth.batch)
-        with counted(library) as alone:
+        with counted(framework) as alone:
             model(**truth.batch)
     model(**truth.batch).loss.backward()
     model.zero_grad()
-    with counted(library) as ahead:
+    with counted(framework) as ahead:
         loss = model(**truth.batch).loss
-    with counted(library) as back:
+    with counted(framework) as back:
         loss.backward()
     phases = zip(PHASES, (alone, ahead, back), strict=True)
     traffic = {phase: traffic_of(each.calls) for phase, each in phases}
-    return Seen(traffic=traffic, held=held, told=_told(model, library, loss, truth))
+    return Seen(traffic=traffic, held=held, told=_told(model, framework, loss, truth))
 
 
-def _told(model: Any, library: str, loss: Tensor, truth: Truth) -> str:
+def _told(model: Any, framework: str, loss: Tensor, truth: Truth) -> str:
     """How loss and gradients are not those of one process; called on all ranks alike."""
-    found = full_gradients(model) if library == OURS else {name: _whole(p.grad) for name, p in model.named_parameters()}
+    found = (
+        full_gradients(model) if framework == OURS else {name: _whole(p.grad) for name, p in model.named_parameters()}
+    )
     of_loss = compared("the loss", _whole(loss), truth.loss, TOLERANCE, ZERO)
     of_gradients = told_of_gradients(
         {name: compared_gradient(found.get(name), wanted, TOLERANCE, ZERO) for name, wanted in truth.gradients.items()}

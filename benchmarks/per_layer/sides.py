@@ -20,12 +20,12 @@ SEQUENCE = "split sequence"
 class Side:
     """Who splits a model over which ranks, and whether the sequence is split as well."""
 
-    library: str
+    framework: str
     row: Row = FIRST
     splits_sequence: bool = False
 
     def __str__(self) -> str:
-        return f"{self.library} {self.row}{f' {SEQUENCE}' if self.splits_sequence else ''}"
+        return f"{self.framework} {self.row}{f' {SEQUENCE}' if self.splits_sequence else ''}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,9 +86,9 @@ class Judged:
     sides: dict[str, Counted] = field(default_factory=dict)
     problem: str = ""
 
-    def side(self, library: str, row: Row = FIRST, *, splits_sequence: bool = False) -> Counted | None:
+    def side(self, framework: str, row: Row = FIRST, *, splits_sequence: bool = False) -> Counted | None:
         """What was counted of a side; None where there was nothing to count."""
-        return self.sides.get(str(Side(library=library, row=row, splits_sequence=splits_sequence)))
+        return self.sides.get(str(Side(framework=framework, row=row, splits_sequence=splits_sequence)))
 
 
 def judged_from(told: Mapping[str, Any]) -> Judged:

@@ -71,7 +71,7 @@ def _judged(mine: int, theirs: int, held: float = 0.5) -> Judged:
     """A type whose layer starts so many collectives in each phase; transformers holds all of the weights."""
     traffics = [{phase: {"all_reduce": (float(count), 8.0 * count)} for phase in PHASES} for count in (mine, theirs)]
     sides = [Counted(traffic=traffic, held=share) for traffic, share in zip(traffics, (held, 1.0), strict=True)]
-    names = [str(Side(library=library)) for library in (OURS, THEIRS)]
+    names = [str(Side(framework=one)) for one in (OURS, THEIRS)]
     return Judged(kind="none_of_all", layers=2, sides=dict(zip(names, sides, strict=True)))
 
 
@@ -91,7 +91,7 @@ def test_more_than_two_in_a_layer_need_a_reason() -> None:
 
 def test_what_transformers_gets_wrong_is_not_compared() -> None:
     judged = _judged(2, 1, held=1.0)
-    theirs = str(Side(library=THEIRS))
+    theirs = str(Side(framework=THEIRS))
     judged.sides[theirs] = dataclasses.replace(judged.sides[theirs], wrong="the loss is off")
     assert compared(judged, FIRST) is None
     assert "theirs is wrong" in line_of(judged)

@@ -17,12 +17,13 @@ sys.path.insert(0, str(ROOT / "benchmarks"))  # no part of the package
 
 from causal.cases import types  # noqa: E402
 from causal.children import asked  # noqa: E402
+from causal.every_type import write  # noqa: E402
 from every import judge, ranks  # noqa: E402
 from every.known import unexplained, wrong_in  # noqa: E402
 from every.page import page  # noqa: E402
 from every.rows import EXPERTS, FIRST, REFUSED, ROWS, Case, Found, Judged, Row  # noqa: E402
 from every.today import of_day  # noqa: E402
-from every_model import _write, all_judged, judged_in  # noqa: E402
+from every_model import all_judged, judged_in  # noqa: E402
 
 PAGE = ROOT / "docs" / "every_model.md"
 VARIABLE = "PARALLEL_PLANS_TYPES"  # "gpt2 llama", or "all"
@@ -86,7 +87,7 @@ def test_the_page_says_how_far_it_is_and_what_is_wrong_by_name() -> None:
 def test_types_that_were_judged_before_are_not_judged_again(tmp_path: Path) -> None:
     file, known = tmp_path / "found.json", {"llama": made("llama", "wrong", 0.5), "gpt2": made("gpt2", "right", 1.0)}
     assert judged_in(file) == {}
-    _write(file, known)
+    write(file, known)
     assert judged_in(file) == known
     assert all_judged(["llama"], ROWS, known=judged_in(file)) == [known["llama"]]
 
