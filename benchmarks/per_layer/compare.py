@@ -59,6 +59,6 @@ def unexplained(judged: Judged) -> bool:
     if judged.problem:
         return judged.kind not in NOT_COUNTED
     if not all(side.is_right for name, side in judged.sides.items() if name.startswith(OURS)):
-        return True
+        return judged.kind not in NOT_COUNTED
     reasons = [*(why for *_, why in more_than_theirs(judged)), *(why for _, why in more_than_two(judged))]
     return not all(reasons)

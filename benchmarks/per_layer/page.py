@@ -208,8 +208,9 @@ def sent(side: Counted) -> float:
 
 def _uncounted(found: Sequence[Judged]) -> Iterator[tuple[str, ...]]:
     for each in found:
+        why = NOT_COUNTED.get(each.kind, UNKNOWN)
         if each.problem:
-            yield each.kind, cut(each.problem), NOT_COUNTED.get(each.kind, UNKNOWN)
+            yield each.kind, cut(each.problem), why
         for name, side in each.sides.items():
             if not side.is_right and name.startswith(OURS):
-                yield f"{each.kind}, {name.removeprefix(OURS).strip()}", cut(side.problem or side.wrong), UNKNOWN
+                yield f"{each.kind}, {name.removeprefix(OURS).strip()}", cut(side.problem or side.wrong), why

@@ -53,6 +53,7 @@ class Running:
     """
 
     module: nn.Module
+    is_fed_data: bool = False  # values that no gradient goes back to, so none that would have to be summed
     called: set[int] = field(default_factory=set)
     read: dict[int, dict[str, str]] = field(default_factory=dict)  # module -> its parameters, and where each was read
 
@@ -66,16 +67,21 @@ class Guarded:
     own: LocalParameters
     boundaries: tuple[Boundary, ...]
 
-    def needs_forward(self, name: str, value: Tensor) -> bool:
+    def needs_forward(self, name: str, value: Tensor, *, is_fed_data: bool = False) -> bool:
         """Whether a use of this parameter, which it holds as `value` now, lacks what the module's forward does."""
         own, records = self.own, torch.is_grad_enabled()
-        if any(records or not _acts_in_backward_alone(each) for each in self.boundaries):
+        if any((records and not is_fed_data) or not _acts_in_backward_alone(each) for each in self.boundaries):
             return True
         if type(value) is not nn.Parameter:
             return False  # a module around this one has laid it out
         if name in own.once or name in own.after or name in own.gathered:
             return True
         return records and value.requires_grad and (name in own.summed or name in own.shared)
+
+
+def _is_data(given: tuple[Any, ...]) -> bool:
+    values = [each for each in given if isinstance(each, Tensor) and each.is_floating_point()]
+    return bool(values) and not any(each.requires_grad for each in values)
 
 
 def _acts_in_backward_alone(boundary: Boundary) -> bool:
@@ -229,7 +235,7 @@ class Watch:
                 if is_own:
                     above.called.add(id(module))
                 is_own = is_own and _only_hands_on(above.module)
-            self.stack.append(Running(module=module))
+            self.stack.append(Running(module=module, is_fed_data=_is_data((*args, *kwargs.values()))))
             self.open[id(module)] += 1
             try:
                 output = forward(*args, **kwargs)
@@ -252,7 +258,10 @@ class Watch:
         """A parameter was read as an attribute."""
         if not self.stack or self.open[id(guarded.module)] or reader.f_globals["__name__"].partition(".")[0] == HERE:
             return
-        if isinstance(value, Tensor) and guarded.needs_forward(name, value) and not _is_looked_at(reader):
+        if not isinstance(value, Tensor):
+            return
+        needs = guarded.needs_forward(name, value, is_fed_data=self.stack[-1].is_fed_data)
+        if needs and not _is_looked_at(reader):
             code = reader.f_code
             where = f"{code.co_filename.rpartition('/')[2]}:{reader.f_lineno}, {code.co_name}"
             self.stack[-1].read.setdefault(id(guarded.module), {}).setdefault(name, where)
