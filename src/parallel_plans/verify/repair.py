@@ -22,7 +22,7 @@ from parallel_plans.verify.blame import Suspect, suspects
 from parallel_plans.verify.compare import GRADIENTS, REFUSED, RIGHT, Run, reached
 from parallel_plans.verify.numerics import Trial, run_trial
 
-SECONDS = 4.0  # of computing in which other rules are tried
+SECONDS = 6.0  # of computing in which other rules are tried
 MORE = 0.5  # of them once one has worked
 SHARES = 20  # how finely the share of a model that is split is compared
 _CATCH_ALL = "**"
