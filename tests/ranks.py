@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
 import socket
 import traceback
 from collections.abc import Callable
@@ -51,6 +52,14 @@ def _rank_main(connection: Any, function: Callable[..., Any], rank: int, ranks: 
         os._exit(0)  # a forked child must not run what the test session registered for its own end
 
 
+def _ending(process: Any) -> str:
+    """How a process came to its end, as far as its exit status tells."""
+    process.join(timeout=30)
+    if process.exitcode is not None and process.exitcode < 0:
+        return f"killed by {signal.Signals(-process.exitcode).name}"
+    return f"with exit code {process.exitcode}"
+
+
 class RankFailed(AssertionError):
     """Some rank raised; the message holds every such rank's traceback."""
 
@@ -77,7 +86,7 @@ def outcomes(function: Callable[..., Any], ranks: int, *args: Any) -> list[tuple
             try:
                 results[rank] = pickle.loads(end.recv_bytes())  # type: ignore[union-attr]
             except EOFError:
-                results[rank] = ("raised", ("Died", "the process ended without a word", ""))
+                results[rank] = ("raised", ("Died", f"the process ended without a word, {_ending(processes[rank])}", ""))
     for process in processes:
         process.join(timeout=0 if len(results) < ranks else 30)
         process.kill()

@@ -11,19 +11,22 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store
 
 from parallel_plans.errors import Finding, LaunchError, ParallelPlansError
 from parallel_plans.watch.current import current_watch
 from parallel_plans.watch.limit import DEFAULT_SECONDS, seconds_to_wait
-from parallel_plans.watch.post import real_store, with_own_connection
+from parallel_plans.watch.post import own_connection, real_store
 from parallel_plans.watch.told import error_of, is_told_of
 from parallel_plans.watch.watcher import FAREWELL
 
 _PAUSE = 0.002  # seconds between two looks, at first; longer and longer
 _LONGEST_PAUSE = 0.1
 _met: Counter[str] = Counter()
+_connections: WeakKeyDictionary[Store, Store] = WeakKeyDictionary()  # a store that is kept for it keeps its server
 
 
 class Meeting:
@@ -41,7 +44,7 @@ class Meeting:
         if store is not None:
             _met[who] += 1
         prefix = f"parallel_plans/meeting/{who}/{_met[who]}"
-        self._store = None if store is None else with_own_connection(store, prefix)
+        self._store = None if store is None else PrefixStore(prefix, _connection_to(store))
 
     def confirm(self, **facts: str) -> None:
         """Returns when every rank has come here well and with the same facts; at once where ranks have no store.
@@ -99,6 +102,14 @@ class Meeting:
                 raise _absent(missing, self.step, limit)
             time.sleep(pause if missing else 0.0)
             pause = min(2 * pause, _LONGEST_PAUSE)
+
+
+def _connection_to(store: Store) -> Store:
+    """The connection on which this process meets: one for all its meetings, as to connect may take a name server."""
+    made = _connections.get(store)
+    if made is None:
+        made = _connections[store] = own_connection(store)
+    return made
 
 
 @contextmanager

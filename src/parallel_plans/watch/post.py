@@ -33,9 +33,10 @@ def port_of(store: Store) -> int | None:
     return below.port if isinstance(below, TCPStore) else None
 
 
-def with_own_connection(store: Any, prefix: str) -> Store:
-    """The store on another connection, so that nobody waits for what others ask of it; under a prefix of its own."""
-    return PrefixStore(prefix, store.clone())
+def own_connection(store: Any) -> Store:
+    """The store on another connection, so that nobody waits for what others ask of it."""
+    made: Store = store.clone()
+    return made
 
 
 def _below(store: Any) -> Any:
@@ -48,7 +49,7 @@ class Post:
     def __init__(self, store: Store, rank: int, world: int) -> None:
         # a store may outlive a process group, and what was said of the last one means nothing
         before = connections_to(port_of(store))
-        self._store = with_own_connection(store, f"parallel_plans/watch/{next(_made)}")
+        self._store = PrefixStore(f"parallel_plans/watch/{next(_made)}", own_connection(store))
         self._store.set_timeout(_ANSWERS_WITHIN)
         after = connections_to(port_of(store))
         self._line = next((after[end] for end in after if end not in before), None)
