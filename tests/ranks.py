@@ -86,7 +86,10 @@ def outcomes(function: Callable[..., Any], ranks: int, *args: Any) -> list[tuple
             try:
                 results[rank] = pickle.loads(end.recv_bytes())  # type: ignore[union-attr]
             except EOFError:
-                results[rank] = ("raised", ("Died", f"the process ended without a word, {_ending(processes[rank])}", ""))
+                results[rank] = (
+                    "raised",
+                    ("Died", f"the process ended without a word, {_ending(processes[rank])}", ""),
+                )
     for process in processes:
         process.join(timeout=0 if len(results) < ranks else 30)
         process.kill()

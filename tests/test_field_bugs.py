@@ -40,7 +40,7 @@ class Bug:
         self.config, self.right, self.wrong, self.sizes = config, right, wrong, sizes
 
     def verified(self, plan: Any) -> Report:
-        return verify_plan(self.config, plan, **self.sizes)
+        return verify_plan(self.config, plan, cost=None, **self.sizes)
 
     def assert_caught(self, codes: str, about: str) -> None:
         """The right plan is sound; the first error of the wrong one has one of the codes, and names what is wrong."""
@@ -166,7 +166,7 @@ def test_the_rule_of_a_router_missing_under_ep(edited: Any) -> None:
     drop = (r"(ep_plan:\n(?:.*\n)*?)  model.layers.\*\.\w+.(?:gate|router): .*\n", r"\1")
     bug = Bug(config_of("llama4_text"), bundled("llama4_text"), edited("llama4_text", *drop), tp=2, ep=2)
     bug.assert_caught("PP1..|PP401|PP405", r"feed_forward")
-    assert verify_plan(config_of("qwen3_moe"), edited("qwen3_moe", *drop), tp=2, ep=2).ok
+    assert verify_plan(config_of("qwen3_moe"), edited("qwen3_moe", *drop), tp=2, ep=2, cost=None).ok
 
 
 def test_no_expert_rules_at_all_under_ep(edited: Any) -> None:
@@ -314,5 +314,5 @@ def test_uneven_heads(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("fields", "tp"), [(GQA, 8), (UNEVEN, 3)], ids=["gqa-8", "uneven-3"])
 def test_heads_that_divide_may_be_split_as_features(fields: dict[str, int], tp: int, tmp_path: Path) -> None:
-    report = verify_plan(config_of("llama", **fields), plain(tmp_path), tp=tp)
+    report = verify_plan(config_of("llama", **fields), plain(tmp_path), tp=tp, cost=None)
     assert report.ok, "\n".join(map(str, report.findings))

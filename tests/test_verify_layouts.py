@@ -131,7 +131,7 @@ class Pair(nn.Module):
 
 def of_pair(after: str, **rules: str) -> Report:
     plan = {"tp_plan": {"up": "colwise", "down": "rowwise", **rules}}
-    return verify_plan(Pair(after), plan, tp=2, inputs={"value": torch.randn(3, 8)}, level="layouts")
+    return verify_plan(Pair(after), plan, tp=2, inputs={"value": torch.randn(3, 8)}, level="layouts", cost=None)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_what_has_no_rule_is_unproven_and_named_and_never_passed() -> None:
 
 def test_ranks_that_say_different_things_would_wait_for_each_other() -> None:
     plan = {"tp_plan": {"up": "replicate", "act": "said_by_one", "down": "replicate"}}
-    report = verify_plan(Pair(), plan, tp=2, inputs=(torch.randn(3, 8),), level="layouts")
+    report = verify_plan(Pair(), plan, tp=2, inputs=(torch.randn(3, 8),), level="layouts", cost=None)
     codes = [code for code, _, _ in of_layouts(report)]
     assert codes[0] in ("PP301", "PP305"), [str(finding) for finding in report.findings]
 
@@ -188,7 +188,7 @@ def test_numbers_that_come_of_values_behind_a_collective_are_nobodys_mistake() -
     for where, codes in (("behind", []), ("before", ["PP307"])):
         model = Chosen(where)
         inputs = {"value": torch.randn(64, 8)}
-        report = verify_plan(model, plan, tp=2, inputs=inputs, level="layouts")
+        report = verify_plan(model, plan, tp=2, inputs=inputs, level="layouts", cost=None)
         assert [code for code, severity, _ in of_layouts(report) if severity == "error"] == codes, report.findings
         ranks = [slice(0, 8), slice(8, 16)]
         half = [(model.pair.up.weight[own], model.pair.up.bias[own], model.pair.down.weight[:, own]) for own in ranks]

@@ -109,7 +109,7 @@ def report_of(plan: object, name: str, tp: int | None = None) -> Report:
         setattr(config, field, value)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    return verify_plan(model, plan, tp=tp or SIZES.get(name, 2), level="geometry")  # type: ignore[arg-type]
+    return verify_plan(model, plan, tp=tp or SIZES.get(name, 2), level="geometry", cost=None)  # type: ignore[arg-type]
 
 
 def told(report: Report) -> str:
@@ -194,7 +194,7 @@ def test_a_plan_that_leaves_all_whole_is_sound_unless_one_is_strict() -> None:
     for strict in (False, True):
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(tiny_config("llama", tied=False))
-        report = verify_plan(model, {"**": "replicate"}, tp=2, level="geometry", strict=strict)
+        report = verify_plan(model, {"**": "replicate"}, tp=2, level="geometry", cost=None, strict=strict)
         assert report.ok is not strict
         assert set(report.levels.values()) == {"passed", "not run"}
 
@@ -235,9 +235,9 @@ class Heads(nn.Module):
 
 def test_a_buffer_with_an_element_per_head_is_told_of_beside_split_heads() -> None:
     rules = {"query_key_value": {"style": "colwise", "unit": 6}, "dense": {"style": "rowwise", "unit": 2}}
-    (warning,) = verify_plan(Heads(), rules, tp=2, level="geometry").findings
+    (warning,) = verify_plan(Heads(), rules, tp=2, level="geometry", cost=None).findings
     assert (warning.code, warning.name, warning.severity) == ("PP116", "slopes", "warning")
-    assert verify_plan(Heads(), {"**": "replicate"}, tp=2, level="geometry").findings[0].code == "PP117"
+    assert verify_plan(Heads(), {"**": "replicate"}, tp=2, level="geometry", cost=None).findings[0].code == "PP117"
 
 
 def test_the_correction_bias_of_a_router_is_in_its_place_beside_dealt_experts() -> None:
@@ -245,7 +245,7 @@ def test_the_correction_bias_of_a_router_is_in_its_place_beside_dealt_experts() 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     assert any(name.endswith("e_score_correction_bias") for name in describe(model).buffers)
-    assert told(verify_plan(model, tp=2, ep=2, level="geometry")) == ""
+    assert told(verify_plan(model, tp=2, ep=2, level="geometry", cost=None)) == ""
 
 
 @pytest.mark.parametrize("style", [style.name for style, _ in styles()])
@@ -262,7 +262,9 @@ def test_buffers_that_checkpoints_hold_are_among_the_bytes_of_every_rank() -> No
             self.register_buffer("offset", torch.zeros(6, dtype=torch.float64), persistent=is_persistent)
 
     plan = {"tp_plan": {"up": "colwise"}}
-    with_buffer, without = (verify_plan(Biased(each), plan, tp=2, level="geometry") for each in (True, False))
+    with_buffer, without = (
+        verify_plan(Biased(each), plan, tp=2, level="geometry", cost=None) for each in (True, False)
+    )
     assert without.parameters.per_rank_bytes == (256, 256)
     assert with_buffer.parameters.per_rank_bytes == (256 + 48, 256 + 48)
     assert with_buffer.parameters.total_bytes == without.parameters.total_bytes + 48 == 512 + 48

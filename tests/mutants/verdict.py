@@ -58,7 +58,7 @@ def verdict_on(mutant: Mutant, config: Any, row: Row, path: str) -> Verdict:
     """What `verify_plan` says of a mutant, which lies at `path`."""
     told = "dispatch" if row.dispatch else "auto"
     try:
-        report = verify_plan(config, path, tp=row.tp, ep=row.ep, etp=row.etp, ep_plan=told, sp=row.sp)
+        report = verify_plan(config, path, tp=row.tp, ep=row.ep, etp=row.etp, ep_plan=told, sp=row.sp, cost=None)
     except ParallelPlansError as error:
         findings, refused = list(error.findings), True
     else:
