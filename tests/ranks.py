@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import pickle
 import signal
 import socket
+import tempfile
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing import get_context
 from multiprocessing.connection import wait
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +32,10 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _rank_main(connection: Any, function: Callable[..., Any], rank: int, ranks: int, port: int, args: tuple) -> None:
+def _rank_main(
+    connection: Any, last_words: Path, function: Callable[..., Any], rank: int, ranks: int, port: int, args: tuple
+) -> None:
+    faulthandler.enable(last_words.open("wb"))
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -52,12 +58,13 @@ def _rank_main(connection: Any, function: Callable[..., Any], rank: int, ranks: 
         os._exit(0)  # a forked child must not run what the test session registered for its own end
 
 
-def _ending(process: Any) -> str:
-    """How a process came to its end, as far as its exit status tells."""
+def _ending(process: Any, last_words: Path) -> str:
+    """How a process that sent nothing came to its end: its exit status, and where it was if that was a fault."""
     process.join(timeout=30)
-    if process.exitcode is not None and process.exitcode < 0:
-        return f"killed by {signal.Signals(-process.exitcode).name}"
-    return f"with exit code {process.exitcode}"
+    code = process.exitcode
+    how = f"killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"with exit code {code}"
+    where = last_words.read_text(errors="replace") if last_words.exists() else ""
+    return f"{how}\n{where}".rstrip()
 
 
 class RankFailed(AssertionError):
@@ -66,12 +73,18 @@ class RankFailed(AssertionError):
 
 def outcomes(function: Callable[..., Any], ranks: int, *args: Any) -> list[tuple[str, Any]]:
     """For every rank, `("returned", value)` or `("raised", (type name, message, traceback))`; none may hang."""
+    with tempfile.TemporaryDirectory() as folder:
+        return _outcomes(function, ranks, args, Path(folder))
+
+
+def _outcomes(function: Callable[..., Any], ranks: int, args: tuple, folder: Path) -> list[tuple[str, Any]]:
     context = get_context("fork")
     port = _free_port()
     ends, processes = [], []
     for rank in range(ranks):
         mine, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=_rank_main, args=(theirs, function, rank, ranks, port, args), daemon=True)
+        arguments = (theirs, folder / str(rank), function, rank, ranks, port, args)
+        process = context.Process(target=_rank_main, args=arguments, daemon=True)
         process.start()
         theirs.close()
         ends.append(mine)
@@ -86,10 +99,8 @@ def outcomes(function: Callable[..., Any], ranks: int, *args: Any) -> list[tuple
             try:
                 results[rank] = pickle.loads(end.recv_bytes())  # type: ignore[union-attr]
             except EOFError:
-                results[rank] = (
-                    "raised",
-                    ("Died", f"the process ended without a word, {_ending(processes[rank])}", ""),
-                )
+                how = _ending(processes[rank], folder / str(rank))
+                results[rank] = ("raised", ("Died", f"the process ended without a word, {how}", ""))
     for process in processes:
         process.join(timeout=0 if len(results) < ranks else 30)
         process.kill()
