@@ -33,6 +33,9 @@ def config_of(model_type: str, **fields: Any) -> Any:
     return copy.deepcopy(_config(model_type, *fields.items()))
 
 
+_judged: dict[str, Report] = {}  # right plans, of which many mistakes are made
+
+
 class Bug:
     """A mistake in a plan for one model on so many ranks: the plan as it should be, and as it was."""
 
@@ -42,9 +45,16 @@ class Bug:
     def verified(self, plan: Any) -> Report:
         return verify_plan(self.config, plan, cost=None, **self.sizes)
 
+    def sound(self) -> Report:
+        """What is found of the right plan."""
+        key = repr((self.config.to_json_string(use_diff=False), self.right, self.sizes))
+        if key not in _judged:
+            _judged[key] = self.verified(self.right)
+        return _judged[key]
+
     def assert_caught(self, codes: str, about: str) -> None:
         """The right plan is sound; the first error of the wrong one has one of the codes, and names what is wrong."""
-        sound = self.verified(self.right)
+        sound = self.sound()
         assert sound.ok, "\n".join(map(str, sound.findings))
         assert sound.levels["numerics"] == "passed"
         report = self.verified(self.wrong)

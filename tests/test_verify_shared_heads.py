@@ -5,12 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from transformers import AutoConfig
+import torch
+import yaml
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from parallel_plans import sharing, verify_plan
 from parallel_plans.joint import reduce_together
 from parallel_plans.loader import load_plan
 from parallel_plans.lookup import bundled_folder
+from parallel_plans.model_spec import describe
 from parallel_plans.plan import Plan
 from parallel_plans.verify.report import Report
 
@@ -113,3 +116,42 @@ def test_keys_that_no_rank_may_share_are_refused() -> None:
 def test_queries_of_a_key_that_are_not_counted_are_found() -> None:
     report = judged(changed("", counts={"num_key_value_groups": 1}), level="numerics")
     assert not report.ok
+
+
+# ---- layers with other heads than the config says
+
+SLIDING = {
+    "num_hidden_layers": 2,
+    "layer_types": ["full_attention", "sliding_attention"],  # with two key/value heads, and with four
+    "mlp_layer_types": ["dense", "sparse"],
+    "num_key_value_heads": 2,
+}
+
+
+def test_sizes_are_those_of_the_attention_that_they_stand_for() -> None:
+    with torch.device("meta"):
+        spec = describe(AutoModelForCausalLM.from_config(AutoConfig.for_model("mimo_v2_flash", **SLIDING)))
+    heads = [spec.fields_at(f"model.layers.{layer}.self_attn.k_proj.weight")["num_key_value_heads"] for layer in (0, 1)]
+    assert heads == [2, 4]
+    assert spec.fields_at("model.layers.1.mlp.gate.weight")["num_key_value_heads"] == 2
+
+
+@pytest.mark.parametrize("kind", ["mimo_v2_flash", "nemotron_h"])
+def test_layers_of_other_heads_and_other_kinds_share_heads_too(kind: str) -> None:
+    changes = SLIDING if kind == "mimo_v2_flash" else {"num_key_value_heads": 2}
+    report = verify_plan(AutoConfig.for_model(kind, **changes), tp=4, cost=None)
+    assert report.levels == dict.fromkeys(report.levels, "passed")
+    assert report.simulated is not None
+    assert report.simulated.ranks["tp"] == 3  # not 2, on which no head is shared
+
+
+def test_a_unit_of_two_heads_that_ranks_share_is_refused() -> None:
+    text = (bundled_folder() / "mimo_v2_flash.yaml").read_text(encoding="utf-8")
+    pairs = {"k_proj: {style: colwise, unit: head_dim": "k_proj: {style: colwise, unit: size / 2"}
+    pairs |= {"v_proj: {style: colwise, unit: v_head_dim": "v_proj: {style: colwise, unit: size / 2"}
+    for before, after in pairs.items():
+        assert before in text
+        text = text.replace(before, after)
+    plan = load_plan(yaml.safe_load(text))
+    report = verify_plan(AutoConfig.for_model("mimo_v2_flash", **SLIDING), plan, tp=4, cost=None)
+    assert codes(report) == {"PP204"}  # queries of one head would meet the keys of both

@@ -189,7 +189,7 @@ def with_and_without_ties(model_types: Iterable[str]) -> list[tuple[str, bool]]:
 def tiny_config(model_type: str, *, tied: bool, **changes: Any) -> Any:
     """A config of `model_type` that runs in milliseconds; `changes` may give a list as a tuple, to be kept by."""
     changes = {name: list(value) if isinstance(value, tuple) else value for name, value in changes.items()}
-    sizes = {**_SIZES, **{**_OWN, **_OWN_OF_MIXTURES}[model_type], "tie_word_embeddings": tied, **changes}
+    sizes = {**_SIZES, **{**_OWN, **_OWN_OF_MIXTURES}.get(model_type, {}), "tie_word_embeddings": tied, **changes}
     return CONFIG_MAPPING[model_type](**sizes)
 
 

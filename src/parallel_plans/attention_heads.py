@@ -12,6 +12,7 @@ from parallel_plans.pieces import Piece, is_cut_at, is_in_proportion, units_on
 
 QUERY = ("q_proj", "q_b_proj", "query", "wq", "q_lin")
 KEY = ("k_proj", "v_proj", "kv_b_proj", "key", "value", "wk", "wv", "k_lin", "v_lin")
+WIDTHS = ("head_dim", "v_head_dim")  # what a module calls the features of a head, and of one of values
 OUTPUT = ("o_proj", "out_proj", "wo", "dense", "out_lin")
 
 
@@ -37,7 +38,7 @@ class Attention:
         fields, counts = spec.fields_at(query.name), spec.modules[module].counts
         self.heads = fields.get("num_attention_heads", 0)
         self.groups = fields.get("num_key_value_heads", 0)
-        self.width = counts.get("head_dim")
+        self.widths = {counts[each] for each in WIDTHS if each in counts}
 
     def check(self) -> None:
         """Reports heads that a rank has in part, and ranks that have other heads of one than of another."""
@@ -64,7 +65,7 @@ class Attention:
         if self.query.entry.info.shape[0] % self.heads or any(outputs):
             return False
         widths = [divmod(piece.entry.info.shape[0], self.groups) for piece in self.key]
-        return all(rest == 0 and self.width in (None, width) for width, rest in widths)
+        return all(rest == 0 and (not self.widths or width in self.widths) for width, rest in widths)
 
     def _head(self, piece: Piece) -> tuple[int, int]:
         """How many heads the weight is made of, and the features of one."""

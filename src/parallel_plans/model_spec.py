@@ -9,8 +9,8 @@ import functools
 import hashlib
 import inspect
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -82,6 +82,7 @@ class ModelSpec:
         tied: name -> the name of the parameter it is tied to.
         fields: the config's whole numbers, and its switches, for size expressions.
         layer_fields: index of a layer -> the same for a layer to which the config gives numbers of its own.
+        attention_fields: full name -> the same for an attention that has other heads than the config says.
         buffers: full name -> buffer. A plan splits parameters, so every rank has all of them whole.
         quantization: what the config says of quantized weights; empty where it says nothing.
     """
@@ -92,11 +93,18 @@ class ModelSpec:
     tied: Mapping[str, str]
     fields: Mapping[str, int]
     layer_fields: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
+    attention_fields: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     buffers: Mapping[str, BufferInfo] = field(default_factory=dict)
     quantization: Mapping[str, Any] = field(default_factory=dict)
 
     def fields_at(self, name: str) -> Mapping[str, int]:
-        """The fields that hold for what stands at `name`: those of its layer, the first number in the name."""
+        """The fields that hold for what stands at `name`: those of its layer, the first number in the name.
+
+        Where that is an attention, or in one, whose weights and own numbers say that it has other heads, its heads.
+        """
+        for parent in _upwards(name) if self.attention_fields else ():
+            if parent in self.attention_fields:
+                return self.attention_fields[parent]
         index = next((int(segment) for segment in name.split(".") if segment.isdigit()), -1)
         return self.layer_fields.get(index, self.fields)
 
@@ -194,6 +202,38 @@ def layer_fields(config: Any) -> dict[int, dict[str, int]]:
     return {int(index): {**shared, **_sizes(numbers)} for index, numbers in layers}
 
 
+def _upwards(name: str) -> Iterator[str]:
+    while name:
+        yield name
+        name = name.rpartition(".")[0]
+
+
+def _attention_fields(spec: ModelSpec) -> dict[str, Mapping[str, int]]:
+    """Full name -> the fields of every attention that has other heads than those which hold for its layer.
+
+    So have layers with sliding attention in some models, where only the model's code says so.
+    """
+    found: dict[str, Mapping[str, int]] = {}
+    alike: dict[object, Mapping[str, int]] = {}  # one mapping for all that are alike, as what follows is kept by it
+    for name, module in spec.modules.items():
+        own, fields = _heads_of(spec, module), spec.fields_at(name)
+        if own and own.keys() <= fields.keys() and any(fields[each] != number for each, number in own.items()):
+            found[name] = alike.setdefault((id(fields), *own.values()), {**fields, **own})
+    return found
+
+
+def _heads_of(spec: ModelSpec, attention: ModuleInfo) -> dict[str, int]:
+    """What the weights and the own numbers of an attention agree upon; empty where they do not, or it is none."""
+    groups, width = attention.counts.get("num_key_value_groups"), attention.counts.get("head_dim")
+    query, key = (spec.parameters.get(f"{attention.name}.{own}_proj.weight") for own in "qk")
+    if not groups or not width or query is None or key is None:
+        return {}
+    heads, held = query.shape[0] // width, key.shape[0] // width
+    if heads != groups * held or heads * width != query.shape[0] or held * width != key.shape[0]:
+        return {}
+    return {"num_attention_heads": heads, "num_key_value_heads": held, "head_dim": width}
+
+
 def _buffers(modules: Mapping[str, nn.Module]) -> dict[str, BufferInfo]:
     """Full name -> every buffer."""
     found: dict[str, BufferInfo] = {}
@@ -242,7 +282,7 @@ def describe(model: nn.Module) -> ModelSpec:
         for name, module in named.items()
     }
     config = getattr(model, "config", None)
-    return ModelSpec(
+    spec = ModelSpec(
         model_type=getattr(config, "model_type", None),
         parameters=parameters,
         modules=modules,
@@ -252,6 +292,7 @@ def describe(model: nn.Module) -> ModelSpec:
         buffers=_buffers(named),
         quantization=_quantization(config),
     )
+    return replace(spec, attention_fields=_attention_fields(spec))
 
 
 def digest_of(model: nn.Module) -> str:

@@ -6,6 +6,7 @@ Every entry knows the rule it comes from, with file and line. All that is wrong 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from parallel_plans.accounting import (
     Report,
@@ -179,14 +180,19 @@ class _Resolver:
         if not acts or is_misplaced or not all(name in parameters for name in info.parameters):
             return None  # all but the first were reported, of the rule or of the module's parameters
         is_stand_in = style.shards and info.type == STAND_IN
-        if rule.optional and (is_stand_in or (not self._keeps(info, rule) and self._is_kept_elsewhere(rule))):
-            return None  # a module of another kind under the same name
+        if rule.optional and is_stand_in:
+            return None
+        here = rule
+        if rule.optional and not self._keeps(info, rule) and self._is_kept_elsewhere(rule):
+            here = _of_each(info, rule)  # a module of another kind under the same name
+            if not here.options["counts"]:
+                return None
         own = [parameters[name] for name in info.parameters]
         try:
             if style.shards and not self._suits(info, own, style, rule, axis):
                 return None
-            options = self.geometry(info.name, axis).options(info, style, rule)
-            options.update(self._buffers(info, rule, axis))
+            options = self.geometry(info.name, axis).options(info, style, here)
+            options.update(self._buffers(info, here, axis))
             check_rope(options.get("rope"), own)
             options.update(self.experts.options(info.name, style))
             options.update(self.staying.options(info.name, style))
@@ -218,11 +224,11 @@ class _Resolver:
         return {"buffers": found}
 
     def _keeps(self, info: ModuleInfo, rule: Rule) -> bool:
-        """Whether a module keeps all the numbers and buffers that the rule names."""
-        counts, buffers = (rule.options.get(kind, {}) for kind in ("counts", "buffers"))
-        assert isinstance(counts, Mapping)
+        """Whether a module keeps all the numbers and buffers that the rule names, but for those that are of `each`."""
+        counts, buffers = _numbers(rule), rule.options.get("buffers", {})
         assert isinstance(buffers, Mapping)
-        numbers = (name for name in counts if not name.startswith("config."))
+        dealt = [name for name in counts if not _is_of_each(counts[name])]
+        numbers = (name for name in dealt or counts if not name.startswith("config."))
         return all(name in info.counts for name in numbers) and all(
             f"{info.name}.{name}" in self.spec.buffers for name in buffers
         )
@@ -289,6 +295,23 @@ class _Resolver:
                 )
                 return False
         return True
+
+
+def _numbers(rule: Rule) -> Mapping[str, object]:
+    counts = rule.options.get("counts", {})
+    assert isinstance(counts, Mapping)
+    return counts
+
+
+def _is_of_each(count: object) -> bool:
+    """Whether it is a number that each head, or whatever else is dealt, has of its own."""
+    return isinstance(count, Mapping) and "each" in count
+
+
+def _of_each(info: ModuleInfo, rule: Rule) -> Rule:
+    """The rule with no more than the numbers of `each` that the module keeps."""
+    kept = {name: count for name, count in _numbers(rule).items() if _is_of_each(count) and name in info.counts}
+    return replace(rule, options={**rule.options, "counts": kept, "buffers": {}})
 
 
 def _joined(splits: Sequence[Split]) -> tuple[Split, ...]:

@@ -45,6 +45,23 @@ SMOLLM2 = {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 54
 TWO = {"num_key_value_heads": 2}
 ONE = {"num_key_value_heads": 1}
 
+EIGHT = {**TWO, "num_attention_heads": 8, "head_dim": 6}
+SPARSE = {"mlp_layer_types": ("dense", "sparse"), "n_routed_experts": 4, "num_experts_per_tok": 2}
+SLIDING = {"layer_types": ("sliding_attention", "full_attention"), "sliding_window": 6}
+MIMO = {**EIGHT, **SPARSE, "moe_intermediate_size": 12, **SLIDING, "v_head_dim": 4}
+SWA = {"swa_num_attention_heads": 8, "swa_num_key_value_heads": 4, "swa_head_dim": 4, "sliding_window_size": 6}
+INKLING = {
+    **EIGHT,
+    **SPARSE,
+    "moe_intermediate_size": 12,
+    **SWA,
+    "layer_types": ("hybrid_sliding", "hybrid"),
+    "d_rel": 4,
+    "rel_extent": 16,
+}
+MAMBA = {"mamba_num_heads": 4, "mamba_head_dim": 6, "n_groups": 2, "ssm_state_size": 4, "chunk_size": 4}
+NEMOTRON = {**EIGHT, **MAMBA, "layers_block_type": ("full_attention", "mlp", "linear_attention")}
+
 # model type, what differs from its tiny config, ranks, storage
 CASES: tuple[tuple[str, dict[str, Any], int, str], ...] = (
     ("llama", {}, 8, "dtensor"),  # 4 on 8, each by two
@@ -58,6 +75,9 @@ CASES: tuple[tuple[str, dict[str, Any], int, str], ...] = (
     ("olmo2", TWO, 3, "local"),  # norms over all heads: each head counts once
     ("cohere", {**TWO, "use_qk_norm": True}, 4, "dtensor"),
     ("gpt_oss", TWO, 4, "local"),
+    ("mimo_v2_flash", MIMO, 4, "local"),  # 4 where attention slides
+    ("inkling_text", INKLING, 4, "dtensor"),  # and 4 there too, each with convolutions and a bias of its own
+    ("nemotron_h", NEMOTRON, 4, "local"),  # next to MLPs of the same name
 )
 
 

@@ -79,17 +79,26 @@ def _proportions(plan: Plan, ranks: int) -> Plan:
     return plan if given is None else replace(plan, proportions=(max(given), *[min(given)] * (ranks - 1)))
 
 
-def _views_for(plan: Plan, table: Table, views: Views, model: Any, dispatch: bool) -> Views:
+def _resolved(plan: Plan, spec: ModelSpec, ranks: Views, dispatch: bool) -> Table | None:
+    """What the plan makes of the model on these ranks; None where it does not fit."""
+    try:
+        return resolve(_proportions(plan, ranks.tp), spec, ranks.sizes, dispatch=dispatch)
+    except PlanError:
+        return None
+
+
+def _views_for(plan: Plan, table: Table, views: Views, spec: ModelSpec, dispatch: bool) -> Views:
     """The ranks of the trials of a model."""
-    small, spec = trial_views(views), describe(model)
+    small = trial_views(views)
+    if not table.shares_units:
+        return small
+    return sharing_views(small, lambda ranks: _resolved(plan, spec, ranks, dispatch))
 
-    def resolved(ranks: Views) -> Table | None:
-        try:
-            return resolve(_proportions(plan, ranks.tp), spec, ranks.sizes, dispatch=dispatch)
-        except PlanError:
-            return None
 
-    return sharing_views(small, resolved) if table.shares_units else small
+def _shares(plan: Plan, spec: ModelSpec, ranks: Views, dispatch: bool) -> bool:
+    """Whether some of these ranks share units."""
+    table = _resolved(plan, spec, ranks, dispatch)
+    return table is not None and table.shares_units
 
 
 def tried(plan: Plan, table: Table, subject: Any, views: Views, dispatch: bool) -> Outcome:
@@ -134,12 +143,11 @@ Trials = Iterator[tuple[Trial, Trial | None]]  # each with the same in even size
 
 def _of_config(plan: Plan, table: Table, config: Any, views: Views, dispatch: bool) -> Trials:
     try:
-        small_one = _small_one(plan, config, trial_views(views), dispatch)
+        small_one, small = _small_one(plan, table, config, views, dispatch)
     except CannotShrink as error:
         raise CannotTry(str(error)) from None
     tiny = small_one.config
     model = random_model(tiny)
-    small = _views_for(plan, table, views, model, dispatch)
     more = _states_for(model)
     texts = [_text({**example_batch(tiny, seed=index), **more}) for index in range(small.world // small.tp)]
     usual = Trial(
@@ -155,13 +163,23 @@ def _of_config(plan: Plan, table: Table, config: Any, views: Views, dispatch: bo
     yield _seldom(usual, tiny, table)
 
 
-def _small_one(plan: Plan, config: Any, small: Views, dispatch: bool) -> Shrunken:
-    """The model made small; with more heads where the plan wants more than one for each rank, as for blocks of them."""
-    few = shrunken(config, small.sizes)
-    if small.ep > 1 or _fitting(_described(few.config), small, dispatch)(plan):
-        return few
-    more = shrunken(config, {name: MORE * ranks for name, ranks in small.sizes.items()})
-    return more if _fitting(_described(more.config), small, dispatch)(plan) else few
+def _small_one(plan: Plan, table: Table, config: Any, views: Views, dispatch: bool) -> tuple[Shrunken, Views]:
+    """The model made small, and the ranks of its trials; with more heads where these do for what the plan does."""
+    usual = trial_views(views)
+
+    def made(ranks: Mapping[str, int]) -> tuple[Shrunken, Views, bool]:
+        small = shrunken(config, ranks)
+        spec = _described(small.config)
+        on = _views_for(plan, table, views, spec, dispatch)
+        fits = _fitting(spec, usual, dispatch)(plan)
+        return small, on, fits and (not table.shares_units or _shares(plan, spec, on, dispatch))
+
+    few, on, does = made(usual.sizes)
+    if does:
+        return few, on
+    dealt = ("tp",) if usual.ep > 1 else usual.sizes  # experts may be as many as there are ranks
+    more, elsewhere, does = made({name: ranks * (MORE if name in dealt else 1) for name, ranks in usual.sizes.items()})
+    return (more, elsewhere) if does else (few, on)
 
 
 def _described(config: Any) -> ModelSpec:
@@ -187,7 +205,7 @@ def _of_own(plan: Plan, table: Table, own: OwnModel, views: Views, dispatch: boo
         model, inputs = own.made_real()
     except ValueError as error:
         raise CannotTry(str(error)) from None
-    small = _views_for(plan, table, views, model, dispatch)
+    small = _views_for(plan, table, views, describe(model), dispatch)
     yield (
         Trial(
             plan=_proportions(plan, small.tp),
