@@ -26,7 +26,8 @@ TIMEOUT_SECONDS = 300  # the largest run of four ranks takes a minute where two 
 ENDING = "\nimport os, sys\nsys.stdout.flush()\nos._exit(0)\n"
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nobody listens at now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -79,7 +80,7 @@ def outcomes(function: Callable[..., Any], ranks: int, *args: Any) -> list[tuple
 
 def _outcomes(function: Callable[..., Any], ranks: int, args: tuple, folder: Path) -> list[tuple[str, Any]]:
     context = get_context("fork")
-    port = _free_port()
+    port = free_port()
     ends, processes = [], []
     for rank in range(ranks):
         mine, theirs = context.Pipe(duplex=False)

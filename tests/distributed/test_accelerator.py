@@ -36,8 +36,8 @@ def on_accelerators(rank: int, folder: str, truth: Truth, address: str) -> None:
 def test_a_bundled_plan_computes_on_accelerators_what_one_process_computes(
     model_type: str, checkpoints: Callable[..., tuple[Path, Truth]]
 ) -> None:
-    from ranks import _free_port
+    from ranks import free_port
 
     folder, truth = checkpoints(model_type, True)
-    arguments = (str(folder), truth, str(_free_port()))
+    arguments = (str(folder), truth, str(free_port()))
     torch.multiprocessing.spawn(on_accelerators, args=arguments, nprocs=RANKS)  # type: ignore[attr-defined]

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from ranks import _free_port
+from ranks import free_port
 
 GIVEN_UP = 40.0  # seconds after which a rank hangs
 
@@ -98,7 +98,7 @@ def _as_script(function: Callable[..., None], rank: int, ranks: int, port: int, 
 
 def ends(folder: Path, function: Callable[..., None], ranks: int, *args: Any, but: int | None = None) -> list[End]:
     """How every rank ends that runs `function`; nobody waits for rank `but`, which is killed when the others ended."""
-    context, port, began = get_context("fork"), _free_port(), time.monotonic()
+    context, port, began = get_context("fork"), free_port(), time.monotonic()
     processes = [
         context.Process(target=_as_script, args=(function, rank, ranks, port, folder, args)) for rank in range(ranks)
     ]
