@@ -61,10 +61,14 @@ def test_experts_may_have_any_width(checks: Checks, model_type: str, width: int,
 ROWED = ("mixtral", "qwen2_moe", "gpt_oss", "llama4_text", "jetmoe", "dbrx", "longcat_flash")
 
 
-@pytest.mark.parametrize("row", MORE_ROWS, ids=str)
-@pytest.mark.parametrize("model_type", ROWED)
+def rows_of(model_type: str) -> tuple[Row, ...]:
+    """Every other row; the next type has those between."""
+    return MORE_ROWS[ROWED.index(model_type) % 2 :: 2]
+
+
+@pytest.mark.parametrize(("model_type", "row"), [(kind, row) for kind in ROWED for row in rows_of(kind)], ids=str)
 def test_a_mixture_is_right_on_other_rows_too(checks: Checks, model_type: str, row: Row) -> None:
-    layouts = checks(model_type, {}, MORE_ROWS, ("eager",))[f"{row} eager"][0]
+    layouts = checks(model_type, {}, rows_of(model_type), ("eager",))[f"{row} eager"][0]
     assert any("@ep" in layout for layout in layouts.values()) == (row.ep > 1)
 
 

@@ -1,4 +1,6 @@
-"""Every bundled plan of a mixture of experts, on every row of "two views of the same ranks", against one process.
+"""Every bundled plan of a mixture of experts, on rows of "two views of the same ranks", against one process.
+
+The first row is that of `test_plans`; of the others one type has two, and the next type the other two.
 
 Where ranks hold different batches, one process has them all: the gradients are those of the mean of their losses.
 """
@@ -27,8 +29,9 @@ def check(mixtures: Mixtures, target: Path, model_type: str, row: Row, **argumen
     return run_on_ranks(check_row, row.world, str(folder), str(target), row, truths, arguments)[0]  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("row", ROWS, ids=str)
-@pytest.mark.parametrize("model_type", MOE_TYPES)
-def test_a_mixture_is_right_on_every_row(mixtures: Mixtures, tmp_path: Path, model_type: str, row: Row) -> None:
+@pytest.mark.parametrize(
+    ("model_type", "row"), [(kind, row) for at, kind in enumerate(MOE_TYPES) for row in ROWS[1 + at % 2 :: 2]], ids=str
+)
+def test_a_mixture_is_right_on_its_rows(mixtures: Mixtures, tmp_path: Path, model_type: str, row: Row) -> None:
     layouts = check(mixtures, tmp_path, model_type, row, experts_implementation="eager")
-    assert any("@ep" in layout for layout in layouts.values()) == (row.ep > 1)
+    assert any("@ep" in layout for layout in layouts.values())
