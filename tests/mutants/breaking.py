@@ -51,7 +51,9 @@ def _misspelt_name(pattern: str) -> str:
 
 
 def _misspelt(word: str) -> str:
-    at = next(i for i in range(len(word) - 1, 0, -1) if word[i] != word[i - 1])
+    at = next((i for i in range(len(word) - 1, 0, -1) if word[i] != word[i - 1]), None)
+    if at is None:
+        return word + word[-1]  # of one letter alone, as mamba's `D`
     return word[: at - 1] + word[at] + word[at - 1] + word[at + 1 :]
 
 
