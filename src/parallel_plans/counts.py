@@ -8,6 +8,11 @@ from typing import Any
 from torch import nn
 
 
+def is_of_each(count: object) -> bool:
+    """Whether what a rule says of a number is that each head, or whatever else is dealt, has so many of its own."""
+    return isinstance(count, Mapping) and "each" in count
+
+
 def localize_counts(module: nn.Module, counts: Mapping[str, int]) -> None:
     """Sets the module's attributes to this rank's numbers; those that begin with `config.` in a view of its config."""
     changed: dict[str, int] = {}

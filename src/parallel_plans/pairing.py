@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from parallel_plans.accounting import Report
 from parallel_plans.attention_heads import KEY, OUTPUT, QUERY, Attention
+from parallel_plans.counts import is_of_each
 from parallel_plans.pieces import Piece, odd_one, pairs_up
 from parallel_plans.table import Table
 
@@ -59,7 +60,9 @@ class Pairing:
     def _counts(self, module: str) -> bool:
         """Whether the plan sets numbers of the module, other than those that follow from how keys and values lie."""
         given = (entry.rule.options.get("counts") for entry in self.table.modules.get(module, ()))
-        return any(not _is_each(count) for counts in given if isinstance(counts, Mapping) for count in counts.values())
+        return any(
+            not is_of_each(count) for counts in given if isinstance(counts, Mapping) for count in counts.values()
+        )
 
     def _check_widths(self, pieces: Sequence[Piece]) -> None:
         """Within one module, features that are handed on in parts and taken in parts are the same ones.
@@ -145,7 +148,3 @@ def _inner(wide: Piece, narrow: Piece) -> int | None:
         other[j] for i in (0, 1) for j in (0, 1) if one[i] == 2 * other[j] and one[1 - i] == other[1 - j]
     }  # fmt: skip
     return readings.pop() if len(readings) == 1 else None
-
-
-def _is_each(count: object) -> bool:
-    return isinstance(count, Mapping) and "each" in count

@@ -17,6 +17,7 @@ from parallel_plans.accounting import (
     report_unruled,
     report_uses,
 )
+from parallel_plans.counts import is_of_each
 from parallel_plans.errors import PlanError
 from parallel_plans.expert_rules import ExpertRules, report_differing, report_incomplete
 from parallel_plans.geometry import CannotSplit, Geometry, check_groups, check_rope, shared_out
@@ -227,7 +228,7 @@ class _Resolver:
         """Whether a module keeps all the numbers and buffers that the rule names, but for those that are of `each`."""
         counts, buffers = _numbers(rule), rule.options.get("buffers", {})
         assert isinstance(buffers, Mapping)
-        dealt = [name for name in counts if not _is_of_each(counts[name])]
+        dealt = [name for name in counts if not is_of_each(counts[name])]
         numbers = (name for name in dealt or counts if not name.startswith("config."))
         return all(name in info.counts for name in numbers) and all(
             f"{info.name}.{name}" in self.spec.buffers for name in buffers
@@ -303,14 +304,9 @@ def _numbers(rule: Rule) -> Mapping[str, object]:
     return counts
 
 
-def _is_of_each(count: object) -> bool:
-    """Whether it is a number that each head, or whatever else is dealt, has of its own."""
-    return isinstance(count, Mapping) and "each" in count
-
-
 def _of_each(info: ModuleInfo, rule: Rule) -> Rule:
     """The rule with no more than the numbers of `each` that the module keeps."""
-    kept = {name: count for name, count in _numbers(rule).items() if _is_of_each(count) and name in info.counts}
+    kept = {name: count for name, count in _numbers(rule).items() if is_of_each(count) and name in info.counts}
     return replace(rule, options={**rule.options, "counts": kept, "buffers": {}})
 
 
