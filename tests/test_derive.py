@@ -36,8 +36,8 @@ def test_a_derived_plan_splits_and_costs_what_the_bundled_one_does(model_type: s
     config = tiny_config(model_type, tied=False)
     derived = derive_plan(config)
     assert set(derived.report.levels.values()) == {"passed"}, derived.report.findings
-    mine, bundled = (verify_plan(config, plan, tp=2, level="geometry", cost=None) for plan in (derived.plan, "auto"))
-    assert _collectives(mine) == _collectives(bundled)
+    mine, bundled = (verify_plan(config, plan, tp=2, level="geometry") for plan in (derived.plan, "auto"))
+    assert _collectives(mine) == _collectives(bundled) != []
     assert mine.parameters == bundled.parameters
     sections = set(load_plan(bundled.plan).sections) - {"sp_plan"}
     assert set(derived.plan.sections) == sections
