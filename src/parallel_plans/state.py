@@ -79,9 +79,8 @@ def class_name(model: nn.Module) -> str:
 
 def local_part(value: Tensor) -> Tensor:
     """What this rank keeps of a parameter or gradient, without gradients, whatever the storage."""
-    return (
-        value._local_tensor if isinstance(value, DTensor) else value
-    ).detach()  # a DTensor's takes many times longer
+    local: Tensor = value._local_tensor if isinstance(value, DTensor) else value
+    return local.detach()  # after it: to detach a DTensor takes many times longer
 
 
 def gathered(local: Tensor, layout: Layout | None, place: Place) -> Tensor:

@@ -62,15 +62,15 @@ def trial_views(views: Views) -> Views:
     return Views(world=max(tp, ep * etp), tp=tp, ep=ep, etp=etp)
 
 
-def sharing_views(small: Views, resolved: Callable[[Views], Table | None]) -> Views:
-    """The fewest ranks from these on upwards on which some ranks share units; these where there are none."""
+def sharing_views(small: Views, resolved: Callable[[Views], Table | None]) -> Views | None:
+    """The fewest ranks from these on upwards on which some ranks share units; None where there are none."""
     for tp in range(small.tp, MOST_SHARING + 1):
         etp = tp if small.ep == 1 else small.etp
         views = replace(small, world=max(tp, small.ep * etp), tp=tp, etp=etp)
         table = resolved(views) if views.fits else None
         if table is not None and table.shares_units:
             return views
-    return small
+    return None
 
 
 def _proportions(plan: Plan, ranks: int) -> Plan:
@@ -79,26 +79,17 @@ def _proportions(plan: Plan, ranks: int) -> Plan:
     return plan if given is None else replace(plan, proportions=(max(given), *[min(given)] * (ranks - 1)))
 
 
-def _resolved(plan: Plan, spec: ModelSpec, ranks: Views, dispatch: bool) -> Table | None:
-    """What the plan makes of the model on these ranks; None where it does not fit."""
-    try:
-        return resolve(_proportions(plan, ranks.tp), spec, ranks.sizes, dispatch=dispatch)
-    except PlanError:
-        return None
-
-
-def _views_for(plan: Plan, table: Table, views: Views, spec: ModelSpec, dispatch: bool) -> Views:
-    """The ranks of the trials of a model."""
+def _views_for(plan: Plan, table: Table, views: Views, spec: ModelSpec, dispatch: bool) -> Views | None:
+    """The ranks of the trials of a model; None where no few ranks do what the plan does on those that are asked for."""
     small = trial_views(views)
-    if not table.shares_units:
-        return small
-    return sharing_views(small, lambda ranks: _resolved(plan, spec, ranks, dispatch))
 
+    def resolved(ranks: Views) -> Table | None:
+        try:
+            return resolve(_proportions(plan, ranks.tp), spec, ranks.sizes, dispatch=dispatch)
+        except PlanError:
+            return None
 
-def _shares(plan: Plan, spec: ModelSpec, ranks: Views, dispatch: bool) -> bool:
-    """Whether some of these ranks share units."""
-    table = _resolved(plan, spec, ranks, dispatch)
-    return table is not None and table.shares_units
+    return sharing_views(small, resolved) if table.shares_units else small
 
 
 def tried(plan: Plan, table: Table, subject: Any, views: Views, dispatch: bool) -> Outcome:
@@ -167,19 +158,17 @@ def _small_one(plan: Plan, table: Table, config: Any, views: Views, dispatch: bo
     """The model made small, and the ranks of its trials; with more heads where these do for what the plan does."""
     usual = trial_views(views)
 
-    def made(ranks: Mapping[str, int]) -> tuple[Shrunken, Views, bool]:
+    def made(ranks: Mapping[str, int]) -> tuple[Shrunken, Views | None, bool]:
         small = shrunken(config, ranks)
         spec = _described(small.config)
-        on = _views_for(plan, table, views, spec, dispatch)
-        fits = _fitting(spec, usual, dispatch)(plan)
-        return small, on, fits and (not table.shares_units or _shares(plan, spec, on, dispatch))
+        return small, _views_for(plan, table, views, spec, dispatch), _fitting(spec, usual, dispatch)(plan)
 
-    few, on, does = made(usual.sizes)
-    if does:
+    few, on, fits = made(usual.sizes)
+    if fits and on is not None:
         return few, on
     dealt = ("tp",) if usual.ep > 1 else usual.sizes  # experts may be as many as there are ranks
-    more, elsewhere, does = made({name: ranks * (MORE if name in dealt else 1) for name, ranks in usual.sizes.items()})
-    return (more, elsewhere) if does else (few, on)
+    more, there, fits = made({name: ranks * (MORE if name in dealt else 1) for name, ranks in usual.sizes.items()})
+    return (more, there) if fits and there is not None else (few, on or usual)
 
 
 def _described(config: Any) -> ModelSpec:
@@ -205,7 +194,7 @@ def _of_own(plan: Plan, table: Table, own: OwnModel, views: Views, dispatch: boo
         model, inputs = own.made_real()
     except ValueError as error:
         raise CannotTry(str(error)) from None
-    small = _views_for(plan, table, views, describe(model), dispatch)
+    small = _views_for(plan, table, views, describe(model), dispatch) or trial_views(views)
     yield (
         Trial(
             plan=_proportions(plan, small.tp),
